@@ -1,0 +1,250 @@
+"""Decentralized learning as a Gymnasium environment: nodes, rounds, reward, observation.
+
+An episode is one training of a fresh foundation model. In each round one node (or several)
+trains it on its own shard and passes it on; the action is who trains next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import tensorflow as tf
+from gymnasium import spaces
+
+import data
+from config import Settings, make_settings, stream
+from models import FoundationModel, Moments
+
+
+def distance_matrix(settings: Settings) -> np.ndarray:
+    """(N, N) float64: the communication distance between each two nodes (public code).
+
+    Uniform in [0, DISTANCE_SCALE) by the legacy generator that the public code seeds, made
+    symmetric by the mean with its transpose, zero on the diagonal. Without a unit.
+    """
+    n = settings.NUM_NODES
+    uniform = np.random.RandomState(settings.DISTANCE_SEED).random_sample((n, n))
+    uniform *= settings.DISTANCE_SCALE
+    distances = (uniform + uniform.T) / 2
+    np.fill_diagonal(distances, 0.0)
+    return distances
+
+
+def reward(accuracy: float, distance: float, settings: Settings) -> float:
+    """A round's reward, r = h^(accuracy - goal) - distance - 1 (paper; h = 32, public code)."""
+    progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
+    return progress - distance - settings.STEP_PENALTY
+
+
+def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
+    """The PCA scores of all nodes' weights, as scikit-learn's full PCA gives them.
+
+    Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
+    that of a singular value decomposition of M vectors, however many nodes there are.
+
+    Args:
+        models: (M, P) float, the distinct weight vectors.
+        owners: (N,) int in [0, M), which of them each node has; each is had by some node.
+        components: C, how many components to keep.
+
+    Returns:
+        (N, C) float32. A component without variance is 0 (scikit-learn returns rounding noise).
+        A component's sign is such that its loading of greatest magnitude is positive, which is
+        scikit-learn's rule since 1.5. All 0 if a weight is not finite.
+    """
+    scores = np.zeros((len(owners), components), np.float32)
+    if not np.isfinite(models).all():
+        return scores
+    counts = np.bincount(owners, minlength=len(models)).astype(np.float64)
+    centred = models.astype(np.float64) - counts @ models / counts.sum()
+    # The N x P matrix with repeated rows has the singular values of the M x P matrix whose rows
+    # are multiplied by the root of how often they occur; the small Gram matrix gives them.
+    weighted = np.sqrt(counts)[:, None] * centred
+    squares, vectors = np.linalg.eigh(weighted @ weighted.T)
+    for column, index in enumerate(np.argsort(squares)[::-1][:components]):
+        # The weights are float32, so variance below their rounding (1e-7, squared) is noise.
+        if squares[index] <= 1e-13 * squares.max() or squares[index] <= 0:
+            break
+        loadings = vectors[:, index] @ weighted / np.sqrt(squares[index])
+        sign = np.sign(loadings[np.argmax(np.abs(loadings))])
+        scores[:, column] = (sign * (centred @ loadings))[owners]
+    return scores
+
+
+class DistinctNodes(spaces.MultiDiscrete):
+    """Actions of several nodes a round: k distinct nodes of N, as an int64 array of shape (k,)."""
+
+    def __init__(self, nodes: int, per_round: int) -> None:
+        super().__init__([nodes] * per_round)
+        self._nodes, self._per_round = nodes, per_round
+
+    def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
+        """K nodes drawn without replacement; masks are not supported."""
+        if mask is not None or probability is not None:
+            raise ValueError("DistinctNodes samples without a mask")
+        return self.np_random.permutation(self._nodes)[: self._per_round]
+
+    def contains(self, x: Any) -> bool:
+        """Whether x is an array of k distinct nodes."""
+        return super().contains(x) and len(set(np.asarray(x).tolist())) == self._per_round
+
+
+class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
+    """N nodes that train one foundation model in turn (paper, Section 3.3).
+
+    Actions: the node that trains next, in [0, N); with NODES_PER_ROUND = k > 1, k distinct nodes,
+    the first of which hands the averaged model on. The current node is allowed, and free.
+
+    Observations: (N * C,) float32, the first C PCA scores of every node's weights, node by node.
+    ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the
+    nodes just before that, so only the nodes that trained differ. ``local`` (what the paper's
+    figures show): each node keeps the model that it last trained itself.
+
+    Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
+    at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS rounds.
+
+    Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
+    ``accuracy`` (share of the test set), ``distance`` (that the model travelled to this round's
+    first node), ``communication_cost`` (sum of the episode's distances), ``reward``,
+    ``goal_reached`` and ``diverged`` (some weight is not finite).
+
+    Adam's moments belong to the node and are kept within an episode (public code). A node is a
+    shard, a weight vector and these moments; no node has a Keras model of its own.
+
+    Args:
+        settings: by default those of config.py.
+        dataset: by default the one that the settings name.
+
+    Raises:
+        ConfigError, DataError, DataNotFound: what the settings ask for can't be had.
+    """
+
+    # A Gymnasium class attribute that every environment has to state.
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(
+        self, settings: Settings | None = None, dataset: data.Dataset | None = None
+    ) -> None:
+        self.settings = settings or make_settings()
+        self.dataset = dataset or data.load(self.settings)
+        self.shards = data.make_shards(self.dataset, self.settings)
+        self.distances = distance_matrix(self.settings)
+        self.foundation = FoundationModel(self.dataset, self.settings)
+        n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
+        self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
+        # Scores have no bound of their own; infinite ones are what Gymnasium warns of.
+        greatest = np.finfo(np.float32).max
+        self.observation_space = spaces.Box(
+            -greatest, greatest, (n * self.settings.components,), np.float32
+        )
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Makes a new foundation model and lets STARTER_NODE train round 1.
+
+        Args:
+            seed: of the model's weights and of the order of the images; the same seed gives the
+                same of both, whatever the actions are. None goes on with the generator as it is.
+            options: none.
+
+        Returns:
+            The first observation and info. The starter may reach an easy goal: see
+            ``info["goal_reached"]``; there is no step to take then.
+        """
+        super().reset(seed=seed)
+        episode = int(self.np_random.integers(2**63))
+        self._shuffling = stream(episode, "shuffling")
+        self._model = self.foundation.network.initial_weights(stream(episode, "initialisation"))
+        self._initial = self._model
+        self._own: dict[int, tf.Tensor] = {}  # each node's own last model, for `local`
+        self._moments: dict[int, Moments] = {}
+        self._round, self._cost = 0, 0.0
+        # The model starts where it is first trained: round 1 costs nothing.
+        self._holder = self.settings.STARTER_NODE
+        observation, _, _, _, info = self._train_round([self._holder])
+        return observation, info
+
+    def step(
+        self, action: int | np.integer | np.ndarray
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Sends the model to the node(s), trains LOCAL_EPOCHS there and evaluates the result.
+
+        Returns:
+            Observation, reward, terminated, truncated, info, as the class describes.
+
+        Raises:
+            ValueError: not a node, or not NODES_PER_ROUND distinct nodes.
+            gymnasium.error.ResetNeeded: the episode is over.
+        """
+        if self._over:
+            raise gymnasium.error.ResetNeeded("the episode is over: call reset first")
+        nodes = [int(node) for node in np.atleast_1d(action)]
+        k = self.settings.NODES_PER_ROUND
+        if len(set(nodes)) != k or len(nodes) != k:
+            raise ValueError(f"action: got {nodes}, takes {k} distinct node(s)")
+        if not all(0 <= node < self.settings.NUM_NODES for node in nodes):
+            raise ValueError(f"action: got {nodes}, takes nodes in [0, {self.settings.NUM_NODES})")
+        return self._train_round(nodes)
+
+    def _train_round(
+        self, nodes: list[int]
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        settings = self.settings
+        received = self._model
+        trained = [self._train_locally(node, received) for node in nodes]
+        self._model = trained[0] if len(trained) == 1 else tf.add_n(trained) / len(trained)
+        self._own.update(zip(nodes, trained, strict=True))
+
+        self._round += 1
+        # With several nodes the public code counts the way to the first of them alone.
+        distance = float(self.distances[self._holder, nodes[0]])
+        self._holder = nodes[0]
+        self._cost += distance
+        accuracy = self.foundation.evaluate(self._model)
+        value = reward(accuracy, distance, settings)
+        terminated = accuracy >= settings.GOAL_ACCURACY
+        truncated = not terminated and self._round >= settings.MAX_ROUNDS
+        self._over = terminated or truncated
+
+        if settings.OBSERVATION == "local":
+            observation = self._observe(self._own, self._initial)
+        else:
+            observation = self._observe(dict(zip(nodes, trained, strict=True)), received)
+        info = {
+            "round": self._round,
+            "node": nodes[0] if settings.NODES_PER_ROUND == 1 else nodes,
+            "accuracy": accuracy,
+            "distance": distance,
+            "communication_cost": self._cost,
+            "reward": value,
+            "goal_reached": terminated,
+            "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
+        }
+        return observation, value, terminated, truncated, info
+
+    def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
+        """The weights after LOCAL_EPOCHS on the node's shard; keeps the node's Adam moments."""
+        shard = self.shards[node]
+        moments = self._moments.get(node) or Moments.fresh(self.foundation.network.size)
+        for _ in range(self.settings.LOCAL_EPOCHS):
+            order = shard[self._shuffling.permutation(len(shard))]
+            weights, moments = self.foundation.train_epoch(weights, moments, tf.constant(order))
+        self._moments[node] = moments
+        return weights
+
+    def _observe(self, differing: dict[int, tf.Tensor], rest: tf.Tensor) -> np.ndarray:
+        """The flat observation: some nodes' own models, and the model that all others have."""
+        n = self.settings.NUM_NODES
+        models = [model.numpy() for model in differing.values()]
+        owners = np.full(n, len(models))
+        owners[list(differing)] = np.arange(len(models))
+        if len(models) < n:
+            models.append(rest.numpy())
+        return pca_scores(np.stack(models), owners, self.settings.components).ravel()
+
+
+gymnasium.register(id="HomogeneousLearning-v0", entry_point="environment:DecentralizedLearning")

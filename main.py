@@ -1,0 +1,150 @@
+"""Homogeneous Learning: train a DQN to pick the nodes that train a shared model.
+
+Usage: python3 main.py [--help]; the settings are in config.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from config import Settings, UserError, episode_seed, from_command_line
+
+if __name__ == "__main__":
+    # Before TensorFlow, which takes seconds to import: a typo is reported at once.
+    SETTINGS = from_command_line()
+
+from tqdm import tqdm
+
+import data
+import models
+import plot
+from environment import DecentralizedLearning
+from node import DQNAgent
+from records import Run
+
+
+def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
+    """Trains the agent for EPISODES episodes, each one training of a fresh foundation model.
+
+    Args:
+        settings: of the environment and the agent.
+        dataset: the images that the nodes share.
+        run: where everything is recorded, and where an earlier run of it is continued from.
+    """
+    environment = DecentralizedLearning(settings, dataset)
+    agent = DQNAgent(
+        environment.observation_space.shape[0],
+        settings.NUM_NODES,
+        settings,
+        settings.NODES_PER_ROUND,
+    )
+    run.record_shards(environment.shards)
+    restore(agent, run)
+
+    # disable=None: no bar where the output is not a terminal.
+    bar = tqdm(total=settings.EPISODES, initial=run.episodes_finished, unit="episode", disable=None)
+    with bar:
+        for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
+            started = time.perf_counter()
+            observation, info = environment.reset(seed=episode_seed(settings.SEED, episode))
+            run.record_round(episode, info, chosen_by="starter")
+            episode_reward = info["reward"]
+            done = info["goal_reached"]
+
+            while not done:
+                nodes, chosen_by = agent.act(observation)
+                next_observation, reward, terminated, truncated, info = environment.step(nodes)
+                done = terminated or truncated
+                agent.memory.add(observation, nodes, reward, next_observation, done)
+                observation = next_observation
+                episode_reward += reward
+                run.record_round(episode, info, chosen_by)
+                bar.set_postfix(
+                    rounds=info["round"],
+                    accuracy=f"{info['accuracy']:.3f}",
+                    cost=f"{info['communication_cost']:.2f}",
+                    epsilon=f"{agent.epsilon:.2f}",
+                )
+
+            q_loss = agent.train()
+            run.record_episode(
+                episode,
+                info,
+                episode_reward=episode_reward,
+                epsilon=agent.epsilon,
+                q_loss=q_loss,
+                seconds=time.perf_counter() - started,
+            )
+            agent.decay_epsilon()
+            run.checkpoint(agent.state())
+            bar.update()
+
+    plot.draw_run(run.folder)
+    run.finish(agent.q.network.named_arrays(agent.weights))
+
+
+def restore(agent: DQNAgent, run: Run) -> None:
+    """Takes the agent to where the run's last checkpoint left it, if there is one.
+
+    Raises:
+        RunError: the checkpoint does not fit this agent.
+    """
+    state = run.agent_state()
+    if state is None:
+        return
+    try:
+        agent.load_state(state)
+    except (ValueError, KeyError) as error:
+        raise run.damaged_agent_state(error) from error
+    print(f"continuing {run.folder} after episode {run.episodes_finished}")
+
+
+def main(settings: Settings) -> int:
+    """Runs or continues the training that the settings describe.
+
+    Returns:
+        The exit status: 0, or 2 after a user's mistake, 1 when the system refuses a file, 130
+        after Ctrl-C, 143 after SIGTERM; each with one line on stderr.
+    """
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        threads = models.set_threads(settings.THREADS)
+        dataset = data.load(settings)
+        data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
+        with Run(settings, dataset, threads) as run:
+            if run.state == "finished":
+                print(f"{run.folder} is finished already; for another run choose a --name")
+            else:
+                train(settings, dataset, run)
+            print(plot.summary(run.folder))
+        return 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(f"{what}; nothing that was finished is lost, the same command continues", 1)
+    except KeyboardInterrupt as interrupt:
+        status = 143 if isinstance(interrupt, Terminated) else 130
+        return _fail("interrupted; the same command continues", status)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is: files are closed and the state is written."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"main.py: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS))

@@ -1,0 +1,322 @@
+"""The two Keras networks, and compiled functions that train and apply them.
+
+A network is one compiled Keras model per process; what differs between nodes, rounds and agents
+is one vector of weights, handed in and handed back. So a node costs a vector and not a model,
+passing a model on is passing a reference, and saving or copying one is saving or copying an array.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from config import Settings
+from data import Dataset
+
+
+@contextlib.contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Nothing on stderr: TensorFlow writes start-up notes there before it reads any switch."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _silenced_stderr():
+    import keras
+    import tensorflow as tf
+
+# Adam's constants, as in Keras' default and the public code.
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
+
+# Images in a batch of the evaluation. It changes speed and memory alone (1,000 images need 46 MB
+# for the first convolution's output); the count of correct images is exact.
+_EVALUATION_BATCH = 1000
+
+
+def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
+    """The local foundation model (public code); 33,580 weights for 28 x 28 x 1 and 10 classes.
+
+    The last layer gives logits: its softmax is part of the loss, which is the same function
+    computed more exactly, and does not change which class is the greatest.
+    """
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Conv2D(20, 5, activation="relu"),
+            layers.MaxPool2D(2),
+            layers.Conv2D(50, 5, activation="relu"),
+            layers.MaxPool2D(2),
+            layers.Flatten(),
+            layers.Dense(classes),
+        ],
+        name="foundation",
+    )
+
+
+def q_network(inputs: int, hidden: tuple[int, ...], actions: int) -> keras.Model:
+    """The DQN's network: dense ReLU layers, then one linear Q value per action (public code)."""
+    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
+    return keras.Sequential(
+        [keras.Input((inputs,)), *layers, keras.layers.Dense(actions)], name="q_network"
+    )
+
+
+class Moments(NamedTuple):
+    """Adam's state for one vector of P weights.
+
+    Attributes:
+        first, second: (P,) float32, running means of the gradient and of its square.
+        step: () float32, steps taken so far.
+    """
+
+    first: tf.Tensor
+    second: tf.Tensor
+    step: tf.Tensor
+
+    @classmethod
+    def fresh(cls, size: int) -> Moments:
+        """Moments before the first step."""
+        return cls(tf.zeros(size), tf.zeros(size), tf.zeros(()))
+
+
+def adam(
+    weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float
+) -> tuple[tf.Tensor, Moments]:
+    """One step of Adam (Kingma and Ba 2015) on a weight vector, as Keras' optimizer does it.
+
+    Args:
+        weights: (P,) float32.
+        gradient: (P,) float32, of the loss by the weights.
+        moments: of the steps before.
+        learning_rate: Adam's.
+
+    Returns:
+        The new weights and moments.
+    """
+    step = moments.step + 1
+    first = moments.first + (1 - _BETA_1) * (gradient - moments.first)
+    second = moments.second + (1 - _BETA_2) * (tf.square(gradient) - moments.second)
+    rate = learning_rate * tf.sqrt(1 - tf.pow(_BETA_2, step)) / (1 - tf.pow(_BETA_1, step))
+    return weights - rate * first / (tf.sqrt(second) + _EPSILON), Moments(first, second, step)
+
+
+class FlatNetwork:
+    """A Keras model as a function of one weight vector.
+
+    Args:
+        model: a built model whose weights are all trainable (no batch normalisation).
+
+    Attributes:
+        size: P, the number of weights.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        if model.non_trainable_variables:
+            raise ValueError(f"{model.name}: has weights that are not trainable")
+        self.model = model
+        self._shapes = [tuple(v.shape) for v in model.trainable_variables]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+        self.size = sum(self._sizes)
+
+    def initial_weights(self, rng: np.random.Generator) -> tf.Tensor:
+        """(P,) float32 of fresh weights, by the layers' own initialisers, seeded from ``rng``."""
+        parts = []
+        for layer in self.model.layers:
+            for variable in layer.trainable_variables:
+                initializer = getattr(layer, f"{variable.name}_initializer")
+                config = initializer.get_config()
+                if "seed" in config:
+                    config["seed"] = int(rng.integers(2**31))
+                value = type(initializer).from_config(config)(variable.shape)
+                parts.append(tf.reshape(tf.convert_to_tensor(value), [-1]))
+        return tf.concat(parts, 0)
+
+    def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
+        """The vector's parts as the model's weights, each in its own shape."""
+        parts = tf.split(weights, self._sizes)
+        return [tf.reshape(p, shape) for p, shape in zip(parts, self._shapes, strict=True)]
+
+    def apply(self, weights: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
+        """The model's outputs for a batch of inputs."""
+        return self.model.stateless_call(self.split(weights), [], inputs)[0]
+
+    def named_arrays(self, weights: tf.Tensor) -> dict[str, np.ndarray]:
+        """The weights by layer, in order: ``{"0/kernel": ..., "0/bias": ..., "1/kernel": ...}``."""
+        names = [
+            f"{index}/{variable.name}"
+            for index, layer in enumerate(x for x in self.model.layers if x.trainable_variables)
+            for variable in layer.trainable_variables
+        ]
+        return {n: part.numpy() for n, part in zip(names, self.split(weights), strict=True)}
+
+    def from_named_arrays(self, arrays: dict[str, np.ndarray]) -> tf.Tensor:
+        """Inverse of ``named_arrays``.
+
+        Raises:
+            ValueError: an array is missing or has another shape.
+        """
+        expected = self.named_arrays(tf.zeros(self.size))
+        for name, array in expected.items():
+            if name not in arrays or arrays[name].shape != array.shape:
+                raise ValueError(f"no weights {name} of shape {array.shape}")
+        return tf.concat([np.float32(arrays[name]).ravel() for name in expected], 0)
+
+
+class FoundationModel:
+    """Local training and evaluation of the foundation model on one dataset.
+
+    Args:
+        dataset: the images stay with TensorFlow, the training images as they are stored.
+        settings: for LEARNING_RATE and BATCH_SIZE.
+
+    Attributes:
+        network: the model as a function of its weight vector.
+        test_size: number of test images.
+    """
+
+    def __init__(self, dataset: Dataset, settings: Settings) -> None:
+        self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
+        self.test_size = len(dataset.y_test)
+        shape = (-1, *dataset.input_shape)
+        self._x_train = tf.constant(dataset.x_train.reshape(shape))
+        self._y_train = tf.constant(dataset.y_train.astype(np.int32))
+        self._x_test = _to_input(tf.constant(dataset.x_test.reshape(shape)))
+        self._y_test = tf.constant(dataset.y_test.astype(np.int32))
+        self._batch_size = settings.BATCH_SIZE
+        self._learning_rate = settings.LEARNING_RATE
+        vector = tf.TensorSpec([self.network.size], tf.float32)
+        moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
+        order = tf.TensorSpec([None], tf.int32)
+        self.train_epoch = tf.function(self._train_epoch, [vector, moments, order])
+        self._count_correct = tf.function(self._count, [vector])
+
+    def evaluate(self, weights: tf.Tensor) -> float:
+        """Accuracy on the whole test set, a share in [0, 1]; 0.0 for weights that diverged."""
+        return int(self._count_correct(weights)) / self.test_size
+
+    def _train_epoch(
+        self, weights: tf.Tensor, moments: Moments, order: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments]:
+        """One pass of Adam over training images; compiled as ``train_epoch``.
+
+        Args:
+            weights: (P,) float32.
+            moments: Adam's, from the node's steps before.
+            order: (n,) int32 indices of training images, in the order in which they are used;
+                the last batch takes what is left.
+
+        Returns:
+            The new weights and moments.
+        """
+        for start in tf.range(0, tf.size(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            images, labels = tf.gather(self._x_train, batch), tf.gather(self._y_train, batch)
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                    labels, self.network.apply(weights, _to_input(images))
+                )
+                loss = tf.reduce_mean(losses)
+            weights, moments = adam(
+                weights, tape.gradient(loss, weights), moments, self._learning_rate
+            )
+        return weights, moments
+
+    def _count(self, weights: tf.Tensor) -> tf.Tensor:
+        correct = 0
+        for start in tf.range(0, self.test_size, _EVALUATION_BATCH):
+            stop = start + _EVALUATION_BATCH
+            logits = self.network.apply(weights, self._x_test[start:stop])
+            hits = tf.argmax(logits, 1, tf.int32) == self._y_test[start:stop]
+            # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
+            hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
+            correct += tf.reduce_sum(tf.cast(hits, tf.int32))
+        return correct
+
+
+class QNetwork:
+    """Q values of observations, and their fit to targets.
+
+    Args:
+        inputs: length of the flat observation.
+        actions: number of actions.
+        settings: for HIDDEN_UNITS, Q_LEARNING_RATE and Q_BATCH_SIZE.
+
+    Attributes:
+        network: the model as a function of its weight vector.
+    """
+
+    def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
+        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions))
+        self._batch_size = settings.Q_BATCH_SIZE
+        self._learning_rate = settings.Q_LEARNING_RATE
+        vector = tf.TensorSpec([self.network.size], tf.float32)
+        moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
+        observations = tf.TensorSpec([None, inputs], tf.float32)
+        targets = tf.TensorSpec([None, actions], tf.float32)
+        self._values = tf.function(self.network.apply, [vector, observations])
+        self.fit = tf.function(self._fit, [vector, moments, observations, targets])
+
+    def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
+        """(n, actions) float32 Q values of (n, inputs) float32 observations."""
+        return self._values(weights, observations).numpy()
+
+    def _fit(
+        self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
+        """One pass of Adam over the samples in their order; compiled as ``fit``.
+
+        Returns:
+            The new weights and moments, and the mean squared error of all samples and actions,
+            each batch's taken before its step (as Keras reports it).
+        """
+        total = 0.0
+        for start in tf.range(0, tf.shape(observations)[0], self._batch_size):
+            batch = targets[start : start + self._batch_size]
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                q_values = self.network.apply(
+                    weights, observations[start : start + self._batch_size]
+                )
+                loss = tf.reduce_mean(tf.square(q_values - batch))
+            total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
+            weights, moments = adam(
+                weights, tape.gradient(loss, weights), moments, self._learning_rate
+            )
+        return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
+
+
+def _to_input(images: tf.Tensor) -> tf.Tensor:
+    """Images as float32 in [0, 1] (public code)."""
+    return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
+
+
+@functools.cache
+def set_threads(threads: int) -> int:
+    """Lets TensorFlow use that many CPU threads, 0 for all cores, and returns the number.
+
+    One operation runs at a time: the networks are chains, and a fixed schedule keeps the order
+    of floating-point sums, so that the same seed gives the same bits.
+
+    Raises:
+        RuntimeError: TensorFlow has started with another number.
+    """
+    if threads == 0:
+        affinity = getattr(os, "sched_getaffinity", None)
+        threads = len(affinity(0)) if affinity else os.cpu_count() or 1
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    return threads

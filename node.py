@@ -1,0 +1,230 @@
+"""The DQN agent that every node holds: it looks at an observation and picks who is next.
+
+It knows actions by their number alone, so it learns on any Gymnasium environment with a flat
+observation and discrete actions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from config import Settings, stream
+from models import Moments, QNetwork
+
+
+class ReplayMemory:
+    """A ring buffer of transitions, in arrays that grow up to the capacity.
+
+    Args:
+        capacity: transitions kept; the oldest is overwritten by the next one after that.
+        observation_size: D, length of a flat observation.
+        actions_per_step: k, number of actions taken in a step.
+    """
+
+    _FIRST_SIZE = 1024
+
+    def __init__(self, capacity: int, observation_size: int, actions_per_step: int = 1) -> None:
+        self.capacity = capacity
+        self._added = 0
+        size = min(capacity, self._FIRST_SIZE)
+        self._arrays = {
+            "observations": np.zeros((size, observation_size), np.float32),
+            "actions": np.zeros((size, actions_per_step), np.int32),
+            "rewards": np.zeros(size, np.float64),
+            "next_observations": np.zeros((size, observation_size), np.float32),
+            "terminals": np.zeros(size, np.bool_),
+        }
+
+    def __len__(self) -> int:
+        return min(self._added, self.capacity)
+
+    def add(
+        self,
+        observation: np.ndarray,
+        actions: int | list[int],
+        reward: float,
+        next_observation: np.ndarray,
+        terminal: bool,
+    ) -> None:
+        """Stores one transition; ``terminal`` if no next step followed."""
+        size = len(self._arrays["rewards"])
+        if self._added == size < self.capacity:
+            more = min(size, self.capacity - size)
+            for name, array in self._arrays.items():
+                self._arrays[name] = np.concatenate([array, np.zeros_like(array[:more])])
+        values = (observation, actions, reward, next_observation, terminal)
+        for array, value in zip(self._arrays.values(), values, strict=True):
+            array[self._added % self.capacity] = value
+        self._added += 1
+
+    def draw(self, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """``count`` distinct transitions in random order, as copies.
+
+        Returns:
+            observations, next_observations (count, D) float32; actions (count, k) int32;
+            rewards (count,) float64; terminals (count,) bool.
+
+        Raises:
+            ValueError: fewer than ``count`` are stored.
+        """
+        index = rng.choice(len(self), count, replace=False)
+        return {name: array[index] for name, array in self._arrays.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that is stored, as arrays; see ``load_state``."""
+        return {"added": np.array(self._added)} | {
+            name: array[: len(self)] for name, array in self._arrays.items()
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Takes over what ``state`` returned.
+
+        Raises:
+            ValueError, KeyError: it belongs to another kind of memory.
+        """
+        added = int(state["added"])
+        arrays = {}
+        for name, array in self._arrays.items():
+            stored = state[name]
+            if stored.shape != (min(added, self.capacity), *array.shape[1:]):
+                raise ValueError(f"replay memory: {name} has shape {stored.shape}")
+            arrays[name] = np.zeros((max(len(array), len(stored)), *array.shape[1:]), array.dtype)
+            arrays[name][: len(stored)] = stored
+        self._arrays, self._added = arrays, added
+
+
+class DQNAgent:
+    """Deep Q-learning with replay memory, trained at the end of an episode (public code).
+
+    Args:
+        observation_size: D, length of a flat observation.
+        actions: number of discrete actions.
+        settings: the DQN's and the exploration's constants, and SEED.
+        actions_per_step: k; with more than one, the k actions of greatest Q value are taken.
+
+    Attributes:
+        epsilon: probability of a random action in the present episode.
+        episode: number of the present episode, from 1.
+        memory: the replay memory.
+    """
+
+    def __init__(
+        self, observation_size: int, actions: int, settings: Settings, actions_per_step: int = 1
+    ) -> None:
+        self.settings = settings
+        self.actions = actions
+        self.actions_per_step = actions_per_step
+        self.memory = ReplayMemory(settings.REPLAY_CAPACITY, observation_size, actions_per_step)
+        self.q = QNetwork(observation_size, actions, settings)
+        self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
+        self.target_weights = self.weights
+        self.moments = Moments.fresh(self.q.network.size)
+        self.epsilon = settings.EPSILON
+        self._enter_episode(1)
+
+    def _enter_episode(self, episode: int) -> None:
+        self.episode = episode
+        self._exploration = stream(self.settings.SEED, "exploration", episode)
+        self._replay = stream(self.settings.SEED, "replay", episode)
+
+    def act(self, observation: np.ndarray) -> tuple[list[int], str]:
+        """Epsilon-greedy choice: k distinct actions, and ``random`` or ``greedy``."""
+        if self._exploration.random() < self.epsilon:
+            chosen = self._exploration.permutation(self.actions)[: self.actions_per_step]
+            return chosen.tolist(), "random"
+        return self.best_actions(observation), "greedy"
+
+    def best_actions(self, observation: np.ndarray) -> list[int]:
+        """The k actions of greatest Q value, best first; of equal ones the lower number."""
+        q_values = self.q.values(self.weights, observation[None])[0]
+        return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
+
+    def train(self) -> float | None:
+        """Trains the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
+
+        Each of UPDATES_PER_EPISODE updates draws a sample, computes its targets and goes through
+        it once in batches of Q_BATCH_SIZE.
+
+        Returns:
+            The mean squared error before each gradient step, averaged; None without training.
+        """
+        settings = self.settings
+        if len(self.memory) < settings.REPLAY_SAMPLE:
+            return None
+        losses = []
+        for _ in range(settings.UPDATES_PER_EPISODE):
+            sample = self.memory.draw(settings.REPLAY_SAMPLE, self._replay)
+            self.weights, self.moments, loss = self.q.fit(
+                self.weights, self.moments, sample["observations"], self.targets(sample)
+            )
+            losses.append(float(loss))
+        if settings.TARGET_UPDATE == 0 or self.episode % settings.TARGET_UPDATE == 0:
+            self.target_weights = self.weights
+        return float(np.mean(losses))
+
+    def targets(self, sample: dict[str, np.ndarray]) -> np.ndarray:
+        """(n, actions) float32 that the Q values of a sample are fitted to (public code).
+
+        The network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
+        at an episode's end. With NORMALIZE_TARGETS the whole matrix is divided by its Frobenius
+        norm, as in the public code. The network that gives Q(s') is the trained one, or the
+        target network with TARGET_UPDATE > 0 (Mnih et al. 2015); with DOUBLE_Q the trained
+        network picks the action whose value that one gives (van Hasselt et al. 2016).
+        """
+        settings = self.settings
+        targets = self.q.values(self.weights, sample["observations"]).astype(np.float64)
+        # Without a target network, max Q(s') comes from the network as it is at this update.
+        bootstrap = self.target_weights if settings.TARGET_UPDATE else self.weights
+        future = self.q.values(bootstrap, sample["next_observations"])
+        if settings.DOUBLE_Q:
+            picked = self.q.values(self.weights, sample["next_observations"]).argmax(axis=1)
+        else:
+            picked = future.argmax(axis=1)
+        future = np.take_along_axis(future, picked[:, None], axis=1)[:, 0]
+        returns = sample["rewards"] + settings.DISCOUNT * future * ~sample["terminals"]
+        np.put_along_axis(targets, sample["actions"], returns[:, None], axis=1)
+        norm = np.linalg.norm(targets)
+        if settings.NORMALIZE_TARGETS and norm > 0:
+            targets /= norm
+        return targets.astype(np.float32)
+
+    def decay_epsilon(self) -> None:
+        """Ends the episode: epsilon is multiplied by exp(-EPSILON_DECAY) (public code)."""
+        self.epsilon *= math.exp(-self.settings.EPSILON_DECAY)
+        self._enter_episode(self.episode + 1)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that training goes on with, as arrays, for use between two episodes."""
+        return {
+            "episode": np.array(self.episode),
+            "epsilon": np.array(self.epsilon),
+            "weights": self.weights.numpy(),
+            "target_weights": self.target_weights.numpy(),
+            "first_moments": self.moments.first.numpy(),
+            "second_moments": self.moments.second.numpy(),
+            "moments_step": self.moments.step.numpy(),
+        } | {f"memory/{name}": array for name, array in self.memory.state().items()}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Takes over what ``state`` returned; changes nothing if that is not possible.
+
+        Raises:
+            ValueError, KeyError: it belongs to another kind of agent.
+        """
+        size = self.q.network.size
+        vectors = ["weights", "target_weights", "first_moments", "second_moments"]
+        for name in vectors:
+            if state[name].shape != (size,) or state[name].dtype != np.float32:
+                raise ValueError(f"agent: {name} has shape {state[name].shape}, not ({size},)")
+        episode, epsilon = int(state["episode"]), float(state["epsilon"])
+        weights, target, first, second = (tf.constant(state[name]) for name in vectors)
+        moments = Moments(first, second, tf.constant(state["moments_step"], tf.float32))
+        self.memory.load_state(
+            {k.removeprefix("memory/"): v for k, v in state.items() if k.startswith("memory/")}
+        )
+        self.weights, self.target_weights, self.moments = weights, target, moments
+        self.epsilon = epsilon
+        self._enter_episode(episode)

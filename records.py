@@ -1,0 +1,481 @@
+"""The record of one run: its folder with settings, CSVs, checkpoint and weights.
+
+A run may stop at any moment, by a signal, a full disk or a power cut. What makes that safe:
+rows are flushed as soon as they are known; a file that replaces another is written beside it,
+synced and renamed; a checkpoint after each episode states how long the CSVs were by then, and a
+continued run cuts them back to that. So at most the episode in progress is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import zipfile
+import zlib
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import filelock
+import numpy as np
+
+from config import PROJECT, Settings, UserError
+from data import Dataset, warn
+
+ROUND_COLUMNS = (
+    "dataset",
+    "episode",
+    "round",
+    "node",
+    "chosen_by",
+    "distance",
+    "accuracy",
+    "reward",
+)
+EPISODE_COLUMNS = (
+    "dataset",
+    "episode",
+    "rounds",
+    "goal_reached",
+    "final_accuracy",
+    "episode_reward",
+    "communication_cost",
+    "epsilon",
+    "q_loss",
+    "diverged",
+    "goal_accuracy",
+    "max_rounds",
+    "seconds",
+)
+SHARD_COLUMNS = ("dataset", "node", "class", "images")
+
+_PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
+
+
+class RunError(UserError):
+    """A folder of results that this run can't use, with what to do about it."""
+
+
+class CsvTable:
+    """A CSV file with fixed columns, one flushed row at a time.
+
+    Floats are written so that reading gives the same bits; None is an empty field, a truth value
+    0 or 1, a list its members joined by "+".
+
+    Args:
+        path: continued if it exists.
+        columns: the header.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.path = path
+        self.columns = columns
+        new = not path.exists() or path.stat().st_size == 0
+        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if new:
+            self._writer.writerow(columns)
+            self._file.flush()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes one row and flushes it.
+
+        Raises:
+            ValueError: the row's names are not the columns.
+        """
+        if set(row) != set(self.columns):
+            raise ValueError(f"{self.path.name}: {sorted(set(row) ^ set(self.columns))}")
+        self._writer.writerow([_text(row[column]) for column in self.columns])
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return str(int(value))
+    if isinstance(value, (float, np.floating)):
+        return repr(float(value))
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes ``path``'s place once it is whole and on the disk, and not before."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut, where the system can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays as an uncompressed ``.npz`` file, whole or not at all."""
+    with replacing(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all of an ``.npz`` file, never unpickling; each array's checksum is verified.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise RunError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+
+
+class Run:
+    """The folder ``results/<name>/`` of one run; a context manager that holds its lock.
+
+    Args:
+        settings: the run's, stored in ``config.json`` but for what names a place on this machine.
+        dataset: its name, source, verdict and SHA-256 are stored.
+        threads: how many CPU threads the run computes with.
+
+    Attributes:
+        folder: where everything is.
+        episodes_finished: by this run and those that it continues.
+        continued: whether this run continues an earlier one.
+
+    Raises:
+        RunError: the folder holds another run, a damaged one, or one that is running.
+        OSError: the folder can't be written.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
+        self.settings = settings
+        self.dataset = dataset
+        self.name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
+        self.folder = settings.results_dir / self.name
+        self.episodes_finished = 0
+        self.continued = False
+        self._threads = threads
+        self._config_path = self.folder / "config.json"
+        self._checkpoint_path = self.folder / "checkpoint.npz"
+        self._tables: dict[str, CsvTable] = {}
+        self._state: dict[str, np.ndarray] | None = None
+        self._config: dict[str, Any] = {}
+
+    def __enter__(self) -> Run:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise RunError(
+                f"{self.folder}: another run is writing there; wait for it, or choose "
+                "another --name"
+            ) from None
+        try:
+            self._open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self.state == "running":
+            # On a full disk this fails as well: the state then stays "running", without a lock.
+            with contextlib.suppress(OSError):
+                self._set_state("interrupted")
+        self._close()
+
+    @property
+    def state(self) -> str:
+        """running, interrupted or finished."""
+        return self._config["state"]
+
+    def _close(self) -> None:
+        for table in self._tables.values():
+            # A last flush fails on a full disk; the error that stopped the run is the one to show.
+            with contextlib.suppress(OSError):
+                table.close()
+        self._lock.release()
+
+    def _open(self) -> None:
+        if self._config_path.exists():
+            self._compare(self._read_config())
+            self.continued = True
+        else:
+            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
+            if others:
+                raise RunError(
+                    f"{self.folder}: holds {sorted(others)[0]} but no config.json, so it is not a "
+                    "run's folder; choose another --name"
+                )
+        if self.continued and self.state == "finished":
+            self.episodes_finished = self.settings.EPISODES
+            return
+        sizes = self._read_checkpoint() if self._checkpoint_path.exists() else {}
+        self._start_session()
+        for name, columns in (("rounds", ROUND_COLUMNS), ("episodes", EPISODE_COLUMNS)):
+            path = self.folder / f"{name}.csv"
+            if path.exists():
+                os.truncate(path, sizes.get(name, 0))
+            self._tables[name] = CsvTable(path, columns)
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            config = json.loads(self._config_path.read_text(encoding="utf-8"))
+            config["settings"], config["dataset"]["sha256"], config["state"], config["sessions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self._config_path}: damaged ({error}); move the folder away, or choose another "
+                "--name"
+            ) from error
+        return config
+
+    def _compare(self, config: dict[str, Any]) -> None:
+        stored, present = config["settings"], self.settings.stored()
+        differing = [
+            f"{name} = {stored.get(name)!r} there, {present.get(name)!r} now"
+            for name in dict.fromkeys([*present, *stored])
+            if stored.get(name) != present.get(name) and name != "NAME"
+        ]
+        if config["dataset"]["sha256"] != self.dataset.sha256:
+            differing.append(f"the data ({config['dataset']['name']} there)")
+        if differing:
+            raise RunError(
+                f"{self.folder}: holds a run with other settings ({'; '.join(differing)}); choose "
+                "another --name, or move that folder away"
+            )
+        self._config = config
+
+    def _read_checkpoint(self) -> dict[str, int]:
+        """Loads the checkpoint and checks the CSVs against it; returns the CSVs' sizes."""
+        advice = "move the folder away, or choose another --name, to start anew"
+        try:
+            arrays = read_arrays(self._checkpoint_path)
+            tables = json.loads(str(arrays.pop("tables")))
+            self.episodes_finished = int(arrays["agent/episode"]) - 1
+            for name, (size, digest) in tables.items():
+                content = (self.folder / f"{name}.csv").read_bytes()[:size]
+                if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
+                    raise RunError(f"{self.folder / name}.csv: damaged since the last checkpoint")
+        except RunError as error:
+            raise RunError(f"{error}; {advice}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._checkpoint_path}: damaged ({error}); {advice}") from error
+        except FileNotFoundError as error:
+            raise RunError(f"{error.filename}: missing; {advice}") from error
+        prefix = "agent/"
+        self._state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        return {name: size for name, (size, _) in tables.items()}
+
+    def _start_session(self) -> None:
+        session = {
+            "started": _now(),
+            "ended": None,
+            "first_episode": self.episodes_finished + 1,
+            "git_revision": _git_revision(),
+            "versions": _versions(),
+            "machine": {
+                "system": f"{platform.system()} {platform.machine()}",
+                "cpu": _cpu_name(),
+                "cpus": os.cpu_count(),
+                "threads": self._threads,
+            },
+        }
+        if self.continued:
+            before = self._config["sessions"][-1] if self._config["sessions"] else session
+            for key in ("versions", "git_revision", "machine"):
+                if before[key] != session[key]:
+                    warn(f"continuing {self.name} with other {key}: bit-equality is not promised")
+        else:
+            self._config = {
+                "name": self.name,
+                "state": "running",
+                "started": session["started"],
+                "ended": None,
+                "seed": self.settings.SEED,
+                "dataset": {
+                    "name": self.dataset.name,
+                    "source": self.dataset.source,
+                    "verdict": self.dataset.verdict,
+                    "training_images": len(self.dataset.y_train),
+                    "test_images": len(self.dataset.y_test),
+                    "sha256": self.dataset.sha256,
+                },
+                "settings": self.settings.stored(),
+                "sessions": [],
+            }
+        self._config["sessions"].append(session)
+        self._set_state("running")
+
+    def _set_state(self, state: str) -> None:
+        self._config["state"] = state
+        if state != "running":
+            self._config["ended"] = self._config["sessions"][-1]["ended"] = _now()
+        text = json.dumps(self._config, indent=2) + "\n"
+        with replacing(self._config_path) as file:
+            file.write(text.encode())
+
+    def agent_state(self) -> dict[str, np.ndarray] | None:
+        """The agent's state at the last checkpoint, or None at the start."""
+        return self._state
+
+    def damaged_agent_state(self, error: Exception) -> RunError:
+        """The error to raise when the agent refuses what ``agent_state`` gave."""
+        return RunError(
+            f"{self._checkpoint_path}: damaged ({error}); move the folder away, or choose another "
+            "--name, to start anew"
+        )
+
+    def record_shards(self, shards: list[np.ndarray]) -> None:
+        """Writes ``shards.csv``: how many images of each class each node holds."""
+        labels = self.dataset.y_train
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(SHARD_COLUMNS)
+        for node, shard in enumerate(shards):
+            for digit, count in enumerate(
+                np.bincount(labels[shard], minlength=self.dataset.classes)
+            ):
+                writer.writerow([self.dataset.name, node, digit, count])
+        with replacing(self.folder / "shards.csv") as file:
+            file.write(buffer.getvalue().encode())
+
+    def record_round(self, episode: int, info: dict[str, Any], chosen_by: str) -> None:
+        """Writes a row of ``rounds.csv`` from the environment's info."""
+        self._tables["rounds"].add(
+            {
+                "dataset": self.dataset.name,
+                "episode": episode,
+                "round": info["round"],
+                "node": info["node"],
+                "chosen_by": chosen_by,
+                "distance": info["distance"],
+                "accuracy": info["accuracy"],
+                "reward": info["reward"],
+            }
+        )
+
+    def record_episode(
+        self,
+        episode: int,
+        info: dict[str, Any],
+        *,
+        episode_reward: float,
+        epsilon: float,
+        q_loss: float | None,
+        seconds: float,
+    ) -> None:
+        """Writes a row of ``episodes.csv`` from the info of the episode's last round."""
+        self._tables["episodes"].add(
+            {
+                "dataset": self.dataset.name,
+                "episode": episode,
+                "rounds": info["round"],
+                "goal_reached": info["goal_reached"],
+                "final_accuracy": info["accuracy"],
+                "episode_reward": episode_reward,
+                "communication_cost": info["communication_cost"],
+                "epsilon": epsilon,
+                "q_loss": q_loss,
+                "diverged": info["diverged"] or (q_loss is not None and not math.isfinite(q_loss)),
+                "goal_accuracy": self.settings.GOAL_ACCURACY,
+                "max_rounds": self.settings.MAX_ROUNDS,
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    def checkpoint(self, agent_state: dict[str, np.ndarray]) -> None:
+        """Makes the episode that has just been recorded part of what a later run continues."""
+        tables = {}
+        for name, table in self._tables.items():
+            table.sync()
+            content = table.path.read_bytes()
+            tables[name] = (len(content), hashlib.sha256(content).hexdigest())
+        arrays = {f"agent/{name}": array for name, array in agent_state.items()}
+        write_arrays(self._checkpoint_path, arrays | {"tables": np.array(json.dumps(tables))})
+        self.episodes_finished += 1
+
+    def finish(self, weights: dict[str, np.ndarray]) -> None:
+        """Writes the agent's weights as ``agent.npz`` and declares the run finished."""
+        write_arrays(self.folder / "agent.npz", weights)
+        self._set_state("finished")
+        # The replay memory in it is large and of no use any more.
+        self._checkpoint_path.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _git_revision() -> str | None:
+    """The project's commit, with "+changes" if its files differ; None outside a clone."""
+
+    def git(*arguments: str) -> str:
+        # Under sudo the clone is another user's; git needs to be told that this is meant.
+        command = ["git", "-c", f"safe.directory={PROJECT}", "-C", str(PROJECT), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return result.stdout.strip()
+
+    try:
+        # A copy without .git inside somebody's repository must not get that one's revision.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != PROJECT:
+            return None
+        revision = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if changed else "")
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
