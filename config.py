@@ -76,10 +76,8 @@ OBSERVATION = "broadcast"
 PCA_COMPONENTS = 0
 
 # --- DQN -------------------------------------------------------------------------------------
-HIDDEN_UNITS = (
-    500,
-    200,
-)  # units of the Q-network's hidden layers; a tuple of integers >= 1 (public code)
+# units of the Q-network's hidden layers; a tuple of integers >= 1 (public code)
+HIDDEN_UNITS = (500, 200)
 # Adam's, in the Q-network's training; a number > 0 (public code)
 Q_LEARNING_RATE = 0.001
 # gamma, weight of the next state's value; a number in [0, 1] (public code)
@@ -375,7 +373,7 @@ class _Parser(argparse.ArgumentParser):
 def _meanings() -> dict[str, str]:
     """The comment above each constant of this file, which is its documentation."""
     text = Path(__file__).read_text(encoding="utf-8")
-    matches = re.finditer(r"^# (.+)\n([A-Z][A-Z0-9_]*) = ", text, re.MULTILINE)
+    matches = re.finditer(r"^# (?!---)(.+)\n([A-Z][A-Z0-9_]*) = ", text, re.MULTILINE)
     return {match[2]: match[1] for match in matches if match[2] in RULES}
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from config import UserError
 
-# Episodes in a moving average, and in "early" and "late": what the public code was measured in.
+# Episodes in a moving average, in a row of the summary, and in "early" and "late".
 WINDOW = 20
 
 # Reductions against a random policy that the paper reports.
@@ -72,22 +72,24 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def summary(folder: Path) -> str:
-    """A few lines on how a run went: first and last episodes, failures, where the results are."""
+    """How a run went, as a Markdown table of means over each 20 episodes, and where it is."""
     episodes = read_run(folder)["episodes"]
-    window = min(WINDOW, len(episodes))
-    lines = []
-    for title, part in (("first", episodes[:window]), ("last", episodes[-window:])):
+    lines = [
+        "| episodes | rounds | communication cost | goal reached | episode reward |",
+        "|---|---|---|---|---|",
+    ]
+    for start in range(0, len(episodes), WINDOW):
+        part = episodes[start : start + WINDOW]
         lines.append(
-            f"{title} {window} episodes: {part['rounds'].mean():.1f} rounds, "
-            f"cost {part['communication_cost'].mean():.3f}, "
-            f"goal reached in {part['goal_reached'].mean():.0%}, "
-            f"episode reward {part['episode_reward'].mean():.2f}"
+            f"| {part['episode'].iloc[0]} to {part['episode'].iloc[-1]} "
+            f"| {part['rounds'].mean():.1f} | {part['communication_cost'].mean():.2f} "
+            f"| {part['goal_reached'].mean():.0%} | {part['episode_reward'].mean():.1f} |"
         )
     missed = int((episodes["goal_reached"] == 0).sum())
     lines.append(
-        f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]}: {missed} missed the goal "
-        f"(counted with {episodes['max_rounds'].iloc[0]} rounds), "
-        f"{int(episodes['diverged'].sum())} diverged"
+        f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]} in "
+        f"{episodes['seconds'].sum() / 60:.1f} min: {missed} missed the goal (counted with "
+        f"{episodes['max_rounds'].iloc[0]} rounds), {int(episodes['diverged'].sum())} diverged"
     )
     lines.append(f"results and figures: {folder}")
     return "\n".join(lines)

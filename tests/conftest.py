@@ -1,0 +1,112 @@
+"""What the tests share: a small dataset, small settings, and ways to run the commands."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import config
+import data
+import models
+
+# Before anything computes, as main.py does it: the number can't be changed later.
+models.set_threads(0)
+
+# The MNIST that a user names; no other test may depend on it.
+MNIST = os.environ.pop(data.DATA_VARIABLE, "")
+
+# Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
+SMALL = {
+    "DATASET": "digits",
+    "NUM_NODES": 4,
+    "SAMPLES_PER_NODE": 64,
+    "MAX_ROUNDS": 5,
+    "REPLAY_SAMPLE": 8,
+    "EPISODES": 4,
+}
+
+
+def small_settings(**overrides):
+    return config.make_settings(**{**SMALL, **overrides})
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load_digits(small_settings())
+
+
+@pytest.fixture(scope="session")
+def few(digits):
+    """A dataset of the first 2,000 training digits."""
+    return dataclasses.replace(
+        digits, x_train=digits.x_train[:2000], y_train=digits.y_train[:2000], sha256={}
+    )
+
+
+@pytest.fixture(scope="session")
+def mnist_path():
+    if not MNIST:
+        pytest.skip(f"{data.DATA_VARIABLE} names no MNIST file")
+    return Path(MNIST)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No file of any dataset on this machine, and a download that fails at once."""
+
+    def refuse(published):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "_download", refuse)
+    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+
+
+def as_flags(settings):
+    """The --set flags that give ``settings``."""
+    defaults = config.make_settings()
+    flags = []
+    for name in config.RULES:
+        if getattr(settings, name) != getattr(defaults, name):
+            flags += ["--set", f"{name}={getattr(settings, name)}"]
+    return flags
+
+
+def command(*arguments, script="main.py"):
+    return [sys.executable, str(PROJECT / script), *map(str, arguments)]
+
+
+def run(*arguments, script="main.py", cwd=None, **options):
+    """Runs a script as a user does and returns the finished process."""
+    return subprocess.run(
+        command(*arguments, script=script),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def without_times(folder):
+    """A run's CSVs as lines, without the column that holds seconds."""
+    episodes = (folder / "episodes.csv").read_text().splitlines()
+    assert episodes[0].endswith(",seconds")
+    return {
+        "episodes": [line.rpartition(",")[0] for line in episodes],
+        "rounds": (folder / "rounds.csv").read_text().splitlines(),
+        "shards": (folder / "shards.csv").read_text().splitlines(),
+    }
+
+
+def write_mnist_like(path, arrays):
+    np.savez(path, **arrays)
+    return path

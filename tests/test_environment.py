@@ -1,0 +1,356 @@
+import dataclasses
+import warnings
+
+import gymnasium
+import keras
+import numpy as np
+import pytest
+from conftest import small_settings
+from gymnasium.utils.env_checker import check_env
+from sklearn.decomposition import PCA
+
+import environment
+from config import make_settings, stream
+from environment import DecentralizedLearning, distance_matrix, pca_scores, reward
+
+# --- Distances and reward --------------------------------------------------------------------
+
+
+def test_distances_of_the_public_code():
+    distances = distance_matrix(make_settings())
+    # numpy.random.seed(0): the first numbers are 0.5488135, 0.71518937; the 11th is 0.79172504.
+    assert distances[0, 1] == pytest.approx((0.71518937 + 0.79172504) / 20, abs=1e-9)
+    assert (distances == distances.T).all()
+    assert not distances.diagonal().any()
+    np.random.seed(0)
+    b = np.random.random_sample((10, 10)) / 10
+    expected = (b + b.T) / 2
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(distances, expected, rtol=1e-14)
+
+
+def test_distances_follow_their_own_seed_and_scale():
+    one = distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30))
+    assert one.shape == (30, 30)
+    assert (one != distance_matrix(make_settings(DISTANCE_SEED=2, NUM_NODES=30))).any()
+    doubled = distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30, DISTANCE_SCALE=0.2))
+    np.testing.assert_allclose(doubled, 2 * one, rtol=1e-12)
+    assert (one == distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30, SEED=9))).all()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "distance", "expected"),
+    [
+        (0.8, 0.0, 0.0),  # at the goal: 32^0 - 1
+        (1.0, 0.05, 0.95),  # 32^0.2 = 2
+        (0.6, 0.05, -0.55),  # 32^-0.2 = 1/2
+        (0.4, 0.0, -0.75),
+        (0.0, 0.1, -1.0375),  # 32^-0.8 = 1/16
+    ],
+)
+def test_reward_by_hand(accuracy, distance, expected):
+    assert reward(accuracy, distance, make_settings()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_reward_with_other_constants():
+    settings = make_settings(REWARD_BASE=100, STEP_PENALTY=0.5, GOAL_ACCURACY=0.5)
+    assert reward(1.0, 0.25, settings) == pytest.approx(10 - 0.25 - 0.5)
+
+
+# --- PCA -------------------------------------------------------------------------------------
+
+
+def check_against_scikit_learn(models, owners, components, dtype=np.float64):
+    """In float64 by default: scikit-learn computes in its input's precision, as ours never does."""
+    states = models[owners].astype(dtype)
+    pca = PCA(n_components=components, svd_solver="full")
+    expected = pca.fit_transform(states)
+    scores = pca_scores(models, np.array(owners), components)
+    assert scores.shape == (len(owners), components)
+    assert scores.dtype == np.float32
+    real = pca.explained_variance_ > 1e-9 * max(pca.explained_variance_.max(), 1e-30)
+    np.testing.assert_allclose(scores[:, real], expected[:, real], atol=1e-4)
+    assert not scores[:, ~real].any()
+    return int(real.sum())
+
+
+def random_models(count, seed=0, size=33_580):
+    return np.random.default_rng(seed).normal(0, 0.05, (count, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pca_of_distinct_models(seed):
+    assert check_against_scikit_learn(random_models(10, seed), range(10), 10) == 9
+
+
+def test_pca_of_trained_models(few):
+    """What the environment hands over; scikit-learn in float32, as in the public code."""
+    env = DecentralizedLearning(small_settings(OBSERVATION="local", MAX_ROUNDS=9), few)
+    env.reset(seed=2)
+    for node in (1, 1, 2, 0, 3):
+        observation = env.step(node)[0]
+    models = np.stack([env._own[node].numpy() for node in range(4)])
+    assert check_against_scikit_learn(models, range(4), 4, np.float32) == 3
+    assert (pca_scores(models, np.arange(4), 4).ravel() == observation).all()
+
+
+@pytest.mark.parametrize("components", [1, 3, 10])
+def test_pca_keeps_the_first_components(components):
+    models = random_models(10) * np.linspace(1, 3, 10, dtype=np.float32)[:, None]
+    real = check_against_scikit_learn(models, range(10), components)
+    assert real == min(components, 9)
+
+
+def test_pca_of_repeated_models():
+    # 4 distinct models on 10 nodes: rank 3.
+    owners = [3, 0, 1, 1, 3, 3, 2, 3, 0, 3]
+    assert check_against_scikit_learn(random_models(4), owners, 10) == 3
+
+
+def test_pca_of_one_model_that_differs():
+    """The public code's observation: rank 1, worked out by hand."""
+    base = random_models(1)[0]
+    moved = base.copy()
+    moved[5] += 0.3
+    moved[7] -= 0.4  # the greatest loading: its sign is made positive
+    models = np.stack([moved, base])
+    owners = np.array([1, 1, 0, 1, 1])
+    scores = pca_scores(models, owners, 5)
+    # The step has length 0.5 and the mean a fifth of it; the axis points the other way.
+    expected = np.where(owners == 0, -0.4, 0.1)
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-5)
+    assert not scores[:, 1:].any()
+    assert check_against_scikit_learn(models, owners, 5) == 1
+
+
+def test_pca_without_any_variance_or_with_diverged_weights_is_0():
+    assert not pca_scores(random_models(1), np.zeros(4, int), 4).any()
+    diverged = random_models(2)
+    diverged[0, 3] = np.inf
+    assert not pca_scores(diverged, np.array([0, 1, 1]), 3).any()
+
+
+# --- The Gymnasium interface -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_round", [1, 2])
+def test_check_env_without_warnings(few, per_round):
+    settings = small_settings(NODES_PER_ROUND=per_round)
+    made = gymnasium.make("HomogeneousLearning-v0", settings=settings, dataset=few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(made.unwrapped, skip_render_check=True)
+
+
+def test_spaces_and_info(few):
+    env = DecentralizedLearning(small_settings(PCA_COMPONENTS=3), few)
+    assert env.action_space == gymnasium.spaces.Discrete(4)
+    observation, info = env.reset(seed=1)
+    assert observation.shape == env.observation_space.shape == (12,)
+    assert (info["round"], info["node"], info["distance"]) == (1, 0, 0.0)
+    first = info["communication_cost"]
+    cost = 0.0
+    for action, before in ((2, 0), (2, 2), (1, 2)):
+        _, value, _, _, info = env.step(action)
+        distance = env.distances[before, action]
+        cost += distance
+        assert info["node"] == action
+        assert info["distance"] == distance
+        assert info["communication_cost"] == pytest.approx(first + cost, abs=1e-15)
+        assert value == info["reward"] == reward(info["accuracy"], distance, env.settings)
+        # Whole images of a whole test set.
+        assert info["accuracy"] * 359 == pytest.approx(round(info["accuracy"] * 359), abs=1e-9)
+
+
+def test_an_episode_ends_at_the_limit(few):
+    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=1.0, MAX_ROUNDS=3), few)
+    env.reset(seed=0)
+    assert env.step(1)[2:4] == (False, False)
+    assert env.step(1)[2:4] == (False, True)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(1)
+
+
+def test_an_episode_ends_at_the_goal(few):
+    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=3), few)
+    accuracies = iter([0.59, 0.6])
+    env.foundation.evaluate = lambda weights: next(accuracies)
+    assert env.reset(seed=0)[1]["goal_reached"] is False
+    _, _, terminated, truncated, info = env.step(0)
+    assert (terminated, truncated, info["goal_reached"]) == (True, False, True)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(0)
+
+
+def test_reaching_the_goal_in_the_last_round_is_no_truncation(few):
+    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=2), few)
+    accuracies = iter([0.1, 0.9])
+    env.foundation.evaluate = lambda weights: next(accuracies)
+    env.reset(seed=0)
+    assert env.step(0)[2:4] == (True, False)
+
+
+def test_the_starter_may_reach_an_easy_goal(few):
+    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.0), few)
+    assert env.reset(seed=0)[1]["goal_reached"] is True
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(0)
+
+
+@pytest.mark.parametrize("action", [4, -1, [1, 2], []])
+def test_bad_actions(few, action):
+    env = DecentralizedLearning(small_settings(), few)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action: got"):
+        env.step(action)
+
+
+def test_several_nodes_must_be_distinct(few):
+    env = DecentralizedLearning(small_settings(NODES_PER_ROUND=2), few)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="takes 2 distinct"):
+        env.step([1, 1])
+    for _ in range(50):
+        assert env.action_space.contains(env.action_space.sample())
+    assert not env.action_space.contains(np.array([3, 3]))
+
+
+def test_seed_decides_model_and_order_whatever_the_actions(few):
+    env = DecentralizedLearning(small_settings(), few)
+    one, first = env.reset(seed=5)
+    env.step(3)
+    two, second = env.reset(seed=5)
+    assert (one == two).all()
+    assert first == second
+    other, _ = env.reset(seed=6)
+    assert (one != other).any()
+    # Without a seed, the generator goes on: a new model, the same in each such sequence.
+    env.reset(seed=5)
+    third, _ = env.reset()
+    env.reset(seed=5)
+    fourth, _ = env.reset()
+    assert (third == fourth).all()
+    assert (third != one).any()
+
+
+def test_two_environments_in_one_process(few):
+    """Neither sees the other's settings or episodes."""
+
+    def walk(env, others=()):
+        accuracies = [env.reset(seed=1)[1]["accuracy"]]
+        for node in (2, 2, 1):
+            for other in others:
+                other.step(0)
+            accuracies.append(env.step(node)[4]["accuracy"])
+        return accuracies
+
+    small = DecentralizedLearning(small_settings(LEARNING_RATE=1e-3), few)
+    alone = walk(small)
+    large = DecentralizedLearning(
+        small_settings(LEARNING_RATE=1e-2, NUM_NODES=5, MAX_ROUNDS=9, BATCH_SIZE=16), few
+    )
+    large.reset(seed=3)
+    assert walk(small, [large]) == alone
+
+
+# --- Against plain Keras ---------------------------------------------------------------------
+
+
+class SlowNodes:
+    """The public code's way: one Keras model with its own optimizer on each node."""
+
+    def __init__(self, env, seed):
+        rng = gymnasium.utils.seeding.np_random(seed)[0]
+        episode = int(rng.integers(2**63))
+        network = env.foundation.network
+        initial = network.split(network.initial_weights(stream(episode, "initialisation")))
+        self.initial = [part.numpy() for part in initial]
+        self.shared = self.initial
+        self.shuffling = stream(episode, "shuffling")
+        self.env = env
+        self.own = {}
+        self.models = []
+        for _ in range(env.settings.NUM_NODES):
+            model = keras.Sequential(
+                [keras.models.clone_model(network.model), keras.layers.Softmax()]
+            )
+            model.compile(keras.optimizers.Adam(1e-3), "categorical_crossentropy")
+            self.models.append(model)
+
+    def round(self, nodes):
+        trained, data = [], self.env.dataset
+        before = np.concatenate([w.ravel() for w in self.shared])
+        states = np.tile(before, (self.env.settings.NUM_NODES, 1))
+        for node in nodes:
+            model, shard = self.models[node], self.env.shards[node]
+            model.set_weights(self.shared)
+            for _ in range(self.env.settings.LOCAL_EPOCHS):
+                order = shard[self.shuffling.permutation(len(shard))]
+                x = data.x_train[order, ..., None].astype("f4") / 255
+                y = keras.utils.to_categorical(data.y_train[order], 10)
+                model.fit(x, y, batch_size=32, epochs=1, shuffle=False, verbose=0)
+            trained.append(model.get_weights())
+            states[node] = np.concatenate([w.ravel() for w in trained[-1]])
+            self.own[node] = states[node]
+        self.shared = [np.mean(parts, axis=0) for parts in zip(*trained, strict=True)]
+        if self.env.settings.OBSERVATION == "local":
+            initial = np.concatenate([w.ravel() for w in self.initial])
+            states = np.stack([self.own.get(n, initial) for n in range(len(states))])
+        pca = PCA(n_components=len(states), svd_solver="full")
+        scores = pca.fit_transform(states)
+        return scores * (pca.explained_variance_ > 1e-9 * pca.explained_variance_[0])
+
+
+@pytest.mark.parametrize("observation", ["broadcast", "local"])
+@pytest.mark.parametrize(
+    ("per_round", "walk"),
+    [(1, [[0], [2], [0], [3]]), (2, [[1, 2], [2, 0]])],
+    ids=["one node", "two nodes"],
+)
+def test_rounds_against_plain_keras(few, observation, per_round, walk):
+    """Weights and observations, for walks that stay, move and come back: Adam's moments too."""
+    settings = small_settings(
+        OBSERVATION=observation, NODES_PER_ROUND=per_round, LOCAL_EPOCHS=2, MAX_ROUNDS=9
+    )
+    env = DecentralizedLearning(settings, few)
+    observed, _ = env.reset(seed=7)
+    slow = SlowNodes(env, seed=7)
+    expected = slow.round([settings.STARTER_NODE])
+    for nodes in [None, *walk]:
+        if nodes is not None:
+            observed = env.step(nodes if per_round > 1 else nodes[0])[0]
+            expected = slow.round(nodes)
+        weights = np.concatenate([w.ravel() for w in slow.shared])
+        np.testing.assert_allclose(env._model.numpy(), weights, atol=2e-5)
+        np.testing.assert_allclose(observed.reshape(4, 4), expected, atol=1e-3)
+
+
+def test_moments_are_fresh_in_a_new_episode(few):
+    env = DecentralizedLearning(small_settings(), few)
+    env.reset(seed=1)
+    env.step(1)
+    assert sorted(env._moments) == [0, 1]
+    env.reset(seed=1)
+    # 64 images in batches of 32: two steps of the starter, no other node's.
+    assert {node: float(m.step) for node, m in env._moments.items()} == {0: 2.0}
+    env.step(0)
+    assert float(env._moments[0].step) == 4.0
+
+
+def test_a_diverged_model_is_told(few):
+    settings = small_settings(LEARNING_RATE=1e30, OBSERVATION="local")
+    env = DecentralizedLearning(settings, few)
+    observation, info = env.reset(seed=0)
+    for node in (1, 2):
+        observation, _, _, _, info = env.step(node)
+    assert info["diverged"] is True
+    assert info["accuracy"] == 0.0
+    assert not observation.any()
+
+
+def test_settings_are_the_default_of_make():
+    settings = small_settings()
+    env = gymnasium.make("HomogeneousLearning-v0", settings=settings)
+    assert env.unwrapped.settings is settings
+    assert env.unwrapped.dataset.name == "digits"
+    assert dataclasses.asdict(environment.make_settings()) == dataclasses.asdict(make_settings())

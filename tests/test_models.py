@@ -1,0 +1,156 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import small_settings
+
+import models
+from config import stream
+from models import FlatNetwork, FoundationModel, Moments, QNetwork
+
+
+def keras_twin(flat, weights, softmax, optimizer=None, loss=None):
+    """A plain Keras model with the same layers and weights."""
+    twin = keras.models.clone_model(flat.model)
+    twin.set_weights([part.numpy() for part in flat.split(weights)])
+    if softmax:
+        twin = keras.Sequential([twin, keras.layers.Softmax()])
+    if optimizer:
+        twin.compile(optimizer=optimizer, loss=loss)
+    return twin
+
+
+def flat_weights(twin):
+    return np.concatenate([w.ravel() for w in twin.get_weights()])
+
+
+@pytest.fixture(scope="module")
+def foundation(few):
+    return FoundationModel(few, small_settings())
+
+
+def test_number_of_weights(foundation):
+    # 5*5*1*20 + 20, 5*5*20*50 + 50, 4*4*50*10 + 10
+    assert foundation.network.size == 520 + 25_050 + 8_010 == 33_580
+
+
+def test_q_network_layers():
+    q = QNetwork(100, 10, small_settings(HIDDEN_UNITS=(500, 200)))
+    assert q.network.size == 100 * 500 + 500 + 500 * 200 + 200 + 200 * 10 + 10
+
+
+def test_initial_weights_are_keras_default(foundation):
+    weights = foundation.network.initial_weights(stream(0, "initialisation"))
+    shapes = [(5, 5, 1, 20), (20,), (5, 5, 20, 50), (50,), (800, 10), (10,)]
+    fans = [25 + 25 * 20, None, 25 * 20 + 25 * 50, None, 810, None]
+    for part, shape, fan in zip(foundation.network.split(weights), shapes, fans, strict=True):
+        assert part.shape == shape
+        if fan is None:
+            assert not part.numpy().any()
+        else:
+            # Glorot uniform: within +-sqrt(6 / (fan in + fan out)), and it fills that range.
+            limit = np.sqrt(6 / fan)
+            assert np.abs(part).max() <= limit
+            assert np.abs(part).max() > 0.98 * limit
+            assert abs(np.std(part) - limit / np.sqrt(3)) < 0.06 * limit
+    again = foundation.network.initial_weights(stream(0, "initialisation"))
+    other = foundation.network.initial_weights(stream(1, "initialisation"))
+    assert (weights.numpy() == again.numpy()).all()
+    assert (weights.numpy() != other.numpy()).any()
+
+
+def test_adam_by_hand():
+    """Two steps with gradients 2 and -1, rate 0.1, worked out with Kingma and Ba's formulas."""
+    weights, moments = models.adam(tf.constant([1.0]), tf.constant([2.0]), Moments.fresh(1), 0.1)
+    # Step 1: m = 0.2, v = 0.004; the corrected ratio is 2 / 2, so the weight moves by 0.1.
+    assert weights.numpy() == pytest.approx(0.9, abs=1e-6)
+    weights, moments = models.adam(weights, tf.constant([-1.0]), moments, 0.1)
+    # Step 2: m = 0.9 * 0.2 - 0.1 = 0.08, v = 0.999 * 0.004 + 0.001 = 0.004996;
+    # corrected 0.08 / 0.19 = 0.421053 and 0.004996 / 0.001999 = 2.499250, root 1.580902.
+    assert moments.first.numpy() == pytest.approx(0.08, abs=1e-6)
+    assert moments.second.numpy() == pytest.approx(0.004996, abs=1e-7)
+    assert weights.numpy() == pytest.approx(0.9 - 0.1 * 0.421053 / 1.580902, abs=1e-5)
+
+
+def test_local_training_is_keras_fit(foundation, few):
+    """Two epochs in a given order, the last batch smaller, Adam's moments kept in between."""
+    weights = foundation.network.initial_weights(stream(3, "initialisation"))
+    twin = keras_twin(
+        foundation.network, weights, True, keras.optimizers.Adam(1e-3), "categorical_crossentropy"
+    )
+    moments = Moments.fresh(foundation.network.size)
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        order = rng.permutation(83).astype(np.int32)
+        weights, moments = foundation.train_epoch(weights, moments, order)
+        x = few.x_train[order, ..., None].astype(np.float32) / 255
+        y = keras.utils.to_categorical(few.y_train[order], 10)
+        twin.fit(x, y, epochs=1, batch_size=32, shuffle=False, verbose=0)
+    assert moments.step.numpy() == 6  # 32 + 32 + 19 images, twice
+    # Six steps of at most 1e-3 each: an agreement to 2e-6 leaves room for rounding alone.
+    np.testing.assert_allclose(weights.numpy(), flat_weights(twin), atol=2e-6)
+
+
+def test_evaluation_is_keras_predict(foundation, few):
+    weights = foundation.network.initial_weights(stream(0, "initialisation"))
+    order = np.arange(2000, dtype=np.int32)
+    weights, _ = foundation.train_epoch(weights, Moments.fresh(foundation.network.size), order)
+    twin = keras_twin(foundation.network, weights, False)
+    logits = twin.predict(few.x_test[..., None].astype(np.float32) / 255, verbose=0)
+    correct = int((logits.argmax(axis=1) == few.y_test).sum())
+    assert foundation.evaluate(weights) == correct / len(few.y_test)
+    assert 0.3 < correct / len(few.y_test) < 1
+
+
+def test_evaluation_in_batches_counts_every_image_once(foundation, few, monkeypatch):
+    weights = foundation.network.initial_weights(stream(0, "initialisation"))
+    whole = foundation.evaluate(weights)
+    monkeypatch.setattr(models, "_EVALUATION_BATCH", 100)  # 359 = 3 * 100 + 59
+    assert FoundationModel(few, small_settings()).evaluate(weights) == whole
+
+
+def test_a_diverged_model_has_accuracy_0(foundation):
+    assert foundation.evaluate(tf.fill([foundation.network.size], np.nan)) == 0.0
+
+
+def test_one_trace_for_any_length(foundation):
+    weights, moments = tf.zeros(foundation.network.size), Moments.fresh(foundation.network.size)
+    for length in (1, 32, 40, 64):
+        foundation.train_epoch(weights, moments, np.arange(length, dtype=np.int32))
+        foundation.evaluate(weights)
+    assert foundation.train_epoch.experimental_get_tracing_count() == 1
+    assert foundation._count_correct.experimental_get_tracing_count() == 1
+
+
+def test_q_fit_is_keras_fit():
+    settings = small_settings(HIDDEN_UNITS=(20, 10), Q_BATCH_SIZE=16)
+    q = QNetwork(6, 3, settings)
+    weights = q.network.initial_weights(stream(0, "network"))
+    twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y)
+    history = twin.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
+    np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
+    assert float(loss) == pytest.approx(history.history["loss"][0], rel=1e-5)
+
+
+def test_weights_by_layer_and_back():
+    q = QNetwork(6, 3, small_settings(HIDDEN_UNITS=(20,)))
+    weights = q.network.initial_weights(stream(0, "network"))
+    arrays = q.network.named_arrays(weights)
+    assert {name: a.shape for name, a in arrays.items()} == {
+        "0/kernel": (6, 20),
+        "0/bias": (20,),
+        "1/kernel": (20, 3),
+        "1/bias": (3,),
+    }
+    assert (q.network.from_named_arrays(arrays).numpy() == weights.numpy()).all()
+    with pytest.raises(ValueError, match=r"no weights 1/bias of shape \(3,\)"):
+        q.network.from_named_arrays({**arrays, "1/bias": np.zeros(4)})
+
+
+def test_weights_that_are_not_trainable_are_refused():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    with pytest.raises(ValueError, match="not trainable"):
+        FlatNetwork(model)

@@ -1,0 +1,310 @@
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+
+from config import make_settings
+from node import DQNAgent, ReplayMemory
+
+# --- Replay memory ---------------------------------------------------------------------------
+
+
+def numbered(memory, numbers):
+    for i in numbers:
+        memory.add(np.full(2, i), i % 3, float(i), np.full(2, i + 0.5), i % 2 == 0)
+
+
+def test_memory_overwrites_the_oldest():
+    memory = ReplayMemory(5, 2)
+    numbered(memory, range(4))
+    assert len(memory) == 4
+    numbered(memory, range(4, 13))
+    assert len(memory) == 5
+    drawn = memory.draw(5, np.random.default_rng(0))
+    assert sorted(drawn["rewards"]) == [8, 9, 10, 11, 12]
+    for i, reward in enumerate(drawn["rewards"]):
+        assert drawn["observations"][i].tolist() == [reward, reward]
+        assert drawn["next_observations"][i].tolist() == [reward + 0.5] * 2
+        assert drawn["actions"][i].tolist() == [reward % 3]
+        assert drawn["terminals"][i] == (reward % 2 == 0)
+
+
+def test_memory_grows_to_its_capacity_and_no_further():
+    memory = ReplayMemory(3000, 2)
+    numbered(memory, range(1024))
+    assert len(memory._arrays["rewards"]) == 1024
+    numbered(memory, range(1024, 3500))
+    assert len(memory) == len(memory._arrays["rewards"]) == 3000
+    assert sorted(memory.draw(3000, np.random.default_rng(0))["rewards"]) == list(range(500, 3500))
+
+
+def test_memory_draws_distinct_transitions():
+    memory = ReplayMemory(100, 2)
+    numbered(memory, range(50))
+    draws = [memory.draw(20, np.random.default_rng(s))["rewards"] for s in range(30)]
+    assert all(len(set(rewards)) == 20 for rewards in draws)
+    assert set(np.concatenate(draws)) == set(range(50))
+    with pytest.raises(ValueError, match="larger"):
+        memory.draw(51, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_memory_state_round_trip(count):
+    memory, copy = ReplayMemory(5, 2), ReplayMemory(5, 2)
+    numbered(memory, range(count))
+    copy.load_state(memory.state())
+    for each in (memory, copy):
+        numbered(each, range(100, 103))
+    for name, array in memory.state().items():
+        assert (copy.state()[name] == array).all()
+    with pytest.raises(ValueError, match="replay memory"):
+        ReplayMemory(5, 3).load_state(memory.state())
+
+
+# --- Epsilon-greedy --------------------------------------------------------------------------
+
+
+def make_agent(size=4, actions=3, actions_per_step=1, **overrides):
+    settings = make_settings(**{"HIDDEN_UNITS": (16,), **overrides})
+    return DQNAgent(size, actions, settings, actions_per_step)
+
+
+def test_epsilon_schedule():
+    agent = make_agent(EPSILON=0.9, EPSILON_DECAY=0.02)
+    seen = []
+    for _ in range(120):
+        seen.append(agent.epsilon)
+        agent.decay_epsilon()
+    assert seen[0] == 0.9
+    assert seen[1] == pytest.approx(0.9 * 0.9801986733, abs=1e-10)
+    assert seen[119] == pytest.approx(0.9 * math.exp(-0.02 * 119), rel=1e-12)
+
+
+def test_epsilon_0_and_1():
+    observation = np.ones(4, np.float32)
+    greedy = make_agent(EPSILON=0.0)
+    best = greedy.best_actions(observation)
+    assert all(greedy.act(observation) == (best, "greedy") for _ in range(50))
+    uniform = make_agent(EPSILON=1.0)
+    chosen = [uniform.act(observation) for _ in range(600)]
+    assert {kind for _, kind in chosen} == {"random"}
+    # 200 of each action expected, standard deviation 11.5.
+    assert abs(np.bincount([a for (a,), _ in chosen]) - 200).max() < 5 * 11.5
+
+
+def test_share_of_random_actions():
+    agent = make_agent(EPSILON=0.3)
+    kinds = [agent.act(np.ones(4, np.float32))[1] for _ in range(1000)]
+    # 300 expected, standard deviation 14.5.
+    assert abs(kinds.count("random") - 300) < 5 * 14.5
+
+
+def test_several_actions():
+    agent = make_agent(actions=5, actions_per_step=3, EPSILON=0.0)
+    observation = np.ones(4, np.float32)
+    q_values = agent.q.values(agent.weights, observation[None])[0]
+    assert agent.act(observation)[0] == np.argsort(-q_values)[:3].tolist()
+    agent.epsilon = 1.0
+    for _ in range(50):
+        assert len(set(agent.act(observation)[0])) == 3
+
+
+def test_equal_q_values_give_the_lower_number():
+    agent = make_agent(actions=5, actions_per_step=2)
+    agent.q.values = lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
+    assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
+
+
+# --- Targets ---------------------------------------------------------------------------------
+
+# Q values of the network, of the network at the next observation, and of a target network there.
+Q_NOW = np.array([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]])
+Q_NEXT = np.array([[4.0, 1.0, 0.0], [9.0, 9.0, 9.0]])
+Q_TARGET = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
+SAMPLE = {
+    "observations": np.zeros((2, 4), np.float32),
+    "next_observations": np.ones((2, 4), np.float32),
+    "actions": np.array([[1], [2]]),
+    "rewards": np.array([-0.5, 0.75]),
+    "terminals": np.array([False, True]),
+}
+
+
+def targets(sample=SAMPLE, **overrides):
+    agent = make_agent(**{"DISCOUNT": 0.9, "NORMALIZE_TARGETS": False, **overrides})
+    agent.weights, agent.target_weights = "online", "target"
+
+    def values(weights, observations):
+        if not observations.any():
+            assert weights == "online"
+            return Q_NOW.astype(np.float32)
+        return (Q_NEXT if weights == "online" else Q_TARGET).astype(np.float32)
+
+    agent.q.values = values
+    return agent.targets(sample)
+
+
+def test_targets_by_hand():
+    # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
+    expected = [[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]
+    np.testing.assert_allclose(targets(), expected, rtol=1e-6)
+
+
+def test_normalised_targets_by_hand():
+    # Squares: 1 + 9.61 + 9 + 0.25 + 1 + 0.5625 = 21.4225, root 4.628445.
+    expected = np.array([[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]) / 4.628445
+    np.testing.assert_allclose(targets(NORMALIZE_TARGETS=True), expected, rtol=1e-6)
+
+
+def test_targets_of_a_target_network_by_hand():
+    # -0.5 + 0.9 * 7
+    assert targets(TARGET_UPDATE=3)[0, 1] == pytest.approx(5.8)
+
+
+def test_targets_of_double_q_learning_by_hand():
+    # The network prefers action 0 (value 4), the target network gives that action's value 0.25.
+    assert targets(TARGET_UPDATE=3, DOUBLE_Q=True)[0, 1] == pytest.approx(-0.5 + 0.9 * 0.25)
+
+
+def test_targets_of_several_actions_by_hand():
+    sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]]))
+    expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
+    np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def filled(agent, count, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        a, b = rng.normal(size=(2, 4))
+        agent.memory.add(a, int(rng.integers(3)), float(rng.normal()), b, bool(rng.random() < 0.1))
+    return agent
+
+
+def test_training_waits_for_a_sample():
+    agent = filled(make_agent(REPLAY_SAMPLE=32), 31)
+    before = agent.weights.numpy()
+    assert agent.train() is None
+    assert (agent.weights.numpy() == before).all()
+    filled(agent, 1)
+    assert agent.train() > 0
+    assert (agent.weights.numpy() != before).any()
+
+
+@pytest.mark.parametrize(("updates", "steps"), [(1, 8), (3, 24)])
+def test_gradient_steps_of_an_episode(updates, steps):
+    # The public code's 128 transitions in batches of 16 are 8 steps.
+    agent = filled(make_agent(UPDATES_PER_EPISODE=updates), 200)
+    agent.train()
+    assert float(agent.moments.step) == steps
+
+
+def test_target_network_is_copied_every_few_episodes():
+    agent = filled(make_agent(TARGET_UPDATE=3, REPLAY_SAMPLE=32), 50)
+    initial = agent.target_weights.numpy()
+    same_as_online = []
+    for _ in range(6):
+        agent.train()
+        same_as_online.append(bool((agent.target_weights.numpy() == agent.weights.numpy()).all()))
+        agent.decay_epsilon()
+    assert same_as_online == [False, False, True, False, False, True]
+    assert (agent.target_weights.numpy() != initial).any()
+
+
+def test_agent_state_round_trip():
+    """A restored agent goes on as the first one does: choices, draws, training, to the bit."""
+    overrides = {"REPLAY_SAMPLE": 32, "EPSILON": 0.5, "TARGET_UPDATE": 2}
+    agent = filled(make_agent(**overrides), 50)
+    agent.train()
+    agent.decay_epsilon()
+    copy = make_agent(**overrides)
+    copy.load_state(agent.state())
+    for each in (agent, copy):
+        each.choices = [each.act(np.full(4, i, np.float32)) for i in range(20)]
+        each.loss = each.train()
+    assert (agent.choices, agent.loss) == (copy.choices, copy.loss)
+    for name, array in agent.state().items():
+        assert (copy.state()[name] == array).all(), name
+
+
+def test_a_state_of_another_agent_is_refused_and_changes_nothing():
+    agent = make_agent()
+    before = agent.weights.numpy()
+    with pytest.raises(ValueError, match="agent: weights has shape"):
+        agent.load_state(make_agent(actions=4).state())
+    assert (agent.weights.numpy() == before).all()
+
+
+def test_seed_decides():
+    def play(seed):
+        agent = filled(make_agent(SEED=seed, REPLAY_SAMPLE=32, EPSILON=0.5), 50)
+        choices = [agent.act(np.full(4, i, np.float32)) for i in range(20)]
+        agent.train()
+        return choices, agent.weights.numpy().tobytes()
+
+    assert play(1) == play(1)
+    assert play(1) != play(2)
+
+
+# --- A problem with a known best policy ------------------------------------------------------
+
+
+class Corridor(gymnasium.Env):
+    """Six cells in a row; the goal is to the right of the last.
+
+    Each step costs 1. Action 0 goes left, 1 right, 2 stays; 3 leaves through a side door for
+    -10, which is better than to wander about and worse than the at most six steps to the goal.
+    """
+
+    observation_space = gymnasium.spaces.Box(0, 1, (6,), np.float32)
+    action_space = gymnasium.spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cell, self.steps = int(self.np_random.integers(6)), 0
+        return np.eye(6, dtype=np.float32)[self.cell], {}
+
+    def step(self, action):
+        self.steps += 1
+        self.cell = max(0, self.cell + {0: -1, 1: 1, 2: 0, 3: 0}[action])
+        done = self.cell == 6 or action == 3
+        observation = np.eye(6, dtype=np.float32)[min(self.cell, 5)]
+        reward = -10.0 if action == 3 else -1.0
+        return observation, reward, done, self.steps >= 30, {}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_agent_solves_a_problem_with_a_known_best_policy(seed, double):
+    env = Corridor()
+    settings = make_settings(
+        SEED=seed,
+        HIDDEN_UNITS=(32,),
+        NORMALIZE_TARGETS=False,
+        REPLAY_SAMPLE=64,
+        UPDATES_PER_EPISODE=10,
+        Q_LEARNING_RATE=0.005,
+        TARGET_UPDATE=2 if double else 0,
+        DOUBLE_Q=double,
+    )
+    agent = DQNAgent(6, 4, settings)
+    for episode in range(150):
+        observation, _ = env.reset(seed=episode if episode == 0 else None)
+        done = False
+        while not done:
+            (action,), _ = agent.act(observation)
+            following, reward, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+            agent.memory.add(observation, action, reward, following, done)
+            observation = following
+        agent.train()
+        agent.decay_epsilon()
+    # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
+    states = np.eye(6, dtype=np.float32)
+    assert [agent.best_actions(state)[0] for state in states] == [1] * 6
+    values = agent.q.values(agent.weights, states).max(axis=1)
+    expected = [-(1 - 0.9**steps) / 0.1 for steps in (6, 5, 4, 3, 2, 1)]
+    np.testing.assert_allclose(values, expected, atol=0.3)

@@ -1,0 +1,156 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run
+
+import plot
+from config import UserError
+from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
+
+
+def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0):
+    """CSVs as a run writes them, with numbers that are easy to check."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows, walks = [], []
+    for episode in range(1, episodes + 1):
+        rounds = 30 if episode <= 20 else 10
+        for r in range(1, rounds + 1):
+            node = (r - 1) % 4 if episode <= 20 else 2
+            walks.append([dataset, episode, r, node, "random", 0.05, rng.random() * 0.7, -0.6])
+        epsilon = first_epsilon * np.exp(-0.02 * (episode - 1))
+        rows.append(
+            [
+                *(dataset, episode, rounds, int(episode % 5 > 0)),
+                *(0.8, -0.6 * rounds, 0.05 * rounds),
+                *(epsilon, 0.1, 0, 0.8, 36, 2.0),
+            ]
+        )
+    pd.DataFrame(rows, columns=EPISODE_COLUMNS).to_csv(folder / "episodes.csv", index=False)
+    pd.DataFrame(walks, columns=ROUND_COLUMNS).to_csv(folder / "rounds.csv", index=False)
+    shards = [[dataset, n, c, 400 if n == c else 11] for n in range(4) for c in range(10)]
+    pd.DataFrame(shards, columns=SHARD_COLUMNS).to_csv(folder / "shards.csv", index=False)
+    return folder
+
+
+def test_handovers_by_hand():
+    rounds = pd.DataFrame(
+        {
+            "episode": [1, 1, 1, 1, 2, 2],
+            "round": [1, 2, 3, 4, 1, 2],
+            "node": ["0", "1", "0", "0", "0", "2"],
+        }
+    )
+    # From 0: to 1, to 0, and in episode 2 to 2. From 1: to 0. Nothing from episode to episode.
+    expected = [[1 / 3, 1 / 3, 1 / 3], [1, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(plot.handovers(rounds, 3), expected)
+
+
+def test_handovers_of_several_nodes():
+    rounds = pd.DataFrame({"episode": [1, 1, 1], "round": [1, 2, 3], "node": ["0", "2+1", "1+0"]})
+    # 0 hands to 2 and 1; then 2, the first of its round, to 1 and 0.
+    np.testing.assert_allclose(plot.handovers(rounds, 3), [[0, 0.5, 0.5], [0, 0, 0], [0.5, 0.5, 0]])
+
+
+def test_summary_by_hand(tmp_path):
+    lines = plot.summary(make_run(tmp_path / "x")).splitlines()
+    assert lines[2] == "| 1 to 20 | 30.0 | 1.50 | 80% | -18.0 |"
+    assert lines[3] == "| 21 to 40 | 10.0 | 0.50 | 80% | -6.0 |"
+    assert lines[4] == "| 41 to 50 | 10.0 | 0.50 | 80% | -6.0 |"
+    assert lines[5] == (
+        "50 episodes on mnist in 1.7 min: 10 missed the goal (counted with 36 rounds), 0 diverged"
+    )
+
+
+def test_figures_come_from_the_csvs_alone(tmp_path):
+    folder = make_run(tmp_path / "x")
+    done = run(folder, script="plot.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".png", ".pdf")}
+    assert len(made) == 8
+    assert all(made[n].startswith(b"\x89PNG" if n.endswith("png") else b"%PDF") for n in made)
+    # The same CSVs give the same files.
+    plot.draw_run(folder)
+    assert all((folder / name).read_bytes() == content for name, content in made.items())
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+@pytest.mark.parametrize("draw", ["learning", "accuracy", "walk", "shards"])
+@pytest.mark.parametrize(
+    ("dataset", "words"), [("digits", "bundled digits, NOT MNIST"), ("mnist", "[data: mnist]")]
+)
+def test_every_figure_names_the_data_and_its_axes(tmp_path, draw, dataset, words):
+    tables = plot.read_run(make_run(tmp_path / "x", dataset=dataset))
+    figure = getattr(plot, f"draw_{draw}")(tables)
+    assert words in figure.get_suptitle()
+    assert figure.axes[0].get_ylabel()
+    assert figure.axes[-1].get_xlabel() or figure.axes[-1].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [({}, True), ({"dataset": "digits"}, False), ({"first_epsilon": 0.5}, False)],
+)
+def test_published_line_where_it_applies(tmp_path, options, shown):
+    figure = plot.draw_learning(plot.read_run(make_run(tmp_path / "x", **options)))
+    lines = {
+        line.get_label().split(":")[0]: line.get_ydata()[0]
+        for axis in figure.axes[1:]
+        for line in axis.get_lines()
+        if str(line.get_label()).startswith("published")
+    }
+    assert bool(lines) is shown
+    if shown:
+        levels = [
+            line.get_ydata()[0]
+            for axis in figure.axes
+            for line in axis.get_lines()
+            if str(line.get_label()).startswith("published")
+        ]
+        # 49.2 % of 30 rounds and 25.4 % of a cost of 1.5.
+        assert levels == pytest.approx([14.76, 0.381])
+
+
+def test_moving_average_is_over_20_episodes(tmp_path):
+    figure = plot.draw_learning(plot.read_run(make_run(tmp_path / "x")))
+    (mean,) = [
+        line for line in figure.axes[1].get_lines() if "mean of the last 20" in line.get_label()
+    ]
+    values = mean.get_ydata()
+    assert np.isnan(values[8])
+    assert values[19] == pytest.approx(30)
+    assert values[29] == pytest.approx(20)  # ten of 30, ten of 10
+    assert values[39] == pytest.approx(10)
+
+
+def test_accuracy_holds_the_last_value_of_ended_episodes(tmp_path):
+    tables = plot.read_run(make_run(tmp_path / "x"))
+    tables["rounds"]["accuracy"] = np.where(tables["rounds"]["round"] < 5, 0.2, 0.6)
+    short = (tables["rounds"]["episode"] == 1) & (tables["rounds"]["round"] > 2)
+    tables["rounds"] = tables["rounds"][~short]
+    figure = plot.draw_accuracy(tables)
+    (mean,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "mean"]
+    # 19 episodes at 0.6 and one that ended at 0.2.
+    assert mean.get_ydata()[9] == pytest.approx((19 * 0.6 + 0.2) / 20)
+
+
+def test_a_single_episode_can_be_drawn(tmp_path):
+    folder = make_run(tmp_path / "x", episodes=1)
+    plot.draw_run(folder)
+    assert "| 1 to 1 |" in plot.summary(folder)
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    done = run(tmp_path / "nowhere", script="plot.py")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nowhere/episodes.csv" in done.stderr
+    folder = make_run(tmp_path / "x")
+    shutil.copy(folder / "episodes.csv", folder / "rounds.csv")
+    (folder / "rounds.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"rounds\.csv: is not a run's"):
+        plot.draw_run(folder)
