@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-import tensorflow as tf
 from gymnasium import spaces
 
 import data
 from config import Settings, make_settings, stream
-from models import FoundationModel, Moments
+from models import FoundationModel, Moments, tf
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:

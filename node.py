@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import tensorflow as tf
 
 from config import Settings, stream
-from models import Moments, QNetwork
+from models import Moments, QNetwork, tf
 
 
 class ReplayMemory:

@@ -56,9 +56,7 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
         path = folder / f"{name}.csv"
         try:
             # A single node reads as a number, several ("3+5") as text: always text here.
-            tables[name] = pd.read_csv(
-                path, dtype={"node": str, "dataset": str}, float_precision="round_trip"
-            )
+            tables[name] = pd.read_csv(path, dtype={"node": str, "dataset": str})
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: can't be read ({error})") from error
         if "dataset" not in tables[name]:

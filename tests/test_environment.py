@@ -94,6 +94,20 @@ def test_pca_of_trained_models(few):
     assert (pca_scores(models, np.arange(4), 4).ravel() == observation).all()
 
 
+def test_all_but_one_component_of_broadcast_are_noise_to_scikit_learn(few):
+    env = DecentralizedLearning(small_settings(), few)
+    env.reset(seed=0)
+    received = env._model.numpy()
+    observation = env.step(2)[0].reshape(4, 4)
+    states = np.tile(received, (4, 1))
+    states[2] = env._model.numpy()
+    scores = PCA(n_components=4, svd_solver="full").fit_transform(states)
+    assert np.abs(scores[:, 0]).max() > 0.1
+    np.testing.assert_allclose(scores[:, 0], observation[:, 0], atol=1e-5)
+    assert np.abs(scores[:, 1:]).max() < 1e-5
+    assert not observation[:, 1:].any()
+
+
 @pytest.mark.parametrize("components", [1, 3, 10])
 def test_pca_keeps_the_first_components(components):
     models = random_models(10) * np.linspace(1, 3, 10, dtype=np.float32)[:, None]

@@ -125,12 +125,12 @@ def test_weights_of_a_run_are_those_of_the_agent(finished, few):
     settings = small_settings()
     env = DecentralizedLearning(settings, few)
     agent = DQNAgent(16, 4, settings)
-    rounds = pd.read_csv(finished / "rounds.csv", float_precision="round_trip")
+    rounds = pd.read_csv(finished / "rounds.csv")
     for episode in range(1, 5):
         observation, _ = env.reset(seed=episode_seed(0, episode))
         for r in rounds[(rounds["episode"] == episode) & (rounds["round"] > 1)].itertuples():
             following, value, terminated, truncated, _ = env.step(r.node)
-            assert value == r.reward
+            assert value == pytest.approx(r.reward, rel=1e-12)
             agent.memory.add(observation, r.node, value, following, terminated or truncated)
             observation = following
         agent.train()
@@ -195,6 +195,25 @@ def stop_in_episode(tmp_path, monkeypatch, episode, error, **overrides):
         return start(tmp_path, **overrides)
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, few):
+    """A run that was interrupted in episode 3."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(data.DATASETS, "digits", lambda settings: few)
+    status, folder = stop_in_episode(
+        tmp_path_factory.mktemp("stopped"), patch, 3, KeyboardInterrupt()
+    )
+    patch.undo()
+    assert status == 130
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path, stopped_run):
+    """A copy of it to spoil, where ``start(tmp_path)`` finds it."""
+    return shutil.copytree(stopped_run, tmp_path / "run")
+
+
 @pytest.mark.parametrize("episode", [1, 3])
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt(), 130), (main.Terminated(), 143)]
@@ -248,16 +267,15 @@ def test_a_killed_process_continues(tmp_path, monkeypatch, digits, number):
     assert without_times(folder) == without_times(whole)
 
 
-def test_rows_after_the_checkpoint_are_cut(tmp_path, monkeypatch, finished):
+def test_rows_after_the_checkpoint_are_cut(tmp_path, stopped, finished):
     """What a power cut leaves: an episode in progress, half a row, files without a checkpoint."""
-    _, folder = stop_in_episode(tmp_path, monkeypatch, 3, KeyboardInterrupt())
-    with (folder / "rounds.csv").open("a") as file:
+    with (stopped / "rounds.csv").open("a") as file:
         file.write("digits,3,3,1,ran")
-    with (folder / "episodes.csv").open("a") as file:
+    with (stopped / "episodes.csv").open("a") as file:
         file.write("digits,3,")
-    (folder / ".checkpoint.npz.part").write_bytes(b"half")
+    (stopped / ".checkpoint.npz.part").write_bytes(b"half")
     assert start(tmp_path)[0] == 0
-    assert without_times(folder) == without_times(finished)
+    assert without_times(stopped) == without_times(finished)
 
 
 def test_a_finished_run_is_left_alone(tmp_path, finished, capsys):
@@ -281,11 +299,10 @@ def test_other_settings_never_overwrite(tmp_path, finished, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_other_data_never_continue(tmp_path, monkeypatch, few, capsys):
-    _, folder = stop_in_episode(tmp_path, monkeypatch, 3, KeyboardInterrupt())
-    config = json.loads((folder / "config.json").read_text())
+def test_other_data_never_continue(tmp_path, stopped, capsys):
+    config = json.loads((stopped / "config.json").read_text())
     config["dataset"]["sha256"]["x_train"] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
+    (stopped / "config.json").write_text(json.dumps(config))
     assert start(tmp_path)[0] == 2
     assert "the data (digits there)" in capsys.readouterr().err
 
@@ -312,32 +329,28 @@ def test_two_runs_at_once(tmp_path, few, capsys):
         ("episodes.csv", lambda b: b.replace(b"1.0", b"2.0"), "episodes.csv: damaged since"),
     ],
 )
-def test_damaged_files_are_named_and_left(tmp_path, monkeypatch, capsys, name, spoil, words):
-    _, folder = stop_in_episode(tmp_path, monkeypatch, 3, KeyboardInterrupt())
-    path = folder / name
+def test_damaged_files_are_named_and_left(tmp_path, stopped, capsys, name, spoil, words):
+    path = stopped / name
     path.write_bytes(spoil(path.read_bytes()))
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
     assert start(tmp_path)[0] == 2
     message = capsys.readouterr().err
     assert words in message
     assert "another --name" in message
     assert message.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
 
 
-def test_a_missing_table_is_named(tmp_path, monkeypatch, capsys):
-    _, folder = stop_in_episode(tmp_path, monkeypatch, 3, KeyboardInterrupt())
-    (folder / "rounds.csv").unlink()
+def test_a_missing_table_is_named(tmp_path, stopped, capsys):
+    (stopped / "rounds.csv").unlink()
     assert start(tmp_path)[0] == 2
     assert "rounds.csv: missing" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_agent_is_refused(tmp_path, monkeypatch, capsys):
-    _, folder = stop_in_episode(tmp_path, monkeypatch, 3, KeyboardInterrupt())
-    arrays = records.read_arrays(folder / "checkpoint.npz")
+def test_a_checkpoint_of_another_agent_is_refused(tmp_path, stopped, capsys):
+    arrays = records.read_arrays(stopped / "checkpoint.npz")
     arrays["agent/weights"] = arrays["agent/weights"][:-1]
-    records.write_arrays(folder / "checkpoint.npz", arrays)
+    records.write_arrays(stopped / "checkpoint.npz", arrays)
     assert start(tmp_path)[0] == 2
     assert "checkpoint.npz: damaged (agent: weights has shape" in capsys.readouterr().err
 

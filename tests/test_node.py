@@ -277,7 +277,7 @@ class Corridor(gymnasium.Env):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_agent_solves_a_problem_with_a_known_best_policy(seed, double):
     env = Corridor()
     settings = make_settings(

@@ -1,0 +1,90 @@
+"""The README's commands, examples, tables and numbers."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+import config
+import data
+import plot
+import records
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).splitlines()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_two_commands():
+    run, test = COMMANDS[:2]
+    venv = "python3 -m venv .venv && .venv/bin/pip install -r "
+    assert run == f"{venv}requirements.txt && .venv/bin/python main.py"
+    assert test == f"{venv}requirements-dev.txt && .venv/bin/python -m pytest"
+    # What .ci/run looks for is that second command.
+    pattern = re.search(r"grep -m 1 -E '(.*?)'", (PROJECT / ".ci" / "run").read_text())[1]
+    assert next(line for line in README.splitlines() if re.search(pattern, line)) == test
+
+
+def test_every_command_line_is_understood():
+    lines = [c.partition("#")[0] for c in COMMANDS if c.startswith("python3 main.py")]
+    assert len(lines) >= 4
+    for line in lines:
+        arguments = shlex.split(line)[2:]
+        if arguments != ["--help"]:
+            config.from_command_line(arguments)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_examples_run(tmp_path, number):
+    assert len(EXAMPLES) == 3
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMPLES[number]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    names = ["stripes-seed0", "digits-seed0"]
+    if number < 2:
+        assert (tmp_path / "results" / names[number] / "agent.npz").exists()
+    else:
+        assert "'goal_reached'" in done.stdout
+
+
+def test_every_setting_has_its_place():
+    table = README[README.index("### Settings") : README.index("Flags:")]
+    assert set(re.findall(r"`([A-Z_]+)`", table)) == set(config.RULES)
+
+
+def test_every_column_is_documented():
+    def documented(name):
+        table = README[README.index(f"| `{name}` | meaning and unit |") :].split("\n\n")[0]
+        cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+        return {c for cell in cells for c in re.findall(r"`(\w+)`", cell)}
+
+    assert documented("episodes.csv") == set(records.EPISODE_COLUMNS)
+    assert documented("rounds.csv") == set(records.ROUND_COLUMNS)
+    assert f"`shards.csv` | {', '.join(f'`{c}`' for c in records.SHARD_COLUMNS)}" in README
+
+
+def test_every_module_has_its_line():
+    assert {p.name for p in PROJECT.glob("*.py")} == set(re.findall(r"\| \[(\w+\.py)\]", README))
+
+
+def test_choices_are_named():
+    for name in [*data.DATASETS, *data.SHARD_RULES, "broadcast", "local"]:
+        assert f"`{name}`" in README
+
+
+def test_numbers_of_the_reference_run_are_its_tables():
+    lines = plot.summary(PROJECT / "results" / "reference" / "mnist-seed0").splitlines()[:-1]
+    assert len(lines) == 9
+    for line in lines:
+        assert line in README
