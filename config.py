@@ -323,9 +323,11 @@ def make_settings(**overrides: Any) -> Settings:
 
 # --- Randomness ------------------------------------------------------------------------------
 
-# One seed is spread over named streams, so that a change in how one of them is used (another
-# policy, say) changes nothing that the others yield. Streams that are used within an episode are
-# keyed by the episode as well: a continued run needs no stored generator state.
+# Departure: the public code draws from the global generators of NumPy, Python and TensorFlow, of
+# which it seeds the first alone, so no two runs of it are the same. Here one seed is spread over
+# named streams, so that a change in how one of them is used (another policy, say) changes nothing
+# that the others yield. Streams that are used within an episode are keyed by the episode as well:
+# a continued run needs no stored generator state.
 STREAMS = {
     "episode": 0,  # one seed per training episode, for the environment's reset
     "initialisation": 1,  # weights of a new foundation model

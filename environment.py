@@ -43,15 +43,17 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
     that of a singular value decomposition of M vectors, however many nodes there are.
 
+    Departure: a component without variance is 0 here; the public code, by scikit-learn's PCA,
+    hands the DQN rounding noise below 1e-5 there.
+
     Args:
         models: (M, P) float, the distinct weight vectors.
         owners: (N,) int in [0, M), which of them each node has; each is had by some node.
         components: C, how many components to keep.
 
     Returns:
-        (N, C) float32. A component without variance is 0 (scikit-learn returns rounding noise).
-        A component's sign is such that its loading of greatest magnitude is positive, which is
-        scikit-learn's rule since 1.5. All 0 if a weight is not finite.
+        (N, C) float32. A component's sign is such that its loading of greatest magnitude is
+        positive, which is scikit-learn's rule since 1.5. All 0 if a weight is not finite.
     """
     scores = np.zeros((len(owners), components), np.float32)
     if not np.isfinite(models).all():
@@ -144,6 +146,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Makes a new foundation model and lets STARTER_NODE train round 1.
+
+        Departure: in the public code node 0 trains round 1 whatever ``--starter`` says, which
+        there only changes the distance of that round. With the default they are the same.
 
         Args:
             seed: of the model's weights and of the order of the images; the same seed gives the

@@ -48,8 +48,8 @@ _EVALUATION_BATCH = 1000
 def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
     """The local foundation model (public code); 33,580 weights for 28 x 28 x 1 and 10 classes.
 
-    The last layer gives logits: its softmax is part of the loss, which is the same function
-    computed more exactly, and does not change which class is the greatest.
+    Departure: the last layer gives logits, and its softmax is part of the loss: the same function
+    computed more exactly. It does not change which class is the greatest.
     """
     layers = keras.layers
     return keras.Sequential(

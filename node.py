@@ -17,6 +17,10 @@ from models import Moments, QNetwork, tf
 class ReplayMemory:
     """A ring buffer of transitions, in arrays that grow up to the capacity.
 
+    Departure: the public code shuffles its memory in place before each draw, so that beyond the
+    capacity it forgets transitions at random instead of the oldest. Its 120 episodes of at most
+    36 rounds never fill it.
+
     Args:
         capacity: transitions kept; the oldest is overwritten by the next one after that.
         observation_size: D, length of a flat observation.
@@ -145,7 +149,8 @@ class DQNAgent:
         """Trains the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
 
         Each of UPDATES_PER_EPISODE updates draws a sample, computes its targets and goes through
-        it once in batches of Q_BATCH_SIZE.
+        it once in batches of Q_BATCH_SIZE. (Departure: in the order of the draw, which is random;
+        Keras' ``fit`` in the public code shuffles it once more.)
 
         Returns:
             The mean squared error before each gradient step, averaged; None without training.
