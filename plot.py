@@ -140,7 +140,7 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2), sharex=True)
     panels = (
         ("episode_reward", "episode reward", None),
-        ("rounds", "rounds to the goal", PUBLISHED_ROUNDS),
+        ("rounds", "rounds to the goal\n(or the limit)", PUBLISHED_ROUNDS),
         ("communication_cost", "communication cost\n(sum of distances)", PUBLISHED_COST),
     )
     reached = episodes["goal_reached"] == 1
@@ -158,7 +158,10 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     for axis in axes:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        # What all panels share is named in the first.
+        handles, labels = axis.get_legend_handles_labels()
+        own = slice(None) if axis is axes[0] else slice(3, None)
+        axis.legend(handles[own], labels[own], loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("episode")
     _title(figure, "DQN training", tables)
     return figure
