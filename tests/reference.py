@@ -1,0 +1,106 @@
+"""Decentralized learning written as plainly as possible, to check the fast environment against.
+
+One Keras model with its own optimizer on every node, trained by ``fit``, evaluated by
+``evaluate``, observed by scikit-learn's PCA, as the public code does it. Written from the paper's
+facts, without the project's code: distances, shards, reward and the end of an episode included.
+Only what is random is handed in: the initial weights and the order of the images.
+"""
+
+import keras
+import numpy as np
+from sklearn.decomposition import PCA
+
+
+def foundation_model():
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(20, 5, activation="relu"),
+            layers.MaxPool2D(2),
+            layers.Conv2D(50, 5, activation="relu"),
+            layers.MaxPool2D(2),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.001), "categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def flat(weights):
+    return np.concatenate([w.flatten() for w in weights])
+
+
+class Reference:
+    """One episode; ``round`` is the paper's round, the starter's included."""
+
+    def __init__(
+        self, data, initial_weights, orders, nodes=10, main=400, rest=100, local=False, epochs=1
+    ):
+        (x_train, y_train), (x_test, y_test) = data
+        self.local, self.epochs = local, epochs
+        self.orders = orders  # yields the order of a shard's images, an epoch at a time
+        self.x_test = x_test.astype("float32")[..., None] / 255
+        self.y_test = keras.utils.to_categorical(y_test, 10)
+        self.global_model = foundation_model()
+        self.global_model.set_weights(initial_weights)
+        self.models, self.shards = [], []
+        for n in range(nodes):
+            model = foundation_model()
+            model.set_weights(initial_weights)
+            self.models.append(model)
+            group, own = n // 10, y_train == n % 10
+            x = np.concatenate(
+                [
+                    x_train[own][group * main : (group + 1) * main],
+                    x_train[~own][group * rest : (group + 1) * rest],
+                ]
+            )
+            y = np.concatenate(
+                [
+                    y_train[own][group * main : (group + 1) * main],
+                    y_train[~own][group * rest : (group + 1) * rest],
+                ]
+            )
+            self.shards.append(
+                (x.astype("float32")[..., None] / 255, keras.utils.to_categorical(y, 10))
+            )
+        random = np.random.RandomState(0).random_sample((nodes, nodes)) / 10
+        self.distances = (random + random.T) / 2
+        for n in range(nodes):
+            self.distances[n][n] = 0
+        self.own_weights = [flat(initial_weights)] * nodes
+        self.rounds = 0
+        self.holder = None
+
+    def round(self, chosen):
+        """Trains on the chosen nodes; returns observation, accuracy, reward and whether it ends."""
+        self.rounds += 1
+        for n in chosen:
+            x, y = self.shards[n]
+            for _ in range(self.epochs):
+                order = next(self.orders)
+                self.models[n].fit(
+                    x[order], y[order], epochs=1, batch_size=32, shuffle=False, verbose=0
+                )
+            self.own_weights[n] = flat(self.models[n].get_weights())
+        trained = [self.models[n].get_weights() for n in chosen]
+        self.global_model.set_weights([np.mean(parts, axis=0) for parts in zip(*trained)])
+
+        states = np.array(
+            self.own_weights if self.local else [flat(m.get_weights()) for m in self.models]
+        )
+        pca = PCA(n_components=len(states), svd_solver="full")
+        scores = pca.fit_transform(states)
+        # The components without variance hold rounding noise: nothing to compare.
+        scores[:, pca.explained_variance_ < 1e-9 * pca.explained_variance_[0]] = 0
+
+        for model in self.models:
+            model.set_weights(self.global_model.get_weights())
+        _, accuracy = self.global_model.evaluate(self.x_test, self.y_test, verbose=0)
+        former = chosen[0] if self.holder is None else self.holder
+        self.holder = chosen[0]
+        reward = 32 ** (accuracy - 0.8) - self.distances[former][chosen[0]] - 1
+        done = accuracy >= 0.8 or self.rounds > 35
+        return scores.flatten(), accuracy, reward, done

@@ -1,0 +1,100 @@
+"""The environment against tests/reference.py, round for round."""
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import small_settings
+from reference import Reference, flat
+
+import data
+from config import make_settings, stream
+from environment import DecentralizedLearning
+
+# Both compute in float32, in another order of the same sums: products of matrices against
+# convolutions, one batch of 1,000 against 32 in the evaluation. A relative difference of 6e-8 in a
+# gradient grows through the steps that follow. Adam divides a gradient by its own running size, so
+# a step is about the learning rate, 1e-3, however small the gradient is; a weight whose gradient is
+# itself rounding noise takes such a step in a direction of its own. After the walks below (up to
+# 112 steps) the largest difference that was seen is 2e-4: a fifth of one step. The bound is
+# one whole step.
+WEIGHTS = 1e-3
+# Scores are sums over 33,580 weights of differences that have no common direction.
+OBSERVATION = 1e-2
+# A test image flips where its two greatest logits are as close as the rounding.
+IMAGES = 3
+
+WALKS = {
+    "stay": [0, 0, 0],
+    "move": [1, 2, 3, 1],
+    "come back": [0, 2, 2, 0, 1, 0],
+}
+
+
+def compare(settings, dataset, walk, seed):
+    env = DecentralizedLearning(settings, dataset)
+    observation, info = env.reset(seed=seed)
+    # The same initial weights and the same order of images as the environment draws them.
+    episode = int(gymnasium.utils.seeding.np_random(seed)[0].integers(2**63))
+    network = env.foundation.network
+    initial = network.split(network.initial_weights(stream(episode, "initialisation")))
+    shuffling = stream(episode, "shuffling")
+    main = round(settings.HETEROGENEITY * settings.SAMPLES_PER_NODE)
+    reference = Reference(
+        ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)),
+        [part.numpy() for part in initial],
+        (shuffling.permutation(settings.SAMPLES_PER_NODE) for _ in range(1000)),
+        nodes=settings.NUM_NODES,
+        main=main,
+        rest=settings.SAMPLES_PER_NODE - main,
+        local=settings.OBSERVATION == "local",
+        epochs=settings.LOCAL_EPOCHS,
+    )
+    images = 1 / len(dataset.y_test)
+    done = False
+    for action in [None, *walk]:
+        nodes = [settings.STARTER_NODE] if action is None else np.atleast_1d(action).tolist()
+        if action is not None:
+            observation, value, terminated, truncated, info = env.step(action)
+            assert value == info["reward"]
+            done = terminated or truncated
+        expected, accuracy, reward, expected_done = reference.round(nodes)
+        difference = abs(info["accuracy"] - accuracy)
+        assert difference <= (IMAGES + 0.01) * images
+        # The reward's slope by the accuracy is ln(32) 32^(accuracy - goal), below 7.
+        assert info["reward"] == pytest.approx(reward, abs=7 * difference + 1e-6)
+        weights = flat(reference.global_model.get_weights())
+        print("DIFF", abs(env._model.numpy()-weights).max(), abs(observation-expected).max(), difference/images)
+        np.testing.assert_allclose(env._model.numpy(), weights, rtol=0, atol=WEIGHTS)
+        np.testing.assert_allclose(observation, expected, rtol=0, atol=OBSERVATION)
+        assert done == expected_done or difference > 0
+        if done:
+            break
+    return info
+
+
+@pytest.mark.parametrize("observation", ["broadcast", "local"])
+@pytest.mark.parametrize("walk", WALKS)
+def test_digits(few, observation, walk):
+    settings = small_settings(OBSERVATION=observation, MAX_ROUNDS=36, SAMPLES_PER_NODE=120)
+    compare(settings, few, WALKS[walk], seed=7)
+
+
+@pytest.mark.parametrize("observation", ["broadcast", "local"])
+def test_two_nodes_in_a_round_and_two_epochs(few, observation):
+    settings = small_settings(
+        OBSERVATION=observation, NODES_PER_ROUND=2, LOCAL_EPOCHS=2, MAX_ROUNDS=36
+    )
+    compare(settings, few, [[1, 2], [2, 0], [2, 0]], seed=8)
+
+
+@pytest.mark.parametrize(("observation", "per_round"), [("broadcast", 1), ("local", 2)])
+def test_mnist_with_the_default_settings(mnist_path, observation, per_round):
+    settings = make_settings(
+        DATASET="mnist",
+        DATA_FILE=str(mnist_path),
+        OBSERVATION=observation,
+        NODES_PER_ROUND=per_round,
+    )
+    walk = [[0, 3], [0, 5], [1, 0]] if per_round == 2 else [0, 0, 5, 1, 0, 0]
+    info = compare(settings, data.load(settings), walk, seed=1)
+    assert info["accuracy"] > 0.15
