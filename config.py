@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ MAX_ROUNDS = 36
 # --- Nodes and data --------------------------------------------------------------------------
 # auto, mnist, fashion_mnist, digits, or a name added to data.DATASETS; text (ours)
 DATASET = "auto"
-# path of mnist.npz or of the folder with the four IDX files, "" to search; text (ours)
+# mnist.npz or a folder of IDX files, relative to this file's folder, "" to search; text (ours)
 DATA_FILE = ""
 # nodes N; an integer >= 2 (public code)
 NUM_NODES = 10
@@ -110,7 +111,7 @@ SEED = 0
 NAME = ""
 # folder of all results, relative to this file's folder; text (ours)
 RESULTS_DIR = "results"
-# CPU threads of TensorFlow, 0 for all cores; an integer >= 0 (ours)
+# CPU threads of TensorFlow, 0 for all cores; an integer in [0, 1024] (ours)
 THREADS = 0
 
 
@@ -119,6 +120,17 @@ PROJECT = Path(__file__).resolve().parent
 # Settings that say where things lie on one machine: they change no result, so they are neither
 # stored with the results nor compared when a run is continued.
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
+
+
+def absolute(text: str) -> Path:
+    """A path from the constants: "~" is the user's folder, else relative to the project's."""
+    return PROJECT / os.path.expanduser(text)
+
+
+def reason(error: OSError) -> str:
+    """What the system refused, in one line."""
+    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return " ".join(text.split())
 
 
 class UserError(Exception):
@@ -179,11 +191,16 @@ class Rule:
             # A lone integer is what a user gets who forgets the comma of (500,).
             members = tuple(value) if isinstance(value, (tuple, list)) else (value,)
             return members if members and all(self._in_range(m, int) for m in members) else None
-        return self.kind(value) if self._in_range(value, self.kind) else None
+        try:
+            return self.kind(value) if self._in_range(value, self.kind) else None
+        except OverflowError:  # an integer beyond the range of float
+            return None
 
     def _in_range(self, value: Any, kind: type) -> bool:
         numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-        if isinstance(value, bool) or not isinstance(value, numbers) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, numbers):
+            return False
+        if kind is float and not math.isfinite(value):
             return False
         if self.low is not None and (value < self.low or (self.open_low and value == self.low)):
             return False
@@ -253,7 +270,7 @@ class Settings:
         ),
     ]
     RESULTS_DIR: Annotated[str, _TEXT]
-    THREADS: Annotated[int, _COUNT_OR_NONE]
+    THREADS: Annotated[int, Rule(int, low=0, high=1024)]
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
@@ -287,7 +304,7 @@ class Settings:
     @property
     def results_dir(self) -> Path:
         """Absolute path of RESULTS_DIR."""
-        return PROJECT / Path(self.RESULTS_DIR).expanduser()
+        return absolute(self.RESULTS_DIR)
 
     def stored(self) -> dict[str, Any]:
         """What ``config.json`` keeps: every setting that can change a result, JSON types only."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import os
 import socket
 import struct
@@ -17,13 +18,13 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from config import PROJECT, ConfigError, Settings, UserError, stream
+from config import PROJECT, ConfigError, Settings, UserError, absolute, reason, stream
 
 # The environment's counterpart of DATA_FILE.
 DATA_VARIABLE = "HL_DATA_FILE"
@@ -238,17 +239,19 @@ def _find(name: str, settings: Settings) -> tuple[_Arrays, Path, str]:
     """The arrays, the path they came from, and that place in words."""
     published = _PUBLISHED[name]
     variable = os.environ.get(DATA_VARIABLE, "")
-    for place, text in (("DATA_FILE", settings.DATA_FILE), (DATA_VARIABLE, variable)):
-        if text:
-            path = Path(text).expanduser()
+    named = absolute(settings.DATA_FILE) if settings.DATA_FILE else None
+    given = Path(os.path.expanduser(variable)) if variable else None
+    for place, path in (("DATA_FILE", named), (DATA_VARIABLE, given)):
+        if path is not None:
             if not path.exists():
                 raise DataError(f"{place}: {path} does not exist")
             return _read(path), path, f"{place}: {path.name}"
-    for folder, words in (
-        (PROJECT / "data", "the project's data folder"),
-        (_keras_cache(), "Keras' cache"),
+    for folder, words, some in (
+        (PROJECT / "data", "the project's data folder", any),
+        # Here a part of the files is a download that was cut off: it is continued below.
+        (_keras_cache(), "Keras' cache", all),
     ):
-        for path in _candidates(folder, published):
+        for path in _candidates(folder, published, some):
             return _read(path), path, f"{words}: {path.name}"
     try:
         path = _download(published)
@@ -268,13 +271,15 @@ def _keras_cache() -> Path:
     return Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "datasets"
 
 
-def _candidates(folder: Path, published: _Published) -> list[Path]:
-    """Archives and folders of IDX files below ``folder`` that exist."""
+def _candidates(
+    folder: Path, published: _Published, some: Callable[[Iterable[bool]], bool]
+) -> list[Path]:
+    """Archives below ``folder`` that exist, and folders with ``any`` or ``all`` IDX files."""
     archives = [folder / name for name in published.archives if (folder / name).is_file()]
     folders = [
         folder / name
         for name in published.folders
-        if any(_idx_path(folder / name, stem) for stem in _IDX_FILES.values())
+        if some(_idx_path(folder / name, stem) is not None for stem in _IDX_FILES.values())
     ]
     return archives + folders
 
@@ -307,10 +312,10 @@ def _read_npz(path: Path) -> _Arrays:
             if missing:
                 raise DataError(f"{path}: has no array {missing[0]}; it holds {archive.files}")
             return {key: archive[key] for key in _IDX_FILES}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(f"{path}: damaged: {' '.join(str(error).split())}") from error
     except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: can't be read ({reason(error)})") from error
 
 
 def _read_idx_folder(folder: Path) -> _Arrays:
@@ -332,7 +337,7 @@ def _read_idx(path: Path) -> np.ndarray:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file: {error}") from error
     except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: can't be read ({reason(error)})") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         raise DataError(f"{path}: not an IDX file of uint8 values")
     rank = content[3]
@@ -362,8 +367,13 @@ def _download(published: _Published) -> Path:
             sha256: str | None = sha256,
         ) -> None:
             folder.mkdir(parents=True, exist_ok=True)
+            # Keras would take what an earlier download left for the whole file.
+            (folder / part).unlink(missing_ok=True)
             url = _KERAS_URL + basename
-            loaded = get_file(part, url, file_hash=sha256, cache_subdir=str(folder))
+            # Its progress is for people: nothing of it where the output is not a terminal.
+            shown = sys.stdout if sys.stdout.isatty() else io.StringIO()
+            with contextlib.redirect_stdout(shown):
+                loaded = get_file(part, url, file_hash=sha256, cache_subdir=str(folder))
             os.replace(loaded, folder / basename)
 
         if not target.is_file():
@@ -659,13 +669,19 @@ def make_shards(dataset: Dataset, settings: Settings) -> list[np.ndarray]:
             f"SHARD_RULE: got {settings.SHARD_RULE!r}, takes one of {', '.join(SHARD_RULES)}"
         )
     rule = SHARD_RULES[settings.SHARD_RULE]
-    shards = [
-        np.asarray(shard, dtype=np.int32)
-        for shard in rule(dataset.y_train, settings, stream(settings.SEED, "shards"))
-    ]
-    if len(shards) != settings.NUM_NODES or any(len(shard) == 0 for shard in shards):
+    shards = list(map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards"))))
+    size = len(dataset.y_train)
+    good = all(
+        shard.ndim == 1
+        and shard.dtype.kind in "iu"
+        and shard.size > 0
+        and shard.min() >= 0
+        and shard.max() < size
+        for shard in shards
+    )
+    if len(shards) != settings.NUM_NODES or not good:
         raise ConfigError(
-            f"SHARD_RULE: {settings.SHARD_RULE!r} made {len(shards)} shards, takes a rule that "
-            f"makes NUM_NODES = {settings.NUM_NODES}, none of them empty"
+            f"SHARD_RULE: got {len(shards)} shards of {settings.SHARD_RULE!r}, takes NUM_NODES = "
+            f"{settings.NUM_NODES} arrays of integers, none empty, all below {size}"
         )
-    return shards
+    return [shard.astype(np.int32) for shard in shards]

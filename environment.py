@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 import data
 from config import Settings, make_settings, stream
-from models import FoundationModel, Moments, tf
+from models import FoundationModel, Moments, tf, use_cpu
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
@@ -129,6 +129,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
         self.settings = settings or make_settings()
+        use_cpu(self.settings.THREADS)  # before a dataset is made, which may compute as well
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
@@ -186,8 +187,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         """
         if self._over:
             raise gymnasium.error.ResetNeeded("the episode is over: call reset first")
-        nodes = [int(node) for node in np.atleast_1d(action)]
         k = self.settings.NODES_PER_ROUND
+        if np.size(action) and np.asarray(action).dtype.kind not in "iu":
+            raise ValueError(f"action: got {action!r}, takes {k} distinct node(s)")
+        nodes = [int(node) for node in np.atleast_1d(action)]
         if len(set(nodes)) != k or len(nodes) != k:
             raise ValueError(f"action: got {nodes}, takes {k} distinct node(s)")
         if not all(0 <= node < self.settings.NUM_NODES for node in nodes):

@@ -10,11 +10,13 @@ import sys
 import time
 from types import FrameType
 
-from config import Settings, UserError, episode_seed, from_command_line
+from config import Settings, UserError, episode_seed, from_command_line, reason
 
 if __name__ == "__main__":
-    # Before TensorFlow, which takes seconds to import: a typo is reported at once.
+    # Before TensorFlow, which takes seconds to import: a typo is reported at once, and Ctrl-C
+    # ends the program without a traceback.
     SETTINGS = from_command_line()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tqdm import tqdm
 
@@ -41,8 +43,8 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
         settings,
         settings.NODES_PER_ROUND,
     )
-    run.record_shards(environment.shards)
     restore(agent, run)
+    run.start(environment.shards)
 
     # disable=None: no bar where the output is not a terminal.
     bar = tqdm(total=settings.EPISODES, initial=run.episodes_finished, unit="episode", disable=None)
@@ -82,8 +84,9 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
             run.checkpoint(agent.state())
             bar.update()
 
+    run.save_agent(agent.q.network.named_arrays(agent.weights))
     plot.draw_run(run.folder)
-    run.finish(agent.q.network.named_arrays(agent.weights))
+    run.finish()
 
 
 def restore(agent: DQNAgent, run: Run) -> None:
@@ -98,7 +101,7 @@ def restore(agent: DQNAgent, run: Run) -> None:
     try:
         agent.load_state(state)
     except (ValueError, KeyError) as error:
-        raise run.damaged_agent_state(error) from error
+        raise run.damaged_checkpoint(error) from error
     print(f"continuing {run.folder} after episode {run.episodes_finished}")
 
 
@@ -109,13 +112,16 @@ def main(settings: Settings) -> int:
         The exit status: 0, or 2 after a user's mistake, 1 when the system refuses a file, 130
         after Ctrl-C, 143 after SIGTERM; each with one line on stderr.
     """
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
-        threads = models.set_threads(settings.THREADS)
+        threads = models.use_cpu(settings.THREADS)
         dataset = data.load(settings)
         data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
         with Run(settings, dataset, threads) as run:
-            if run.state == "finished":
+            if run.finished:
                 print(f"{run.folder} is finished already; for another run choose a --name")
             else:
                 train(settings, dataset, run)
@@ -124,13 +130,14 @@ def main(settings: Settings) -> int:
     except UserError as error:
         return _fail(str(error), 2)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(f"{what}; nothing that was finished is lost, the same command continues", 1)
+        message = f"{reason(error)}; what was finished is kept: mend this, and the same command"
+        return _fail(f"{message} continues", 1)
     except KeyboardInterrupt as interrupt:
         status = 143 if isinstance(interrupt, Terminated) else 130
         return _fail("interrupted; the same command continues", status)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Terminated(KeyboardInterrupt):

@@ -8,14 +8,13 @@ passing a model on is passing a reference, and saving or copying one is saving o
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from config import Settings
+from config import ConfigError, Settings
 from data import Dataset
 
 
@@ -188,6 +187,7 @@ class FoundationModel:
     """
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
+        use_cpu(settings.THREADS)
         self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
         self.test_size = len(dataset.y_test)
         shape = (-1, *dataset.input_shape)
@@ -260,6 +260,7 @@ class QNetwork:
     """
 
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
+        use_cpu(settings.THREADS)
         self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions))
         self._batch_size = settings.Q_BATCH_SIZE
         self._learning_rate = settings.Q_LEARNING_RATE
@@ -304,19 +305,34 @@ def _to_input(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
-@functools.cache
-def set_threads(threads: int) -> int:
-    """Lets TensorFlow use that many CPU threads, 0 for all cores, and returns the number.
+_threads = 0  # what TensorFlow was given in this process; 0: nothing yet
+
+
+def use_cpu(threads: int) -> int:
+    """Lets TensorFlow compute on that many CPU threads, 0 for all cores; returns the number.
 
     One operation runs at a time: the networks are chains, and a fixed schedule keeps the order
-    of floating-point sums, so that the same seed gives the same bits.
+    of floating-point sums, so that the same seed gives the same bits. Graphics cards are left
+    alone: their sums have no fixed order, and nothing here was measured on one.
 
     Raises:
-        RuntimeError: TensorFlow has started with another number.
+        ConfigError: TensorFlow computes with another number in this process already.
     """
-    if threads == 0:
-        affinity = getattr(os, "sched_getaffinity", None)
-        threads = len(affinity(0)) if affinity else os.cpu_count() or 1
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    return threads
+    global _threads
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    wanted = threads or cores
+    if _threads == 0:
+        try:
+            tf.config.set_visible_devices([], "GPU")
+            tf.config.threading.set_intra_op_parallelism_threads(wanted)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+            _threads = wanted
+        except RuntimeError:  # somebody has used TensorFlow before, with its default: all cores
+            _threads = cores
+    if wanted != _threads:
+        raise ConfigError(
+            f"THREADS: got {threads}, takes {_threads} in this process, with which TensorFlow has "
+            "started"
+        )
+    return _threads

@@ -6,6 +6,7 @@ Usage: python3 plot.py results/<name> [results/<name> ...]
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import sys
 from collections.abc import Callable
@@ -19,11 +20,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
-from config import UserError
+from config import UserError, reason
+from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS, replacing
 
 # Episodes in a moving average, in a row of the summary, and in "early" and "late".
 WINDOW = 20
+
+_COLUMNS = {"episodes": EPISODE_COLUMNS, "rounds": ROUND_COLUMNS, "shards": SHARD_COLUMNS}
 
 # Reductions against a random policy that the paper reports.
 PUBLISHED_ROUNDS, PUBLISHED_COST = 0.508, 0.746
@@ -52,15 +57,21 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
         UserError: a file is missing or not what a run writes.
     """
     tables = {}
-    for name in ("episodes", "rounds", "shards"):
+    for name, columns in _COLUMNS.items():
         path = folder / f"{name}.csv"
         try:
+            text = path.read_text(encoding="utf-8")
+            # A row without its end is one that could not be written any more.
+            text = text[: text.rfind("\n") + 1]
             # A single node reads as a number, several ("3+5") as text: always text here.
-            tables[name] = pd.read_csv(path, dtype={"node": str, "dataset": str})
-        except (OSError, ValueError) as error:
+            table = pd.read_csv(io.StringIO(text), dtype={"node": str, "dataset": str})
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({reason(error)})") from error
+        except ValueError as error:
             raise UserError(f"{path}: can't be read ({error})") from error
-        if "dataset" not in tables[name]:
-            raise UserError(f"{path}: is not a run's {name}.csv")
+        if list(table) != list(columns):
+            raise UserError(f"{path}: is not a run's {name}.csv, whose columns are {columns}")
+        tables[name] = table
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     # The rounds of an episode in progress belong to no finished episode.
@@ -70,7 +81,10 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def summary(folder: Path) -> str:
-    """How a run went, as a Markdown table of means over each 20 episodes, and where it is."""
+    """How a run went, as a Markdown table of means over each 20 episodes, and where it is.
+
+    After each mean stands the half-width of its 95 % interval (Student's t over the episodes).
+    """
     episodes = read_run(folder)["episodes"]
     lines = [
         "| episodes | rounds | communication cost | goal reached | episode reward |",
@@ -80,8 +94,8 @@ def summary(folder: Path) -> str:
         part = episodes[start : start + WINDOW]
         lines.append(
             f"| {part['episode'].iloc[0]} to {part['episode'].iloc[-1]} "
-            f"| {part['rounds'].mean():.1f} | {part['communication_cost'].mean():.2f} "
-            f"| {part['goal_reached'].mean():.0%} | {part['episode_reward'].mean():.1f} |"
+            f"| {_mean(part['rounds'], 1)} | {_mean(part['communication_cost'], 2)} "
+            f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
     missed = int((episodes["goal_reached"] == 0).sum())
     lines.append(
@@ -91,6 +105,13 @@ def summary(folder: Path) -> str:
     )
     lines.append(f"results and figures: {folder}")
     return "\n".join(lines)
+
+
+def _mean(values: pd.Series, digits: int) -> str:
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
 def draw_run(folder: Path) -> None:
@@ -112,7 +133,8 @@ def draw_run(folder: Path) -> None:
             figure = draw(tables)
             # Without a creation date the same CSVs give the same file.
             for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-                figure.savefig(folder / f"{name}.{suffix}", metadata=metadata)
+                with replacing(folder / f"{name}.{suffix}") as file:
+                    figure.savefig(file, format=suffix, metadata=metadata)
             plt.close(figure)
 
 
@@ -270,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"plot.py: {error}\n")
         return 2
     except OSError as error:
-        sys.stderr.write(f"plot.py: {error.filename}: {error.strerror}\n")
+        sys.stderr.write(f"plot.py: {reason(error)}\n")
         return 1
     return 0
 

@@ -29,7 +29,7 @@ from typing import IO, Any
 import filelock
 import numpy as np
 
-from config import PROJECT, Settings, UserError
+from config import PROJECT, Settings, UserError, reason
 from data import Dataset, warn
 
 ROUND_COLUMNS = (
@@ -60,6 +60,10 @@ EPISODE_COLUMNS = (
 SHARD_COLUMNS = ("dataset", "node", "class", "images")
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
+
+
+# What to do about a run that can't be continued.
+_ADVICE = "move the folder away, or choose another --name, to start anew"
 
 
 class RunError(UserError):
@@ -158,7 +162,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise RunError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 
@@ -176,8 +180,8 @@ class Run:
         continued: whether this run continues an earlier one.
 
     Raises:
-        RunError: the folder holds another run, a damaged one, or one that is running.
-        OSError: the folder can't be written.
+        RunError: the folder can't be written, or holds another run, a damaged one, one that is
+            running, or something else.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
@@ -191,19 +195,27 @@ class Run:
         self._config_path = self.folder / "config.json"
         self._checkpoint_path = self.folder / "checkpoint.npz"
         self._tables: dict[str, CsvTable] = {}
+        self._sizes: dict[str, int] = {}  # of the CSVs at the last checkpoint, in bytes
         self._state: dict[str, np.ndarray] | None = None
         self._config: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.folder / ".lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_folders()
+            _sync_folder(self.folder.parent)
+            self._lock = filelock.FileLock(self.folder / ".lock")
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RunError(
                 f"{self.folder}: another run is writing there; wait for it, or choose "
                 "another --name"
             ) from None
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: can't be written ({reason(error)}); choose another RESULTS_DIR "
+                "or --name"
+            ) from error
         try:
             self._open()
         except BaseException:
@@ -217,16 +229,16 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self.state == "running":
+        if kind is not None and self._tables and not self.finished:
             # On a full disk this fails as well: the state then stays "running", without a lock.
             with contextlib.suppress(OSError):
                 self._set_state("interrupted")
         self._close()
 
     @property
-    def state(self) -> str:
-        """running, interrupted or finished."""
-        return self._config["state"]
+    def finished(self) -> bool:
+        """Whether all episodes are done and the run is closed for good."""
+        return self._config.get("state") == "finished"
 
     def _close(self) -> None:
         for table in self._tables.values():
@@ -235,37 +247,48 @@ class Run:
                 table.close()
         self._lock.release()
 
-    def _open(self) -> None:
-        if self._config_path.exists():
-            self._compare(self._read_config())
-            self.continued = True
-        else:
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
+    def _refuse_other_folders(self) -> None:
+        if not self._config_path.exists():
+            others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
             if others:
                 raise RunError(
-                    f"{self.folder}: holds {sorted(others)[0]} but no config.json, so it is not a "
-                    "run's folder; choose another --name"
+                    f"{self.folder}: holds {others[0]} but no config.json, so it is not a run's "
+                    "folder; choose another --name"
                 )
-        if self.continued and self.state == "finished":
-            self.episodes_finished = self.settings.EPISODES
+
+    def _open(self) -> None:
+        """Reads what an earlier run left. Nothing is written before ``start``."""
+        if not self._config_path.exists():
             return
-        sizes = self._read_checkpoint() if self._checkpoint_path.exists() else {}
+        self._compare(self._read_config())
+        self.continued = True
+        if self.finished:
+            self.episodes_finished = self.settings.EPISODES
+            self._checkpoint_path.unlink(missing_ok=True)  # left by a kill at the very end
+        elif self._checkpoint_path.exists():
+            self._read_checkpoint()
+        else:
+            # The first checkpoint follows the first row: with more rows, one was there.
+            episodes = self.folder / "episodes.csv"
+            if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
+                raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
+
+    def start(self, shards: list[np.ndarray]) -> None:
+        """Begins a session: cuts the tables back to the checkpoint and writes ``shards.csv``."""
         self._start_session()
         for name, columns in (("rounds", ROUND_COLUMNS), ("episodes", EPISODE_COLUMNS)):
             path = self.folder / f"{name}.csv"
             if path.exists():
-                os.truncate(path, sizes.get(name, 0))
+                os.truncate(path, self._sizes.get(name, 0))
             self._tables[name] = CsvTable(path, columns)
+        self._record_shards(shards)
 
     def _read_config(self) -> dict[str, Any]:
         try:
             config = json.loads(self._config_path.read_text(encoding="utf-8"))
             config["settings"], config["dataset"]["sha256"], config["state"], config["sessions"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self._config_path}: damaged ({error}); move the folder away, or choose another "
-                "--name"
-            ) from error
+            raise RunError(f"{self._config_path}: damaged ({error}); {_ADVICE}") from error
         return config
 
     def _compare(self, config: dict[str, Any]) -> None:
@@ -284,9 +307,8 @@ class Run:
             )
         self._config = config
 
-    def _read_checkpoint(self) -> dict[str, int]:
-        """Loads the checkpoint and checks the CSVs against it; returns the CSVs' sizes."""
-        advice = "move the folder away, or choose another --name, to start anew"
+    def _read_checkpoint(self) -> None:
+        """Loads the checkpoint and checks the CSVs against it."""
         try:
             arrays = read_arrays(self._checkpoint_path)
             tables = json.loads(str(arrays.pop("tables")))
@@ -296,14 +318,14 @@ class Run:
                 if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
                     raise RunError(f"{self.folder / name}.csv: damaged since the last checkpoint")
         except RunError as error:
-            raise RunError(f"{error}; {advice}") from error
+            raise RunError(f"{error}; {_ADVICE}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self._checkpoint_path}: damaged ({error}); {advice}") from error
+            raise self.damaged_checkpoint(error) from error
         except FileNotFoundError as error:
-            raise RunError(f"{error.filename}: missing; {advice}") from error
+            raise RunError(f"{error.filename}: missing; {_ADVICE}") from error
         prefix = "agent/"
         self._state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        return {name: size for name, (size, _) in tables.items()}
+        self._sizes = {name: size for name, (size, _) in tables.items()}
 
     def _start_session(self) -> None:
         session = {
@@ -347,8 +369,8 @@ class Run:
 
     def _set_state(self, state: str) -> None:
         self._config["state"] = state
-        if state != "running":
-            self._config["ended"] = self._config["sessions"][-1]["ended"] = _now()
+        ended = None if state == "running" else _now()
+        self._config["ended"] = self._config["sessions"][-1]["ended"] = ended
         text = json.dumps(self._config, indent=2) + "\n"
         with replacing(self._config_path) as file:
             file.write(text.encode())
@@ -357,14 +379,11 @@ class Run:
         """The agent's state at the last checkpoint, or None at the start."""
         return self._state
 
-    def damaged_agent_state(self, error: Exception) -> RunError:
-        """The error to raise when the agent refuses what ``agent_state`` gave."""
-        return RunError(
-            f"{self._checkpoint_path}: damaged ({error}); move the folder away, or choose another "
-            "--name, to start anew"
-        )
+    def damaged_checkpoint(self, error: Exception) -> RunError:
+        """The error to raise when what ``agent_state`` gave can't be used."""
+        return RunError(f"{self._checkpoint_path}: damaged ({error}); {_ADVICE}")
 
-    def record_shards(self, shards: list[np.ndarray]) -> None:
+    def _record_shards(self, shards: list[np.ndarray]) -> None:
         """Writes ``shards.csv``: how many images of each class each node holds."""
         labels = self.dataset.y_train
         buffer = io.StringIO()
@@ -433,9 +452,12 @@ class Run:
         write_arrays(self._checkpoint_path, arrays | {"tables": np.array(json.dumps(tables))})
         self.episodes_finished += 1
 
-    def finish(self, weights: dict[str, np.ndarray]) -> None:
-        """Writes the agent's weights as ``agent.npz`` and declares the run finished."""
+    def save_agent(self, weights: dict[str, np.ndarray]) -> None:
+        """Writes the agent's weights as ``agent.npz``."""
         write_arrays(self.folder / "agent.npz", weights)
+
+    def finish(self) -> None:
+        """Declares the run finished."""
         self._set_state("finished")
         # The replay memory in it is large and of no use any more.
         self._checkpoint_path.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -17,7 +16,7 @@ import data
 import models
 
 # Before anything computes, as main.py does it: the number can't be changed later.
-models.set_threads(0)
+models.use_cpu(0)
 
 # The MNIST that a user names; no other test may depend on it.
 MNIST = os.environ.pop(data.DATA_VARIABLE, "")
@@ -105,8 +104,3 @@ def without_times(folder):
         "rounds": (folder / "rounds.csv").read_text().splitlines(),
         "shards": (folder / "shards.csv").read_text().splitlines(),
     }
-
-
-def write_mnist_like(path, arrays):
-    np.savez(path, **arrays)
-    return path

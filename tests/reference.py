@@ -86,7 +86,9 @@ class Reference:
                 )
             self.own_weights[n] = flat(self.models[n].get_weights())
         trained = [self.models[n].get_weights() for n in chosen]
-        self.global_model.set_weights([np.mean(parts, axis=0) for parts in zip(*trained)])
+        self.global_model.set_weights(
+            [np.mean(parts, axis=0) for parts in zip(*trained, strict=True)]
+        )
 
         states = np.array(
             self.own_weights if self.local else [flat(m.get_weights()) for m in self.models]

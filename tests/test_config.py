@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,8 @@ def test_every_constant_is_documented_with_its_range_and_source():
         ("NAME", "../elsewhere"),
         ("NAME", "."),
         ("DATASET", 3),
+        ("REWARD_BASE", 10**400),
+        ("THREADS", 2**31),
     ],
 )
 def test_refuses_values(name, value):
@@ -87,6 +90,19 @@ def test_refuses_values(name, value):
 def test_refuses_combinations(values):
     with pytest.raises(ConfigError, match=rf"^{next(iter(values))}: got .*, takes .*"):
         make_settings(**values)
+
+
+def test_paths_are_relative_to_the_project_or_the_users_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert make_settings(RESULTS_DIR="~/hl").results_dir == Path("/home/somebody/hl")
+    assert make_settings(RESULTS_DIR="/scratch").results_dir == Path("/scratch")
+    assert make_settings(RESULTS_DIR="a/b").results_dir == PROJECT / "a" / "b"
+    # No such user: a folder of that name, and no error.
+    assert config.absolute("~nosuchuser/x") == PROJECT / "~nosuchuser" / "x"
+
+
+def test_a_seed_may_be_long():
+    config.stream(make_settings(SEED=10**400).SEED, "replay").random()
 
 
 def test_integers_do_for_numbers_and_lists_for_tuples():

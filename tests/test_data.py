@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import http.server
 import socket
 import struct
+import threading
 import time
 
 import numpy as np
@@ -95,10 +98,24 @@ def test_dirichlet_shards_use_up_the_data():
     assert sorted(np.concatenate(shards).tolist()) == list(range(100))
 
 
-def test_a_rule_that_makes_the_wrong_number_is_refused(digits, monkeypatch):
-    monkeypatch.setitem(data.SHARD_RULES, "one", lambda labels, settings, rng: [np.arange(5)])
-    with pytest.raises(ConfigError, match="'one' made 1 shards"):
-        data.make_shards(digits, small_settings(SHARD_RULE="one"))
+@pytest.mark.parametrize(
+    "shards",
+    [
+        [np.arange(5)] * 3,
+        [np.arange(5)] * 3 + [np.arange(0)],
+        [np.ones(60_000, bool)] * 4,
+        [np.array([0.5])] * 4,
+        [np.array([60_000])] * 4,
+        [np.array([-1])] * 4,
+        [np.zeros((2, 2), int)] * 4,
+    ],
+)
+def test_what_a_rule_makes_is_checked(digits, monkeypatch, shards):
+    monkeypatch.setitem(data.SHARD_RULES, "mine", lambda labels, settings, rng: shards)
+    with pytest.raises(
+        ConfigError, match=r"SHARD_RULE: got . shards of 'mine', takes NUM_NODES = 4"
+    ):
+        data.make_shards(digits, small_settings(SHARD_RULE="mine"))
 
 
 # --- The bundled digits ----------------------------------------------------------------------
@@ -140,6 +157,39 @@ def test_digits_test_images_are_untouched_and_not_in_training(digits):
     assert len(set(used)) == len(used)
     test = {image.tobytes() for image in digits.x_test}
     assert not any(image.tobytes() in test for image in digits.x_train)
+
+
+class Fixed:
+    """Stands for a generator: each draw is a constant, in the order of the calls."""
+
+    def __init__(self, *values):
+        self.values = iter(values)
+
+    def uniform(self, low, high, size):
+        return np.full(size, next(self.values), float)
+
+
+def test_distortions_by_hand():
+    """In the order angle, scale, shear, shift: by whole pixels and right angles."""
+    image = np.zeros((1, 28, 28), np.float32)
+    image[0, 10, 12:15] = [0.25, 0.5, 1.0]
+    same = data._distorted(image, Fixed(0, 1, 0, 0))
+    np.testing.assert_allclose(same, image, atol=1e-6)
+    # Output (row, column) is taken from input (row + 2, column + 2).
+    moved = data._distorted(image, Fixed(0, 1, 0, 2))
+    np.testing.assert_allclose(moved[0, 8, 10:13], [0.25, 0.5, 1.0], atol=1e-5)
+    assert moved.sum() == pytest.approx(1.75, abs=1e-4)
+    # A quarter turn about the middle, 13.5: input (10, c) goes to output (27 - c, 10) or to its
+    # opposite; as output (x, y) reads input (-y, x) about the middle, row 10 becomes column 10.
+    turned = data._distorted(image, Fixed(90, 1, 0, 0))
+    np.testing.assert_allclose(turned[0, [15, 14, 13], 10], [0.25, 0.5, 1.0], atol=1e-4)
+    # Twice as large: the middle 14 rows and columns fill the picture.
+    large = data._distorted(image, Fixed(0, 2, 0, 0))
+    assert large.sum() == pytest.approx(4 * 1.75, rel=0.05)
+
+
+def test_every_training_digit_is_distorted_in_its_own_way(digits):
+    assert len(np.unique(digits.x_train.reshape(60_000, -1), axis=0)) > 59_900
 
 
 def test_digits_distortions_are_small_and_not_seeded_by_the_run(digits):
@@ -247,13 +297,9 @@ def test_order_of_places(tmp_path, mnist_like, no_network, monkeypatch):
 
 
 def test_fashion_mnist_in_its_place(tmp_path, no_network):
-    arrays = {}
-    for part, each in (("train", 6000), ("test", 1000)):
-        arrays[f"y_{part}"] = np.repeat(np.arange(10, dtype=np.uint8), each)
-        arrays[f"x_{part}"] = np.full((10 * each, 28, 28), 7, np.uint8)
     folder = tmp_path / "keras" / "datasets"
     folder.mkdir(parents=True)
-    write_idx(folder / "fashion-mnist", arrays, zipped=True)
+    write_idx(folder / "fashion-mnist", fashion_arrays(), zipped=True)
     dataset = data.load(make_settings(DATASET="fashion_mnist"))
     assert (dataset.name, dataset.verdict) == ("fashion_mnist", "unverified")
     with pytest.raises(DataError, match="not MNIST: y_train has"):
@@ -355,33 +401,75 @@ def test_a_hanging_download_is_given_up(tmp_path, monkeypatch, behaviour):
         port = server.getsockname()[1]
         monkeypatch.setattr(data, "_KERAS_URL", f"http://127.0.0.1:{port}/")
         if behaviour == "trickling":
-            import threading
 
             def trickle():
                 connection, _ = server.accept()
                 with connection:
                     connection.recv(4096)
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
-                    for _ in range(30):
-                        try:
+                    with contextlib.suppress(OSError):
+                        while True:
                             connection.sendall(b"x")
-                        except OSError:
-                            return
-                        time.sleep(0.1)
+                            time.sleep(0.1)
 
             threading.Thread(target=trickle, daemon=True).start()
         started = time.monotonic()
-        with pytest.raises(Exception, match=r"no progress|timed out|URL fetch"):
+        # A socket's own time-out ends the silent one, only the watch over the file the other.
+        words = "no progress" if behaviour == "trickling" else "no progress|timed out"
+        with pytest.raises(Exception, match=words):
             data._download(data._PUBLISHED["mnist"])
         assert time.monotonic() - started < 5
     assert not (tmp_path / "datasets" / "mnist.npz").exists()
 
 
+@contextlib.contextmanager
+def serving(folder):
+    """The address of a web server on this machine with the folder's files."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def fashion_arrays():
+    arrays = {}
+    for part, each in (("train", 6000), ("test", 1000)):
+        arrays[f"y_{part}"] = np.repeat(np.arange(10, dtype=np.uint8), each)
+        arrays[f"x_{part}"] = np.full((10 * each, 28, 28), 7, np.uint8)
+    return arrays
+
+
+def test_a_download_that_was_cut_off_is_continued(tmp_path, monkeypatch, capsys):
+    """One of four files is there, and half of the second under its temporary name."""
+    served = write_idx(tmp_path / "served", fashion_arrays(), zipped=True)
+    cache = tmp_path / "keras" / "datasets" / "fashion-mnist"
+    cache.mkdir(parents=True)
+    first, second, *_ = sorted(path.name for path in served.iterdir())
+    (cache / first).write_bytes((served / first).read_bytes())
+    (cache / f"{second}.part").write_bytes((served / second).read_bytes()[:1000])
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
+    with serving(served) as url:
+        monkeypatch.setattr(data, "_KERAS_URL", url)
+        dataset = data.load(make_settings(DATASET="fashion_mnist"))
+    assert dataset.source == "download by Keras"
+    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {
+        p.name: p.read_bytes() for p in served.iterdir()
+    }
+    # Not a terminal: nothing of Keras' progress.
+    assert capsys.readouterr().out == ""
+
+
 def test_a_download_goes_to_keras_cache_whole(tmp_path, monkeypatch, mnist_like):
     """Served from this machine; the hash that Keras states is replaced by the served file's."""
-    import http.server
-    import threading
-
     served = tmp_path / "served"
     served.mkdir()
     np.savez(served / "mnist.npz", **mnist_like)
@@ -391,18 +479,9 @@ def test_a_download_goes_to_keras_cache_whole(tmp_path, monkeypatch, mnist_like)
     monkeypatch.setitem(data._PUBLISHED, "mnist", published)
     monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(served))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "_KERAS_URL", f"http://127.0.0.1:{server.server_port}/")
+    with serving(served) as url:
+        monkeypatch.setattr(data, "_KERAS_URL", url)
         dataset = data.load(make_settings(DATASET="mnist"))
-        server.shutdown()
     assert dataset.source == "download by Keras"
     cached = tmp_path / "keras" / "datasets"
     assert [path.name for path in cached.iterdir()] == ["mnist.npz"]

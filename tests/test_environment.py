@@ -1,16 +1,15 @@
-import dataclasses
 import warnings
 
 import gymnasium
-import keras
 import numpy as np
 import pytest
 from conftest import small_settings
 from gymnasium.utils.env_checker import check_env
 from sklearn.decomposition import PCA
 
-import environment
-from config import make_settings, stream
+import config
+import data
+from config import make_settings
 from environment import DecentralizedLearning, distance_matrix, pca_scores, reward
 
 # --- Distances and reward --------------------------------------------------------------------
@@ -211,7 +210,7 @@ def test_the_starter_may_reach_an_easy_goal(few):
         env.step(0)
 
 
-@pytest.mark.parametrize("action", [4, -1, [1, 2], []])
+@pytest.mark.parametrize("action", [4, -1, [1, 2], [], 1.9, True, "1", None])
 def test_bad_actions(few, action):
     env = DecentralizedLearning(small_settings(), few)
     env.reset(seed=0)
@@ -267,76 +266,7 @@ def test_two_environments_in_one_process(few):
     assert walk(small, [large]) == alone
 
 
-# --- Against plain Keras ---------------------------------------------------------------------
-
-
-class SlowNodes:
-    """The public code's way: one Keras model with its own optimizer on each node."""
-
-    def __init__(self, env, seed):
-        rng = gymnasium.utils.seeding.np_random(seed)[0]
-        episode = int(rng.integers(2**63))
-        network = env.foundation.network
-        initial = network.split(network.initial_weights(stream(episode, "initialisation")))
-        self.initial = [part.numpy() for part in initial]
-        self.shared = self.initial
-        self.shuffling = stream(episode, "shuffling")
-        self.env = env
-        self.own = {}
-        self.models = []
-        for _ in range(env.settings.NUM_NODES):
-            model = keras.Sequential(
-                [keras.models.clone_model(network.model), keras.layers.Softmax()]
-            )
-            model.compile(keras.optimizers.Adam(1e-3), "categorical_crossentropy")
-            self.models.append(model)
-
-    def round(self, nodes):
-        trained, data = [], self.env.dataset
-        before = np.concatenate([w.ravel() for w in self.shared])
-        states = np.tile(before, (self.env.settings.NUM_NODES, 1))
-        for node in nodes:
-            model, shard = self.models[node], self.env.shards[node]
-            model.set_weights(self.shared)
-            for _ in range(self.env.settings.LOCAL_EPOCHS):
-                order = shard[self.shuffling.permutation(len(shard))]
-                x = data.x_train[order, ..., None].astype("f4") / 255
-                y = keras.utils.to_categorical(data.y_train[order], 10)
-                model.fit(x, y, batch_size=32, epochs=1, shuffle=False, verbose=0)
-            trained.append(model.get_weights())
-            states[node] = np.concatenate([w.ravel() for w in trained[-1]])
-            self.own[node] = states[node]
-        self.shared = [np.mean(parts, axis=0) for parts in zip(*trained, strict=True)]
-        if self.env.settings.OBSERVATION == "local":
-            initial = np.concatenate([w.ravel() for w in self.initial])
-            states = np.stack([self.own.get(n, initial) for n in range(len(states))])
-        pca = PCA(n_components=len(states), svd_solver="full")
-        scores = pca.fit_transform(states)
-        return scores * (pca.explained_variance_ > 1e-9 * pca.explained_variance_[0])
-
-
-@pytest.mark.parametrize("observation", ["broadcast", "local"])
-@pytest.mark.parametrize(
-    ("per_round", "walk"),
-    [(1, [[0], [2], [0], [3]]), (2, [[1, 2], [2, 0]])],
-    ids=["one node", "two nodes"],
-)
-def test_rounds_against_plain_keras(few, observation, per_round, walk):
-    """Weights and observations, for walks that stay, move and come back: Adam's moments too."""
-    settings = small_settings(
-        OBSERVATION=observation, NODES_PER_ROUND=per_round, LOCAL_EPOCHS=2, MAX_ROUNDS=9
-    )
-    env = DecentralizedLearning(settings, few)
-    observed, _ = env.reset(seed=7)
-    slow = SlowNodes(env, seed=7)
-    expected = slow.round([settings.STARTER_NODE])
-    for nodes in [None, *walk]:
-        if nodes is not None:
-            observed = env.step(nodes if per_round > 1 else nodes[0])[0]
-            expected = slow.round(nodes)
-        weights = np.concatenate([w.ravel() for w in slow.shared])
-        np.testing.assert_allclose(env._model.numpy(), weights, atol=2e-5)
-        np.testing.assert_allclose(observed.reshape(4, 4), expected, atol=1e-3)
+# --- Nodes ------------------------------------------------------------------------------------
 
 
 def test_moments_are_fresh_in_a_new_episode(few):
@@ -362,9 +292,12 @@ def test_a_diverged_model_is_told(few):
     assert not observation.any()
 
 
-def test_settings_are_the_default_of_make():
-    settings = small_settings()
-    env = gymnasium.make("HomogeneousLearning-v0", settings=settings)
-    assert env.unwrapped.settings is settings
-    assert env.unwrapped.dataset.name == "digits"
-    assert dataclasses.asdict(environment.make_settings()) == dataclasses.asdict(make_settings())
+def test_make_takes_the_constants_of_config_by_default(monkeypatch, few):
+    monkeypatch.setattr(config, "DATASET", "few")
+    monkeypatch.setattr(config, "NUM_NODES", 3)
+    monkeypatch.setattr(config, "SAMPLES_PER_NODE", 64)
+    monkeypatch.setitem(data.DATASETS, "few", lambda settings: few)
+    env = gymnasium.make("HomogeneousLearning-v0").unwrapped
+    assert env.settings == make_settings()
+    assert env.action_space.n == 3
+    assert env.dataset is few

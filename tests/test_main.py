@@ -351,8 +351,48 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path, stopped, capsys):
     arrays = records.read_arrays(stopped / "checkpoint.npz")
     arrays["agent/weights"] = arrays["agent/weights"][:-1]
     records.write_arrays(stopped / "checkpoint.npz", arrays)
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
     assert start(tmp_path)[0] == 2
     assert "checkpoint.npz: damaged (agent: weights has shape" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+
+
+def test_a_missing_checkpoint_is_named_and_nothing_is_cut(tmp_path, stopped, capsys):
+    (stopped / "checkpoint.npz").unlink()
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
+    assert start(tmp_path)[0] == 2
+    assert "checkpoint.npz: missing" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+
+
+def test_an_end_is_told_only_of_what_has_ended(tmp_path, stopped, few):
+    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="run")
+    assert json.loads((stopped / "config.json").read_text())["ended"]
+    with Run(settings, few, 1) as again:
+        again.start(data.make_shards(few, settings))
+        config = json.loads((stopped / "config.json").read_text())
+        assert (config["state"], config["ended"]) == ("running", None)
+        assert [bool(s["ended"]) for s in config["sessions"]] == [True, False]
+
+
+def test_a_checkpoint_left_by_a_finished_run_goes(tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "checkpoint.npz").write_bytes(b"left by a kill at the very end")
+    assert start(tmp_path)[0] == 0
+    assert not (folder / "checkpoint.npz").exists()
+
+
+def test_figures_that_fail_do_not_cost_the_agent(tmp_path, monkeypatch, finished):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main.plot, "draw_run", fail)
+        assert start(tmp_path)[0] == 1
+    assert (tmp_path / "run" / "agent.npz").exists()
+    assert start(tmp_path)[0] == 0
+    assert (tmp_path / "run" / "walk.png").exists()
+    assert without_times(tmp_path / "run") == without_times(finished)
 
 
 def test_a_folder_that_is_no_run_is_left(tmp_path, capsys):
@@ -360,15 +400,16 @@ def test_a_folder_that_is_no_run_is_left(tmp_path, capsys):
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     assert start(tmp_path)[0] == 2
     assert "holds thesis.txt but no config.json" in capsys.readouterr().err
-    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_an_unwritable_folder(tmp_path, capsys):
     """A file where the folder should be: root may write everywhere, so no mode bits here."""
     (tmp_path / "file").write_text("")
-    assert start(tmp_path / "file")[0] == 1
+    assert start(tmp_path / "file")[0] == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"main.py: {tmp_path / 'file'}")
+    assert message.startswith(f"main.py: {tmp_path / 'file' / 'run'}: can't be written (")
+    assert "choose another RESULTS_DIR" in message
     assert message.count("\n") == 1
 
 
@@ -384,7 +425,7 @@ def test_a_full_disk(tmp_path, monkeypatch, digits):
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
     assert "File too large" in full.stderr
-    assert "the same command continues" in full.stderr
+    assert "what was finished is kept" in full.stderr
     assert start(tmp_path, "full")[0] == 0
     assert start(tmp_path, "whole")[0] == 0
     assert without_times(tmp_path / "full") == without_times(tmp_path / "whole")
@@ -424,6 +465,23 @@ def test_the_command_from_another_folder(tmp_path):
     assert str(tmp_path / "results" / "x") in done.stdout
 
 
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    settings = small_settings(RESULTS_DIR=str(tmp_path / "results"), NAME="x")
+    process = subprocess.Popen(command(*as_flags(settings)), stderr=subprocess.PIPE)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert b"Traceback" not in errors
+
+
+def test_threads_can_not_change_in_a_process(tmp_path, capsys):
+    assert start(tmp_path, THREADS=1000)[0] == 2
+    message = capsys.readouterr().err
+    assert "THREADS: got 1000, takes" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_results_are_relative_to_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert small_settings().results_dir == PROJECT / "results"
@@ -454,9 +512,8 @@ def test_progress_bar_on_a_terminal(tmp_path):
         assert word in text
 
 
-def test_mnist_with_the_default_settings(tmp_path, mnist_path, monkeypatch):
+def test_mnist_with_the_default_settings(tmp_path, mnist_path):
     """Episode 1 on real MNIST, as the reference run has it."""
-    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="x")
     flags = ["--dataset", "mnist", "--episodes", "1", "--set", f"RESULTS_DIR={tmp_path}"]
     done = run(*flags, env={**os.environ, data.DATA_VARIABLE: str(mnist_path)})
     assert (done.returncode, done.stderr) == (0, "")
@@ -472,4 +529,3 @@ def test_mnist_with_the_default_settings(tmp_path, mnist_path, monkeypatch):
     assert rounds["node"][:count].tolist() == reference["node"][:count].tolist()
     # The first rounds have not grown apart yet.
     np.testing.assert_allclose(rounds["accuracy"][:3], reference["accuracy"][:3], atol=0.02)
-    assert settings.results_dir == tmp_path

@@ -56,12 +56,45 @@ def test_handovers_of_several_nodes():
 
 def test_summary_by_hand(tmp_path):
     lines = plot.summary(make_run(tmp_path / "x")).splitlines()
-    assert lines[2] == "| 1 to 20 | 30.0 | 1.50 | 80% | -18.0 |"
-    assert lines[3] == "| 21 to 40 | 10.0 | 0.50 | 80% | -6.0 |"
-    assert lines[4] == "| 41 to 50 | 10.0 | 0.50 | 80% | -6.0 |"
+    # Equal numbers have an interval of no width.
+    assert lines[2] == "| 1 to 20 | 30.0 ± 0.0 | 1.50 ± 0.00 | 80% | -18.0 ± 0.0 |"
+    assert lines[3] == "| 21 to 40 | 10.0 ± 0.0 | 0.50 ± 0.00 | 80% | -6.0 ± 0.0 |"
+    assert lines[4] == "| 41 to 50 | 10.0 ± 0.0 | 0.50 ± 0.00 | 80% | -6.0 ± 0.0 |"
     assert lines[5] == (
         "50 episodes on mnist in 1.7 min: 10 missed the goal (counted with 36 rounds), 0 diverged"
     )
+
+
+def test_interval_by_hand():
+    # Mean 3, deviation 2, root of 4: an error of 1, and Student's t with 3 degrees is 3.182.
+    values = pd.Series([1.0, 5.0, 3.0 - np.sqrt(2), 3.0 + np.sqrt(2)])
+    assert plot._mean(values, 3) == "3.000 ± 3.182"
+    assert plot._mean(pd.Series([2.0]), 1) == "2.0"
+
+
+def test_a_torn_last_row_is_left_out(tmp_path):
+    folder = make_run(tmp_path / "x", episodes=20)
+    whole = plot.summary(folder)
+    for name, tail in (("episodes", "mnist,21,3"), ("rounds", "mnist,20,3"), ("rounds", ",1,2,")):
+        with (folder / f"{name}.csv").open("a") as file:
+            file.write(tail)
+    assert plot.summary(folder) == whole
+    plot.draw_run(folder)
+
+
+def test_a_failing_write_keeps_the_old_figures(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "x")
+    plot.draw_run(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def fail(self, file, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="No space"):
+        plot.draw_run(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_figures_come_from_the_csvs_alone(tmp_path):

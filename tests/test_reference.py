@@ -15,11 +15,11 @@ from environment import DecentralizedLearning
 # gradient grows through the steps that follow. Adam divides a gradient by its own running size, so
 # a step is about the learning rate, 1e-3, however small the gradient is; a weight whose gradient is
 # itself rounding noise takes such a step in a direction of its own. After the walks below (up to
-# 112 steps) the largest difference that was seen is 2e-4: a fifth of one step. The bound is
-# one whole step.
+# 112 steps) the largest difference that was seen is 2.4e-4, a quarter of one step, in one of
+# 33,580 weights. The bound is one whole step.
 WEIGHTS = 1e-3
-# Scores are sums over 33,580 weights of differences that have no common direction.
-OBSERVATION = 1e-2
+# Seen: 1.6e-5. Scores lie between -2 and 2.
+OBSERVATION = 1e-3
 # A test image flips where its two greatest logits are as close as the rounding.
 IMAGES = 3
 
@@ -30,7 +30,7 @@ WALKS = {
 }
 
 
-def compare(settings, dataset, walk, seed):
+def compare(settings, dataset, walk, seed, observed=True):
     env = DecentralizedLearning(settings, dataset)
     observation, info = env.reset(seed=seed)
     # The same initial weights and the same order of images as the environment draws them.
@@ -63,12 +63,11 @@ def compare(settings, dataset, walk, seed):
         # The reward's slope by the accuracy is ln(32) 32^(accuracy - goal), below 7.
         assert info["reward"] == pytest.approx(reward, abs=7 * difference + 1e-6)
         weights = flat(reference.global_model.get_weights())
-        print("DIFF", abs(env._model.numpy()-weights).max(), abs(observation-expected).max(), difference/images)
         np.testing.assert_allclose(env._model.numpy(), weights, rtol=0, atol=WEIGHTS)
-        np.testing.assert_allclose(observation, expected, rtol=0, atol=OBSERVATION)
-        assert done == expected_done or difference > 0
-        if done:
-            break
+        if observed:
+            np.testing.assert_allclose(observation, expected, rtol=0, atol=OBSERVATION)
+        assert done == expected_done
+        assert not done or info["round"] == 1 + len(walk)
     return info
 
 
@@ -77,6 +76,17 @@ def compare(settings, dataset, walk, seed):
 def test_digits(few, observation, walk):
     settings = small_settings(OBSERVATION=observation, MAX_ROUNDS=36, SAMPLES_PER_NODE=120)
     compare(settings, few, WALKS[walk], seed=7)
+
+
+def test_the_last_round_is_the_same(few):
+    """36 rounds of one step each: the accuracy stays below the goal.
+
+    Adam's first step moves every weight by the same amount, so which loading is the greatest, and
+    with it the score's sign, is a matter of rounding: scores are not compared here.
+    """
+    settings = small_settings(MAX_ROUNDS=36, SAMPLES_PER_NODE=5)
+    info = compare(settings, few, [n % 4 for n in range(35)], seed=9, observed=False)
+    assert info["round"] == 36
 
 
 @pytest.mark.parametrize("observation", ["broadcast", "local"])
