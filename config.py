@@ -107,7 +107,7 @@ EPSILON_DECAY = 0.02
 # --- Run -------------------------------------------------------------------------------------
 # the one seed of everything random but the distances; an integer >= 0 (ours)
 SEED = 0
-# folder below RESULTS_DIR, "" for <dataset>-seed<SEED>; letters, digits, or any of . - _ (ours)
+# folder below RESULTS_DIR, "" for <dataset>-seed<SEED>; letters, digits, - _ and inner dots (ours)
 NAME = ""
 # folder of all results, relative to this file's folder; text (ours)
 RESULTS_DIR = "results"
@@ -266,7 +266,7 @@ class Settings:
         Rule(
             str,
             pattern=r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?",
-            wording="letters, digits, or any of . - _",
+            wording="letters, digits, - _ and inner dots",
         ),
     ]
     RESULTS_DIR: Annotated[str, _TEXT]

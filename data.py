@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -512,10 +513,11 @@ def load_auto(settings: Settings) -> Dataset:
         return load_mnist(settings)
     except DataNotFound as error:
         bar = "=" * 88
+        reasons = textwrap.fill(str(error), 88, break_long_words=False, break_on_hyphens=False)
         warn(
-            f"\n{bar}\nNOT MNIST: THIS RUN USES SCIKIT-LEARN'S BUNDLED DIGITS INSTEAD.\n"
-            "Its numbers can't be compared with the paper's. Results and plots say 'digits'.\n"
-            f"{error}\n{bar}"
+            f"NOT MNIST\n{bar}\nTHIS RUN USES SCIKIT-LEARN'S BUNDLED DIGITS INSTEAD OF MNIST.\n"
+            "Its numbers can't be compared with the paper's. Results and plots say 'digits'.\n\n"
+            f"{reasons}\n{bar}"
         )
         return load_digits(settings)
 
@@ -544,6 +546,7 @@ def load(settings: Settings) -> Dataset:
     """
     if settings.DATASET not in DATASETS:
         raise ConfigError(f"DATASET: got {settings.DATASET!r}, takes one of {', '.join(DATASETS)}")
+    _check_shard_rule(settings)  # before a download, or a long warning
     return DATASETS[settings.DATASET](settings)
 
 
@@ -573,15 +576,15 @@ def main_class_shards(
         own, others = np.flatnonzero(labels == digit), np.flatnonzero(labels != digit)
         if len(own) < (group + 1) * main:
             raise ConfigError(
-                f"SAMPLES_PER_NODE: got {size}, takes a size whose {main} main images fit: node "
-                f"{node} needs {(group + 1) * main} training images of class {digit}, "
-                f"the dataset has {len(own)}"
+                f"SAMPLES_PER_NODE: got {size} for NUM_NODES = {settings.NUM_NODES}, takes a size "
+                f"whose {main} main images fit: node {node} needs {(group + 1) * main} training "
+                f"images of class {digit}, the dataset has {len(own)}"
             )
         if len(others) < (group + 1) * rest:
             raise ConfigError(
-                f"SAMPLES_PER_NODE: got {size}, takes a size whose {rest} supplementary images "
-                f"fit: node {node} needs {(group + 1) * rest} training images outside class "
-                f"{digit}, the dataset has {len(others)}"
+                f"SAMPLES_PER_NODE: got {size} for NUM_NODES = {settings.NUM_NODES}, takes a size "
+                f"whose {rest} supplementary images fit: node {node} needs {(group + 1) * rest} "
+                f"training images outside class {digit}, the dataset has {len(others)}"
             )
         shards.append(
             np.concatenate(
@@ -658,16 +661,20 @@ SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], lis
 }
 
 
+def _check_shard_rule(settings: Settings) -> None:
+    if settings.SHARD_RULE not in SHARD_RULES:
+        raise ConfigError(
+            f"SHARD_RULE: got {settings.SHARD_RULE!r}, takes one of {', '.join(SHARD_RULES)}"
+        )
+
+
 def make_shards(dataset: Dataset, settings: Settings) -> list[np.ndarray]:
     """Which training images each node has: N arrays of indices into ``dataset.x_train``.
 
     Raises:
         ConfigError: no such rule, or one that the dataset can't fill.
     """
-    if settings.SHARD_RULE not in SHARD_RULES:
-        raise ConfigError(
-            f"SHARD_RULE: got {settings.SHARD_RULE!r}, takes one of {', '.join(SHARD_RULES)}"
-        )
+    _check_shard_rule(settings)
     rule = SHARD_RULES[settings.SHARD_RULE]
     shards = list(map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards"))))
     size = len(dataset.y_train)

@@ -81,6 +81,9 @@ class DistinctNodes(spaces.MultiDiscrete):
         super().__init__([nodes] * per_round)
         self._nodes, self._per_round = nodes, per_round
 
+    def __repr__(self) -> str:
+        return f"DistinctNodes({self._nodes}, {self._per_round})"
+
     def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
         """K nodes drawn without replacement; masks are not supported."""
         if mask is not None or probability is not None:

@@ -46,8 +46,12 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
     restore(agent, run)
     run.start(environment.shards)
 
-    # disable=None: no bar where the output is not a terminal.
-    bar = tqdm(total=settings.EPISODES, initial=run.episodes_finished, unit="episode", disable=None)
+    bar = tqdm(
+        total=settings.EPISODES,
+        initial=run.episodes_finished,
+        bar_format="episode {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
+        disable=None,  # no bar where the output is not a terminal
+    )
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
             started = time.perf_counter()
@@ -64,11 +68,9 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
                 observation = next_observation
                 episode_reward += reward
                 run.record_round(episode, info, chosen_by)
-                bar.set_postfix(
-                    rounds=info["round"],
-                    accuracy=f"{info['accuracy']:.3f}",
-                    cost=f"{info['communication_cost']:.2f}",
-                    epsilon=f"{agent.epsilon:.2f}",
+                bar.set_postfix_str(
+                    f"round {info['round']}, accuracy {info['accuracy']:.3f}, "
+                    f"cost {info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
                 )
 
             q_loss = agent.train()

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from config import UserError, reason
@@ -29,6 +30,9 @@ from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS, replacing
 WINDOW = 20
 
 _COLUMNS = {"episodes": EPISODE_COLUMNS, "rounds": ROUND_COLUMNS, "shards": SHARD_COLUMNS}
+
+# Episodes that an interval needs: with fewer it would be wider than what can happen at all.
+_FEWEST = 5
 
 # Reductions against a random policy that the paper reports.
 PUBLISHED_ROUNDS, PUBLISHED_COST = 0.508, 0.746
@@ -66,7 +70,7 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
             # A single node reads as a number, several ("3+5") as text: always text here.
             table = pd.read_csv(io.StringIO(text), dtype={"node": str, "dataset": str})
         except OSError as error:
-            raise UserError(f"{path}: can't be read ({reason(error)})") from error
+            raise UserError(f"{path}: can't be read ({error.strerror})") from error
         except ValueError as error:
             raise UserError(f"{path}: can't be read ({error})") from error
         if list(table) != list(columns):
@@ -93,7 +97,7 @@ def summary(folder: Path) -> str:
     for start in range(0, len(episodes), WINDOW):
         part = episodes[start : start + WINDOW]
         lines.append(
-            f"| {part['episode'].iloc[0]} to {part['episode'].iloc[-1]} "
+            f"| {_span(part['episode'])} "
             f"| {_mean(part['rounds'], 1)} | {_mean(part['communication_cost'], 2)} "
             f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
@@ -103,12 +107,20 @@ def summary(folder: Path) -> str:
         f"{episodes['seconds'].sum() / 60:.1f} min: {missed} missed the goal (counted with "
         f"{episodes['max_rounds'].iloc[0]} rounds), {int(episodes['diverged'].sum())} diverged"
     )
+    lines.append(
+        f"\N{PLUS-MINUS SIGN}: half-width of the mean's 95 % interval, from {_FEWEST} episodes on"
+    )
     lines.append(f"results and figures: {folder}")
     return "\n".join(lines)
 
 
+def _span(episodes: pd.Series) -> str:
+    first, last = episodes.iloc[0], episodes.iloc[-1]
+    return f"{first} to {last}" if last > first else f"{first}"
+
+
 def _mean(values: pd.Series, digits: int) -> str:
-    if len(values) < 2:
+    if len(values) < _FEWEST:
         return f"{values.mean():.{digits}f}"
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
@@ -151,7 +163,7 @@ def _early_and_late(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataF
     count = min(WINDOW, max(1, len(episodes) // 2))
     parts = []
     for chosen in (episodes[:count], episodes[-count:]):
-        title = f"episodes {chosen.iloc[0]} to {chosen.iloc[-1]}"
+        title = f"episode{'s' * (count > 1)} {_span(chosen)}"
         parts.append((title, rounds[rounds["episode"].isin(chosen)]))
     return parts
 
@@ -170,7 +182,7 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
         x, y = episodes["episode"], episodes[column]
         axis.plot(x[reached], y[reached], "o", ms=3, color="0.6", label="goal reached")
         axis.plot(x[~reached], y[~reached], "x", ms=4, color="0.35", label="goal missed")
-        mean = y.rolling(WINDOW, min_periods=WINDOW // 2).mean()
+        mean = y.rolling(WINDOW).mean()
         axis.plot(x, mean, "-", color="black", lw=1.8, label=f"mean of the last {WINDOW}")
         axis.set_ylabel(label)
         if reduction is not None:
@@ -185,6 +197,7 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
         own = slice(None) if axis is axes[0] else slice(3, None)
         axis.legend(handles[own], labels[own], loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("episode")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _title(figure, "DQN training", tables)
     return figure
 
@@ -207,6 +220,7 @@ def draw_accuracy(tables: dict[str, pd.DataFrame]) -> Figure:
     limit = tables["episodes"]["max_rounds"].iloc[0]
     for axis, (title, rounds) in zip(axes, _early_and_late(tables), strict=True):
         wide = rounds.pivot(index="round", columns="episode", values="accuracy")
+        wide = wide.reindex(range(1, limit + 1))
         axis.plot(wide.index, wide, color="0.75", lw=0.7)
         # An episode that has ended holds its last accuracy: else only the slow ones would be left.
         axis.plot(wide.index, wide.ffill().mean(axis=1), color="black", lw=2, label="mean")
@@ -272,7 +286,9 @@ def draw_shards(tables: dict[str, pd.DataFrame]) -> Figure:
         for (row, column), images in np.ndenumerate(wide.to_numpy()):
             color = "white" if images > wide.to_numpy().max() / 2 else "black"
             axis.text(column, row, images, ha="center", va="center", color=color, fontsize=7)
-        axis.set(xticks=range(wide.shape[1]), yticks=range(len(wide)))
+        axis.set(yticks=range(len(wide)))
+    if wide.shape[1] <= 12:
+        axis.set(xticks=range(wide.shape[1]))
     axis.grid(False)
     axis.set(xlabel="class", ylabel="node")
     figure.colorbar(image, ax=axis, label="training images")

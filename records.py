@@ -296,10 +296,12 @@ class Run:
         differing = [
             f"{name} = {stored.get(name)!r} there, {present.get(name)!r} now"
             for name in dict.fromkeys([*present, *stored])
-            if stored.get(name) != present.get(name) and name != "NAME"
+            if stored.get(name) != present.get(name) and name not in ("NAME", "DATASET")
         ]
+        # What counts of DATASET is which data it led to: "auto" may have found the same.
         if config["dataset"]["sha256"] != self.dataset.sha256:
-            differing.append(f"the data ({config['dataset']['name']} there)")
+            there = config["dataset"]["name"]
+            differing.append(f"data = {there!r} there, {self.dataset.name!r} now")
         if differing:
             raise RunError(
                 f"{self.folder}: holds a run with other settings ({'; '.join(differing)}); choose "

@@ -380,7 +380,7 @@ def test_mnist_never_falls_back(no_network):
 def test_auto_falls_back_with_a_warning(no_network, capsys):
     dataset = data.load(make_settings(DATASET="auto"))
     assert dataset.name == "digits"
-    warning = capsys.readouterr().err
+    warning = " ".join(capsys.readouterr().err.split())
     assert "NOT MNIST" in warning
     assert "no network" in warning
 

@@ -66,10 +66,9 @@ def test_summary_by_hand(tmp_path):
 
 
 def test_interval_by_hand():
-    # Mean 3, deviation 2, root of 4: an error of 1, and Student's t with 3 degrees is 3.182.
-    values = pd.Series([1.0, 5.0, 3.0 - np.sqrt(2), 3.0 + np.sqrt(2)])
-    assert plot._mean(values, 3) == "3.000 ± 3.182"
-    assert plot._mean(pd.Series([2.0]), 1) == "2.0"
+    # Five values: mean 3, deviation root 2.5, an error of 0.7071; 4 degrees of freedom: 2.776.
+    assert plot._mean(pd.Series([1.0, 2, 3, 4, 5]), 3) == "3.000 ± 1.963"
+    assert plot._mean(pd.Series([1.0, 2, 3, 4]), 1) == "2.5"
 
 
 def test_a_torn_last_row_is_left_out(tmp_path):
@@ -155,7 +154,7 @@ def test_moving_average_is_over_20_episodes(tmp_path):
         line for line in figure.axes[1].get_lines() if "mean of the last 20" in line.get_label()
     ]
     values = mean.get_ydata()
-    assert np.isnan(values[8])
+    assert np.isnan(values[18])
     assert values[19] == pytest.approx(30)
     assert values[29] == pytest.approx(20)  # ten of 30, ten of 10
     assert values[39] == pytest.approx(10)
@@ -170,12 +169,15 @@ def test_accuracy_holds_the_last_value_of_ended_episodes(tmp_path):
     (mean,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "mean"]
     # 19 episodes at 0.6 and one that ended at 0.2.
     assert mean.get_ydata()[9] == pytest.approx((19 * 0.6 + 0.2) / 20)
+    # Up to the limit, although all have ended after 30 rounds.
+    assert mean.get_xdata()[-1] == 36
+    assert mean.get_ydata()[-1] == pytest.approx((19 * 0.6 + 0.2) / 20)
 
 
 def test_a_single_episode_can_be_drawn(tmp_path):
     folder = make_run(tmp_path / "x", episodes=1)
     plot.draw_run(folder)
-    assert "| 1 to 1 |" in plot.summary(folder)
+    assert "| 1 |" in plot.summary(folder)
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):
