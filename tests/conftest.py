@@ -18,8 +18,8 @@ import models
 # Before anything computes, as main.py does it: the number can't be changed later.
 models.use_cpu(0)
 
-# The MNIST that a user names; no other test may depend on it.
-MNIST = os.environ.pop(data.DATA_VARIABLE, "")
+# The MNIST that a user names.
+MNIST = os.environ.get(data.DATA_VARIABLE, "")
 
 # Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
 SMALL = {
@@ -34,6 +34,12 @@ SMALL = {
 
 def small_settings(**overrides):
     return config.make_settings(**{**SMALL, **overrides})
+
+
+@pytest.fixture(autouse=True)
+def no_named_file(monkeypatch):
+    """Only tests that ask for ``mnist_path`` may depend on it."""
+    monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")
