@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 
@@ -39,6 +40,8 @@ PUBLISHED_ROUNDS, PUBLISHED_COST = 0.508, 0.746
 
 # Episodes that stand for the random policy: epsilon is 0.83 or more in the first ten.
 _RANDOM_EPISODES, _RANDOM_EPSILON = 10, 0.8
+
+Tables = TypeVar("Tables")  # what a figure is drawn from
 
 _STYLE = {
     "font.size": 9,
@@ -141,13 +144,22 @@ def draw_run(folder: Path) -> None:
         "shards": draw_shards,
     }
     for name, draw in figures.items():
-        with plt.rc_context(_STYLE):
-            figure = draw(tables)
-            # Without a creation date the same CSVs give the same file.
-            for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-                with replacing(folder / f"{name}.{suffix}") as file:
-                    figure.savefig(file, format=suffix, metadata=metadata)
-            plt.close(figure)
+        save_figure(folder / name, draw, tables)
+
+
+def save_figure(path: Path, draw: Callable[[Tables], Figure], tables: Tables) -> None:
+    """Draws a figure in this project's look into ``path`` + ``.png`` and ``path`` + ``.pdf``.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with plt.rc_context(_STYLE):
+        figure = draw(tables)
+        # Without a creation date the same CSVs give the same file.
+        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+            with replacing(path.with_name(f"{path.name}.{suffix}")) as file:
+                figure.savefig(file, format=suffix, metadata=metadata)
+        plt.close(figure)
 
 
 def _title(figure: Figure, text: str, tables: dict[str, pd.DataFrame]) -> None:

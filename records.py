@@ -338,7 +338,7 @@ class Run:
             "versions": _versions(),
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
-                "cpu": _cpu_name(),
+                "cpu": cpu_name(),
                 "cpus": os.cpu_count(),
                 "threads": self._threads,
             },
@@ -497,7 +497,8 @@ def _git_revision() -> str | None:
     return revision + ("+changes" if changed else "")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, or an empty string."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
