@@ -59,18 +59,21 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     if not np.isfinite(models).all():
         return scores
     counts = np.bincount(owners, minlength=len(models)).astype(np.float64)
-    centred = models.astype(np.float64) - counts @ models / counts.sum()
+    centred = models.astype(np.float64)
+    centred -= counts @ centred / counts.sum()
     # The N x P matrix with repeated rows has the singular values of the M x P matrix whose rows
     # are multiplied by the root of how often they occur; the small Gram matrix gives them.
-    weighted = np.sqrt(counts)[:, None] * centred
-    squares, vectors = np.linalg.eigh(weighted @ weighted.T)
-    for column, index in enumerate(np.argsort(squares)[::-1][:components]):
-        # The weights are float32, so variance below their rounding (1e-7, squared) is noise.
-        if squares[index] <= 1e-13 * squares.max() or squares[index] <= 0:
-            break
-        loadings = vectors[:, index] @ weighted / np.sqrt(squares[index])
-        sign = np.sign(loadings[np.argmax(np.abs(loadings))])
-        scores[:, column] = (sign * (centred @ loadings))[owners]
+    roots = np.sqrt(counts)
+    squares, vectors = np.linalg.eigh(roots[:, None] * (centred @ centred.T) * roots)
+    squares, vectors = squares[::-1][:components], vectors[:, ::-1][:, :components]
+    # The weights are float32, so variance below their rounding (1e-7, squared) is noise.
+    kept = (squares > 1e-13 * squares.max()) & (squares > 0)
+    squares, vectors = squares[kept], vectors[:, kept]
+    loadings = (roots[:, None] * vectors).T @ centred  # times the singular values
+    signs = np.where(loadings.max(axis=1) >= -loadings.min(axis=1), 1.0, -1.0)
+    # Row m of the left singular vectors times the singular values, freed of the row's factor.
+    rows = signs * np.sqrt(squares) * vectors / roots[:, None]
+    scores[:, : len(squares)] = rows[owners]
     return scores
 
 

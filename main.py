@@ -83,7 +83,7 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
                 seconds=time.perf_counter() - started,
             )
             agent.decay_epsilon()
-            run.checkpoint(agent.state())
+            run.checkpoint(agent.state(), agent.memory.latest(info["round"] - 1))
             bar.update()
 
     run.save_agent(agent.q.network.named_arrays(agent.weights))
@@ -101,7 +101,7 @@ def restore(agent: DQNAgent, run: Run) -> None:
     if state is None:
         return
     try:
-        agent.load_state(state)
+        agent.load_state(state, run.transitions())
     except (ValueError, KeyError) as error:
         raise run.damaged_checkpoint(error) from error
     print(f"continuing {run.folder} after episode {run.episodes_finished}")

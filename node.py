@@ -15,7 +15,7 @@ from models import Moments, QNetwork, tf
 
 
 class ReplayMemory:
-    """A ring buffer of transitions, in arrays that grow up to the capacity.
+    """A ring buffer of transitions, an array that grows up to the capacity.
 
     Departure: the public code shuffles its memory in place before each draw, so that beyond the
     capacity it forgets transitions at random instead of the oldest. Its 120 episodes of at most
@@ -25,24 +25,29 @@ class ReplayMemory:
         capacity: transitions kept; the oldest is overwritten by the next one after that.
         observation_size: D, length of a flat observation.
         actions_per_step: k, number of actions taken in a step.
+
+    Attributes:
+        added: how many transitions were ever added.
     """
 
     _FIRST_SIZE = 1024
 
     def __init__(self, capacity: int, observation_size: int, actions_per_step: int = 1) -> None:
         self.capacity = capacity
-        self._added = 0
-        size = min(capacity, self._FIRST_SIZE)
-        self._arrays = {
-            "observations": np.zeros((size, observation_size), np.float32),
-            "actions": np.zeros((size, actions_per_step), np.int32),
-            "rewards": np.zeros(size, np.float64),
-            "next_observations": np.zeros((size, observation_size), np.float32),
-            "terminals": np.zeros(size, np.bool_),
-        }
+        self.added = 0
+        self._transition = np.dtype(
+            [
+                ("observations", np.float32, (observation_size,)),
+                ("actions", np.int32, (actions_per_step,)),
+                ("rewards", np.float64),
+                ("next_observations", np.float32, (observation_size,)),
+                ("terminals", np.bool_),
+            ]
+        )
+        self._ring = np.zeros(min(capacity, self._FIRST_SIZE), self._transition)
 
     def __len__(self) -> int:
-        return min(self._added, self.capacity)
+        return min(self.added, self.capacity)
 
     def add(
         self,
@@ -53,50 +58,47 @@ class ReplayMemory:
         terminal: bool,
     ) -> None:
         """Stores one transition; ``terminal`` if no next step followed."""
-        size = len(self._arrays["rewards"])
-        if self._added == size < self.capacity:
+        size = len(self._ring)
+        if self.added == size < self.capacity:
             more = min(size, self.capacity - size)
-            for name, array in self._arrays.items():
-                self._arrays[name] = np.concatenate([array, np.zeros_like(array[:more])])
+            self._ring = np.concatenate([self._ring, np.zeros(more, self._transition)])
+        transition = self._ring[self.added % self.capacity]
         values = (observation, actions, reward, next_observation, terminal)
-        for array, value in zip(self._arrays.values(), values, strict=True):
-            array[self._added % self.capacity] = value
-        self._added += 1
+        for name, value in zip(self._transition.names, values, strict=True):
+            transition[name] = value
+        self.added += 1
 
-    def draw(self, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """``count`` distinct transitions in random order, as copies.
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """``count`` distinct transitions in random order, as a copy.
 
         Returns:
-            observations, next_observations (count, D) float32; actions (count, k) int32;
-            rewards (count,) float64; terminals (count,) bool.
+            (count,) structured: observations, next_observations (count, D) float32; actions
+            (count, k) int32; rewards (count,) float64; terminals (count,) bool.
 
         Raises:
             ValueError: fewer than ``count`` are stored.
         """
-        index = rng.choice(len(self), count, replace=False)
-        return {name: array[index] for name, array in self._arrays.items()}
+        return self._ring[rng.choice(len(self), count, replace=False)]
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All that is stored, as arrays; see ``load_state``."""
-        return {"added": np.array(self._added)} | {
-            name: array[: len(self)] for name, array in self._arrays.items()
-        }
+    def latest(self, count: int) -> np.ndarray:
+        """The last ``count`` transitions (all, if fewer are stored), oldest first; as ``draw``."""
+        count = min(count, len(self))
+        return self._ring[np.arange(self.added - count, self.added) % self.capacity]
 
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Takes over what ``state`` returned.
+    def restore(self, transitions: np.ndarray, added: int) -> None:
+        """Becomes a memory to which ``added`` transitions were added, of which these are the last.
 
         Raises:
-            ValueError, KeyError: it belongs to another kind of memory.
+            ValueError: they are too few, or of another kind of memory.
         """
-        added = int(state["added"])
-        arrays = {}
-        for name, array in self._arrays.items():
-            stored = state[name]
-            if stored.shape != (min(added, self.capacity), *array.shape[1:]):
-                raise ValueError(f"replay memory: {name} has shape {stored.shape}")
-            arrays[name] = np.zeros((max(len(array), len(stored)), *array.shape[1:]), array.dtype)
-            arrays[name][: len(stored)] = stored
-        self._arrays, self._added = arrays, added
+        kept = min(added, self.capacity)
+        if transitions.dtype != self._transition or len(transitions) < kept:
+            raise ValueError(f"replay memory: {len(transitions)} transitions, or of another kind")
+        ring = np.zeros(max(len(self._ring), kept), self._transition)
+        ring[np.arange(added - kept, added) % self.capacity] = transitions[
+            len(transitions) - kept :
+        ]
+        self._ring, self.added = ring, added
 
 
 class DQNAgent:
@@ -169,7 +171,7 @@ class DQNAgent:
             self.target_weights = self.weights
         return float(np.mean(losses))
 
-    def targets(self, sample: dict[str, np.ndarray]) -> np.ndarray:
+    def targets(self, sample: np.ndarray) -> np.ndarray:
         """(n, actions) float32 that the Q values of a sample are fitted to (public code).
 
         The network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
@@ -201,7 +203,7 @@ class DQNAgent:
         self._enter_episode(self.episode + 1)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that training goes on with, as arrays, for use between two episodes."""
+        """What training goes on with between two episodes, but for ``memory``'s transitions."""
         return {
             "episode": np.array(self.episode),
             "epsilon": np.array(self.epsilon),
@@ -210,10 +212,15 @@ class DQNAgent:
             "first_moments": self.moments.first.numpy(),
             "second_moments": self.moments.second.numpy(),
             "moments_step": self.moments.step.numpy(),
-        } | {f"memory/{name}": array for name, array in self.memory.state().items()}
+            "transitions_added": np.array(self.memory.added),
+        }
 
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
+    def load_state(self, state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
         """Takes over what ``state`` returned; changes nothing if that is not possible.
+
+        Args:
+            state: of the other agent.
+            transitions: those of its replay memory, oldest first; earlier ones do no harm.
 
         Raises:
             ValueError, KeyError: it belongs to another kind of agent.
@@ -226,9 +233,7 @@ class DQNAgent:
         episode, epsilon = int(state["episode"]), float(state["epsilon"])
         weights, target, first, second = (tf.constant(state[name]) for name in vectors)
         moments = Moments(first, second, tf.constant(state["moments_step"], tf.float32))
-        self.memory.load_state(
-            {k.removeprefix("memory/"): v for k, v in state.items() if k.startswith("memory/")}
-        )
+        self.memory.restore(transitions, int(state["transitions_added"]))
         self.weights, self.target_weights, self.moments = weights, target, moments
         self.epsilon = epsilon
         self._enter_episode(episode)

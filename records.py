@@ -2,8 +2,8 @@
 
 A run may stop at any moment, by a signal, a full disk or a power cut. What makes that safe:
 rows are flushed as soon as they are known; a file that replaces another is written beside it,
-synced and renamed; a checkpoint after each episode states how long the CSVs were by then, and a
-continued run cuts them back to that. So at most the episode in progress is lost.
+synced and renamed; a checkpoint after each episode states how long the growing files were by
+then, and a continued run cuts them back to that. So at most the episode in progress is lost.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ EPISODE_COLUMNS = (
 )
 SHARD_COLUMNS = ("dataset", "node", "class", "images")
 
+_TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
+_TRANSITIONS = "transitions.npy"  # many arrays, one after the other
+
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
 
 
@@ -109,6 +112,62 @@ class CsvTable:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class TransitionFile:
+    """A file to which arrays of transitions are appended, each as ``numpy.save`` writes it.
+
+    Appended to, because a hundred nodes' replay memory has hundreds of megabytes.
+
+    Args:
+        path: continued if it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sha256 = _sha256(path, None) if path.exists() else hashlib.sha256()
+        self._file = path.open("ab")
+
+    def add(self, transitions: np.ndarray) -> None:
+        """Appends an array and waits until it is on the disk."""
+        buffer = io.BytesIO()
+        np.save(buffer, transitions, allow_pickle=False)
+        self._sha256.update(buffer.getbuffer())
+        self._file.write(buffer.getbuffer())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def state(self) -> tuple[int, str]:
+        """Its size in bytes and its SHA-256."""
+        return self._file.tell(), self._sha256.hexdigest()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path, size: int) -> np.ndarray:
+        """All transitions in the first ``size`` bytes, never unpickling.
+
+        Raises:
+            ValueError: they are not what ``add`` wrote.
+        """
+        parts = []
+        with path.open("rb") as file:
+            while file.tell() < size:
+                parts.append(np.load(file, allow_pickle=False))
+        return np.concatenate(parts)
+
+
+def _sha256(path: Path, size: int | None) -> hashlib._Hash:
+    """Of a file's first bytes, or of all; of a shorter file nothing's."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = path.stat().st_size if size is None else size
+        while chunk := file.read(min(left, 1 << 24)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest
 
 
 def _text(value: Any) -> str:
@@ -195,7 +254,8 @@ class Run:
         self._config_path = self.folder / "config.json"
         self._checkpoint_path = self.folder / "checkpoint.npz"
         self._tables: dict[str, CsvTable] = {}
-        self._sizes: dict[str, int] = {}  # of the CSVs at the last checkpoint, in bytes
+        self._transitions: TransitionFile | None = None
+        self._sizes: dict[str, int] = {}  # of the files at the last checkpoint, in bytes
         self._state: dict[str, np.ndarray] | None = None
         self._config: dict[str, Any] = {}
 
@@ -241,10 +301,11 @@ class Run:
         return self._config.get("state") == "finished"
 
     def _close(self) -> None:
-        for table in self._tables.values():
+        files = [*self._tables.values(), *([self._transitions] if self._transitions else [])]
+        for file in files:
             # A last flush fails on a full disk; the error that stopped the run is the one to show.
             with contextlib.suppress(OSError):
-                table.close()
+                file.close()
         self._lock.release()
 
     def _refuse_other_folders(self) -> None:
@@ -264,7 +325,7 @@ class Run:
         self.continued = True
         if self.finished:
             self.episodes_finished = self.settings.EPISODES
-            self._checkpoint_path.unlink(missing_ok=True)  # left by a kill at the very end
+            self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
             self._read_checkpoint()
         else:
@@ -276,11 +337,13 @@ class Run:
     def start(self, shards: list[np.ndarray]) -> None:
         """Begins a session: cuts the tables back to the checkpoint and writes ``shards.csv``."""
         self._start_session()
-        for name, columns in (("rounds", ROUND_COLUMNS), ("episodes", EPISODE_COLUMNS)):
-            path = self.folder / f"{name}.csv"
+        for name in (*_TABLES, _TRANSITIONS):
+            path = self.folder / name
             if path.exists():
                 os.truncate(path, self._sizes.get(name, 0))
-            self._tables[name] = CsvTable(path, columns)
+        for name, columns in _TABLES.items():
+            self._tables[name] = CsvTable(self.folder / name, columns)
+        self._transitions = TransitionFile(self.folder / _TRANSITIONS)
         self._record_shards(shards)
 
     def _read_config(self) -> dict[str, Any]:
@@ -313,12 +376,11 @@ class Run:
         """Loads the checkpoint and checks the CSVs against it."""
         try:
             arrays = read_arrays(self._checkpoint_path)
-            tables = json.loads(str(arrays.pop("tables")))
+            files = json.loads(str(arrays.pop("files")))
             self.episodes_finished = int(arrays["agent/episode"]) - 1
-            for name, (size, digest) in tables.items():
-                content = (self.folder / f"{name}.csv").read_bytes()[:size]
-                if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
-                    raise RunError(f"{self.folder / name}.csv: damaged since the last checkpoint")
+            for name, (size, digest) in files.items():
+                if _sha256(self.folder / name, size).hexdigest() != digest:
+                    raise RunError(f"{self.folder / name}: damaged since the last checkpoint")
         except RunError as error:
             raise RunError(f"{error}; {_ADVICE}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -327,7 +389,7 @@ class Run:
             raise RunError(f"{error.filename}: missing; {_ADVICE}") from error
         prefix = "agent/"
         self._state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        self._sizes = {name: size for name, (size, _) in tables.items()}
+        self._sizes = {name: size for name, (size, _) in files.items()}
 
     def _start_session(self) -> None:
         session = {
@@ -381,6 +443,14 @@ class Run:
         """The agent's state at the last checkpoint, or None at the start."""
         return self._state
 
+    def transitions(self) -> np.ndarray:
+        """The transitions of all episodes up to the last checkpoint, oldest first.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return TransitionFile.read(self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS])
+
     def damaged_checkpoint(self, error: Exception) -> RunError:
         """The error to raise when what ``agent_state`` gave can't be used."""
         return RunError(f"{self._checkpoint_path}: damaged ({error}); {_ADVICE}")
@@ -401,7 +471,7 @@ class Run:
 
     def record_round(self, episode: int, info: dict[str, Any], chosen_by: str) -> None:
         """Writes a row of ``rounds.csv`` from the environment's info."""
-        self._tables["rounds"].add(
+        self._tables["rounds.csv"].add(
             {
                 "dataset": self.dataset.name,
                 "episode": episode,
@@ -425,7 +495,7 @@ class Run:
         seconds: float,
     ) -> None:
         """Writes a row of ``episodes.csv`` from the info of the episode's last round."""
-        self._tables["episodes"].add(
+        self._tables["episodes.csv"].add(
             {
                 "dataset": self.dataset.name,
                 "episode": episode,
@@ -443,15 +513,21 @@ class Run:
             }
         )
 
-    def checkpoint(self, agent_state: dict[str, np.ndarray]) -> None:
-        """Makes the episode that has just been recorded part of what a later run continues."""
-        tables = {}
+    def checkpoint(self, agent_state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
+        """Makes the episode that has just been recorded part of what a later run continues.
+
+        Args:
+            agent_state: the agent's, after the episode.
+            transitions: what the episode added to its replay memory.
+        """
+        self._transitions.add(transitions)
+        files = {_TRANSITIONS: self._transitions.state()}
         for name, table in self._tables.items():
             table.sync()
-            content = table.path.read_bytes()
-            tables[name] = (len(content), hashlib.sha256(content).hexdigest())
+            size = table.path.stat().st_size
+            files[name] = (size, _sha256(table.path, size).hexdigest())
         arrays = {f"agent/{name}": array for name, array in agent_state.items()}
-        write_arrays(self._checkpoint_path, arrays | {"tables": np.array(json.dumps(tables))})
+        write_arrays(self._checkpoint_path, arrays | {"files": np.array(json.dumps(files))})
         self.episodes_finished += 1
 
     def save_agent(self, weights: dict[str, np.ndarray]) -> None:
@@ -461,8 +537,12 @@ class Run:
     def finish(self) -> None:
         """Declares the run finished."""
         self._set_state("finished")
-        # The replay memory in it is large and of no use any more.
+        self._remove_checkpoint()
+
+    def _remove_checkpoint(self) -> None:
+        """Of no use to a finished run, and large."""
         self._checkpoint_path.unlink(missing_ok=True)
+        (self.folder / _TRANSITIONS).unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -106,7 +106,7 @@ class Bench:
         """Seconds of each of several rounds."""
         return [self.round() for _ in range(count)]
 
-    def observation_(self) -> None:
+    def observe(self) -> None:
         """The observation in which every node that was visited has a model of its own."""
         self.env._observe(self.env._own, self.env._initial)
 
@@ -133,10 +133,12 @@ class Bench:
             1, self.info, episode_reward=0.0, epsilon=0.0, q_loss=None, seconds=0.0
         )
         parts: dict[str, Callable[[], object]] = {
-            "observation": self.observation_,
+            "observation": self.observe,
             "decision": self.decision,
             "records": self.record,
-            "checkpoint": lambda: self.run.checkpoint(self.agent.state()),
+            "checkpoint": lambda: self.run.checkpoint(
+                self.agent.state(), self.agent.memory.latest(rounds - 1)
+            ),
             "agent's training": self.agent.train,
         }
         times = seconds(parts, repeats)

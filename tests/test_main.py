@@ -233,6 +233,7 @@ def test_an_interrupted_run_continues(
     assert config["state"] == "finished"
     assert [s["first_episode"] for s in config["sessions"]] == [1, episode]
     assert not (folder / "checkpoint.npz").exists()
+    assert not (folder / "transitions.npy").exists()
     a, b = (records.read_arrays(f / "agent.npz") for f in (folder, finished))
     assert all((a[name] == b[name]).all() for name in a)
 
@@ -274,6 +275,8 @@ def test_rows_after_the_checkpoint_are_cut(tmp_path, stopped, finished):
         file.write("digits,3,3,1,ran")
     with (stopped / "episodes.csv").open("a") as file:
         file.write("digits,3,")
+    with (stopped / "transitions.npy").open("ab") as file:
+        file.write(b"half an array")
     (stopped / ".checkpoint.npz.part").write_bytes(b"half")
     assert start(tmp_path)[0] == 0
     assert without_times(stopped) == without_times(finished)
@@ -333,6 +336,8 @@ def test_two_runs_at_once(tmp_path, few, capsys):
         ("config.json", lambda b: b"[]", "config.json: damaged"),
         ("rounds.csv", lambda b: b[:200], "rounds.csv: damaged since the last checkpoint"),
         ("episodes.csv", lambda b: b.replace(b"1.0", b"2.0"), "episodes.csv: damaged since"),
+        ("transitions.npy", lambda b: b[:-1], "transitions.npy: damaged since"),
+        ("transitions.npy", lambda b: b[:500] + b"?" + b[501:], "transitions.npy: damaged since"),
     ],
 )
 def test_damaged_files_are_named_and_left(tmp_path, stopped, capsys, name, spoil, words):

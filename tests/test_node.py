@@ -33,9 +33,9 @@ def test_memory_overwrites_the_oldest():
 def test_memory_grows_to_its_capacity_and_no_further():
     memory = ReplayMemory(3000, 2)
     numbered(memory, range(1024))
-    assert len(memory._arrays["rewards"]) == 1024
+    assert len(memory._ring) == 1024
     numbered(memory, range(1024, 3500))
-    assert len(memory) == len(memory._arrays["rewards"]) == 3000
+    assert len(memory) == len(memory._ring) == 3000
     assert sorted(memory.draw(3000, np.random.default_rng(0))["rewards"]) == list(range(500, 3500))
 
 
@@ -49,17 +49,37 @@ def test_memory_draws_distinct_transitions():
         memory.draw(51, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("count", [3, 5, 12])
-def test_memory_state_round_trip(count):
-    memory, copy = ReplayMemory(5, 2), ReplayMemory(5, 2)
-    numbered(memory, range(count))
-    copy.load_state(memory.state())
+def test_memory_latest():
+    memory = ReplayMemory(5, 2)
+    numbered(memory, range(3))
+    assert memory.latest(2)["rewards"].tolist() == [1, 2]
+    assert memory.latest(9)["rewards"].tolist() == [0, 1, 2]
+    numbered(memory, range(3, 12))
+    assert memory.latest(5)["rewards"].tolist() == [7, 8, 9, 10, 11]
+    assert len(memory.latest(0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("capacity", "steps"), [(5, (3,)), (5, (5,)), (5, (3, 9, 4)), (3000, (2500,))]
+)
+def test_memory_restored_from_its_latest(capacity, steps):
+    """Each place of the ring holds what it held, so that the same draw gives the same."""
+    memory, copy = ReplayMemory(capacity, 2), ReplayMemory(capacity, 2)
+    parts, first = [], 0
+    for count in steps:
+        numbered(memory, range(first, first + count))
+        first += count
+        parts.append(memory.latest(count))
+    copy.restore(np.concatenate(parts), memory.added)
     for each in (memory, copy):
-        numbered(each, range(100, 103))
-    for name, array in memory.state().items():
-        assert (copy.state()[name] == array).all()
+        numbered(each, range(9000, 9003))
+    assert len(copy) == len(memory)
+    draws = [each.draw(len(each), np.random.default_rng(0)) for each in (memory, copy)]
+    assert (draws[0] == draws[1]).all()
     with pytest.raises(ValueError, match="replay memory"):
-        ReplayMemory(5, 3).load_state(memory.state())
+        ReplayMemory(5, 3).restore(memory.latest(5), 5)
+    with pytest.raises(ValueError, match="replay memory"):
+        ReplayMemory(5, 2).restore(memory.latest(2), 3)
 
 
 # --- Epsilon-greedy --------------------------------------------------------------------------
@@ -221,20 +241,21 @@ def test_agent_state_round_trip():
     agent.train()
     agent.decay_epsilon()
     copy = make_agent(**overrides)
-    copy.load_state(agent.state())
+    copy.load_state(agent.state(), agent.memory.latest(50))
     for each in (agent, copy):
         each.choices = [each.act(np.full(4, i, np.float32)) for i in range(20)]
         each.loss = each.train()
     assert (agent.choices, agent.loss) == (copy.choices, copy.loss)
     for name, array in agent.state().items():
         assert (copy.state()[name] == array).all(), name
+    assert (copy.memory.latest(50) == agent.memory.latest(50)).all()
 
 
 def test_a_state_of_another_agent_is_refused_and_changes_nothing():
     agent = make_agent()
     before = agent.weights.numpy()
     with pytest.raises(ValueError, match="agent: weights has shape"):
-        agent.load_state(make_agent(actions=4).state())
+        agent.load_state(make_agent(actions=4).state(), agent.memory.latest(0))
     assert (agent.weights.numpy() == before).all()
 
 
