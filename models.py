@@ -223,17 +223,20 @@ class FoundationModel:
         """
         for start in tf.range(0, tf.size(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            images, labels = tf.gather(self._x_train, batch), tf.gather(self._y_train, batch)
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-                    labels, self.network.apply(weights, _to_input(images))
-                )
-                loss = tf.reduce_mean(losses)
-            weights, moments = adam(
-                weights, tape.gradient(loss, weights), moments, self._learning_rate
-            )
+            weights, moments = self._train_batch(weights, moments, batch)
         return weights, moments
+
+    def _train_batch(
+        self, weights: tf.Tensor, moments: Moments, batch: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments]:
+        images, labels = tf.gather(self._x_train, batch), tf.gather(self._y_train, batch)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels, self.network.apply(weights, _to_input(images))
+            )
+            loss = tf.reduce_mean(losses)
+        return adam(weights, tape.gradient(loss, weights), moments, self._learning_rate)
 
     def _count(self, weights: tf.Tensor) -> tf.Tensor:
         correct = 0

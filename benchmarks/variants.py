@@ -113,14 +113,14 @@ class XlaModel(FoundationModel):
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
         super().__init__(dataset, settings)
-        whole = tf.function(self._train_epoch, jit_compile=True)
+        train_batch = tf.function(self._train_batch, jit_compile=True)
         batch = settings.BATCH_SIZE
 
         def train_epoch(
             weights: tf.Tensor, moments: Moments, order: tf.Tensor
         ) -> tuple[tf.Tensor, Moments]:
             for start in range(0, len(order), batch):
-                weights, moments = whole(weights, moments, order[start : start + batch])
+                weights, moments = train_batch(weights, moments, order[start : start + batch])
             return weights, moments
 
         @tf.function(jit_compile=True)
@@ -135,7 +135,6 @@ class XlaModel(FoundationModel):
                 for i in range(0, self.test_size, size)
             )
 
-        # One batch a call, so that the loop over batches in it has one pass.
         self.train_epoch, self._count_correct = train_epoch, count_correct
 
 
@@ -147,6 +146,7 @@ def main() -> None:
         "--output", type=Path, default=PROJECT / "results" / "benchmark", help="folder"
     )
     arguments = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")  # it warns of many traces: here each belongs to a variant
     settings = make_settings()
     threads = models.use_cpu(settings.THREADS)
     dataset = data.load(settings)
