@@ -87,9 +87,10 @@ def test_choices_are_named():
         assert f"`{name}`" in README
 
 
-def test_numbers_of_the_reference_run_are_its_tables():
+@pytest.mark.parametrize("name", ["mnist-seed0", "digits-seed0"])
+def test_numbers_of_the_reference_runs_are_their_tables(name):
     # But for the last two, which explain the sign and name the folder.
-    lines = plot.summary(PROJECT / "results" / "reference" / "mnist-seed0").splitlines()[:-2]
+    lines = plot.summary(PROJECT / "results" / "reference" / name).splitlines()[:-2]
     assert len(lines) == 9
     for line in lines:
         assert line in README
