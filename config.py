@@ -71,7 +71,7 @@ BATCH_SIZE = 32
 LOCAL_EPOCHS = 1
 
 # --- Observation -----------------------------------------------------------------------------
-# nodes' models that the PCA sees; one of broadcast, local (public code: broadcast)
+# what the DQN sees; one of broadcast, local, last_node, zeros (public code: broadcast)
 OBSERVATION = "broadcast"
 # components kept, 0 for NUM_NODES; an integer >= 0, up to NUM_NODES (public code)
 PCA_COMPONENTS = 0
@@ -245,7 +245,7 @@ class Settings:
     LEARNING_RATE: Annotated[float, _POSITIVE]
     BATCH_SIZE: Annotated[int, _COUNT]
     LOCAL_EPOCHS: Annotated[int, _COUNT]
-    OBSERVATION: Annotated[str, Rule(str, choices=("broadcast", "local"))]
+    OBSERVATION: Annotated[str, Rule(str, choices=("broadcast", "local", "last_node", "zeros"))]
     PCA_COMPONENTS: Annotated[int, _COUNT_OR_NONE]
     HIDDEN_UNITS: Annotated[tuple[int, ...], Rule(tuple, low=1)]
     Q_LEARNING_RATE: Annotated[float, _POSITIVE]
@@ -353,6 +353,8 @@ STREAMS = {
     "exploration": 4,  # epsilon-greedy choices
     "replay": 5,  # transitions drawn from the replay memory
     "shards": 6,  # who holds which images, for shard rules that draw them
+    "test": 7,  # one seed per test episode: the initialisations that no training episode has
+    "policy": 8,  # choices of a policy that draws them, in test episodes
 }
 
 
@@ -361,9 +363,15 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS[name], index)))
 
 
-def episode_seed(seed: int, episode: int) -> int:
-    """The seed in [0, 2**63) with which the environment is reset for an episode (ours)."""
-    return int(stream(seed, "episode", episode).integers(2**63))
+def episode_seed(seed: int, episode: int, test: bool = False) -> int:
+    """The seed in [0, 2**63) with which the environment is reset for an episode (ours).
+
+    Args:
+        seed: SEED.
+        episode: its number, from 1.
+        test: whether it is an episode of a comparison's test, or one of training.
+    """
+    return int(stream(seed, "test" if test else "episode", episode).integers(2**63))
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -381,10 +389,11 @@ _FLAGS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it; exit status 2."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
         sys.stderr.write(f"{self.prog}: {message}\n")
         sys.exit(2)
 
@@ -404,32 +413,27 @@ def _value(text: str) -> Any:
         return text
 
 
-def from_command_line(arguments: list[str] | None = None) -> Settings:
-    """Settings of this file's constants and the command line's overrides.
+def setting_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
+    """Adds flags for settings to a parser, ``--set`` for all of them, and their list to its help.
 
     Args:
-        arguments: the command line without the program's name; ``sys.argv[1:]`` by default.
+        parser: its ``parse_args`` result is for ``overrides``.
+        flags: each flag with the name of its constant.
 
     Raises:
-        SystemExit: with status 2 after one line on stderr if a constant, an override or the
-            command line itself is wrong; with status 0 after ``--help``.
+        SystemExit: with status 2 after one line on stderr if a constant is wrong.
     """
     try:
         defaults = make_settings()
     except ConfigError as error:
-        _Parser(prog="config.py").error(str(error))
+        Parser(prog="config.py").error(str(error))
     meanings = _meanings()
     listing = "\n".join(
         f"  {name} = {getattr(defaults, name)!r}\n      {meanings.get(name, '')}" for name in RULES
     )
-    parser = _Parser(
-        prog="main.py",
-        description="Train the DQN of Homogeneous Learning; results go to results/<name>/.",
-        epilog=f"constants of config.py, for --set:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for flag, name in _FLAGS.items():
+    parser.epilog = f"constants of config.py, for --set:\n{listing}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         text = f"{meanings.get(name, '')} [default: {getattr(defaults, name)!r}]"
         parser.add_argument(*names, dest=name, metavar="VALUE", help=text.replace("%", "%%"))
@@ -440,20 +444,45 @@ def from_command_line(arguments: list[str] | None = None) -> Settings:
         metavar="NAME=VALUE",
         help="override any constant of config.py, listed below; repeatable",
     )
-    parsed = vars(parser.parse_args(arguments))
-    overrides: dict[str, Any] = {}
-    for assignment in parsed.pop("set"):
+
+
+def overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of ``setting_flags`` say, for ``make_settings``; a wrong one ends the program.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr.
+    """
+    texts: dict[str, str] = {}
+    for assignment in parsed.set:
         name, equals, text = assignment.partition("=")
         if not equals:
             parser.error(f"--set: got {assignment!r}, takes NAME=VALUE")
-        overrides[name.strip()] = text.strip()
+        texts[name.strip()] = text.strip()
     # A short flag is the more explicit of the two, so it wins.
-    overrides.update({name: text for name, text in parsed.items() if text is not None})
-    values = {
+    texts.update({k: v for k, v in vars(parsed).items() if k in RULES and v is not None})
+    return {
         name: text if name in RULES and RULES[name].kind is str else _value(text)
-        for name, text in overrides.items()
+        for name, text in texts.items()
     }
+
+
+def from_command_line(arguments: list[str] | None = None) -> Settings:
+    """Settings of this file's constants and the overrides on main.py's command line.
+
+    Args:
+        arguments: the command line without the program's name; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr if a constant, an override or the
+            command line itself is wrong; with status 0 after ``--help``.
+    """
+    parser = Parser(
+        prog="main.py",
+        description="Train the DQN of Homogeneous Learning; results go to results/<name>/.",
+        allow_abbrev=False,
+    )
+    setting_flags(parser, _FLAGS)
     try:
-        return make_settings(**values)
+        return make_settings(**overrides(parser, parser.parse_args(arguments)))
     except ConfigError as error:
         parser.error(str(error))

@@ -107,7 +107,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Observations: (N * C,) float32, the first C PCA scores of every node's weights, node by node.
     ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the
     nodes just before that, so only the nodes that trained differ. ``local`` (what the paper's
-    figures show): each node keeps the model that it last trained itself.
+    figures show): each node keeps the model that it last trained itself. To tell what the weights
+    are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
+    last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
     at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS rounds.
@@ -123,36 +125,47 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Args:
         settings: by default those of config.py.
         dataset: by default the one that the settings name.
+        foundation: of that dataset and these settings, if there is one already: compiling one
+            more takes a second and memory.
 
     Raises:
         ConfigError, DataError, DataNotFound: what the settings ask for can't be had.
+
+    Attributes:
+        settings, dataset: as given.
+        shards: each node's training images, indices into ``dataset.x_train``.
+        distances: (N, N) float64.
+        foundation: trains and evaluates.
     """
 
     # A Gymnasium class attribute that every environment has to state.
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(
-        self, settings: Settings | None = None, dataset: data.Dataset | None = None
+        self,
+        settings: Settings | None = None,
+        dataset: data.Dataset | None = None,
+        foundation: FoundationModel | None = None,
     ) -> None:
         self.settings = settings or make_settings()
         use_cpu(self.settings.THREADS)  # before a dataset is made, which may compute as well
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
-        self.foundation = FoundationModel(self.dataset, self.settings)
+        self.foundation = foundation or FoundationModel(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         # Scores have no bound of their own; infinite ones are what Gymnasium warns of.
         greatest = np.finfo(np.float32).max
-        self.observation_space = spaces.Box(
-            -greatest, greatest, (n * self.settings.components,), np.float32
-        )
+        with_weights = self.settings.OBSERVATION in ("broadcast", "local")
+        size = n * self.settings.components if with_weights else n
+        self.observation_space = spaces.Box(-greatest, greatest, (size,), np.float32)
         self._over = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Makes a new foundation model and lets STARTER_NODE train round 1.
+        """Makes a new foundation model and trains round 1, which is STARTER_NODE's.
 
         Departure: in the public code node 0 trains round 1 whatever ``--starter`` says, which
         there only changes the distance of that round. With the default they are the same.
@@ -160,12 +173,17 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         Args:
             seed: of the model's weights and of the order of the images; the same seed gives the
                 same of both, whatever the actions are. None goes on with the generator as it is.
-            options: none.
+            options: ``{"nodes": [...]}`` lets these distinct nodes train round 1 instead.
 
         Returns:
-            The first observation and info. The starter may reach an easy goal: see
+            The first observation and info. Round 1 may reach an easy goal: see
             ``info["goal_reached"]``; there is no step to take then.
+
+        Raises:
+            ValueError: the nodes are not distinct nodes, or none.
         """
+        nodes = (options or {}).get("nodes", [self.settings.STARTER_NODE])
+        self._check_nodes(nodes, len(nodes) or 1)
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**63))
         self._shuffling = stream(episode, "shuffling")
@@ -175,8 +193,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._moments: dict[int, Moments] = {}
         self._round, self._cost = 0, 0.0
         # The model starts where it is first trained: round 1 costs nothing.
-        self._holder = self.settings.STARTER_NODE
-        observation, _, _, _, info = self._train_round([self._holder])
+        self._holder = nodes[0]
+        observation, _, _, _, info = self._train_round(nodes)
         return observation, info
 
     def step(
@@ -197,11 +215,14 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         if np.size(action) and np.asarray(action).dtype.kind not in "iu":
             raise ValueError(f"action: got {action!r}, takes {k} distinct node(s)")
         nodes = [int(node) for node in np.atleast_1d(action)]
-        if len(set(nodes)) != k or len(nodes) != k:
-            raise ValueError(f"action: got {nodes}, takes {k} distinct node(s)")
+        self._check_nodes(nodes, k)
+        return self._train_round(nodes)
+
+    def _check_nodes(self, nodes: list[int], count: int) -> None:
+        if len(set(nodes)) != count or len(nodes) != count:
+            raise ValueError(f"action: got {nodes}, takes {count} distinct node(s)")
         if not all(0 <= node < self.settings.NUM_NODES for node in nodes):
             raise ValueError(f"action: got {nodes}, takes nodes in [0, {self.settings.NUM_NODES})")
-        return self._train_round(nodes)
 
     def _train_round(
         self, nodes: list[int]
@@ -223,13 +244,16 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
         self._over = terminated or truncated
 
-        if settings.OBSERVATION == "local":
+        if settings.OBSERVATION in ("last_node", "zeros"):
+            observation = np.zeros(settings.NUM_NODES, np.float32)
+            observation[nodes] = settings.OBSERVATION == "last_node"
+        elif settings.OBSERVATION == "local":
             observation = self._observe(self._own, self._initial)
         else:
             observation = self._observe(dict(zip(nodes, trained, strict=True)), received)
         info = {
             "round": self._round,
-            "node": nodes[0] if settings.NODES_PER_ROUND == 1 else nodes,
+            "node": nodes[0] if len(nodes) == 1 else nodes,
             "accuracy": accuracy,
             "distance": distance,
             "communication_cost": self._cost,

@@ -28,15 +28,15 @@ from node import DQNAgent
 from records import Run
 
 
-def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
+def train(environment: DecentralizedLearning, run: Run, show_progress: bool = True) -> None:
     """Trains the agent for EPISODES episodes, each one training of a fresh foundation model.
 
     Args:
-        settings: of the environment and the agent.
-        dataset: the images that the nodes share.
+        environment: with the settings, which are the agent's as well.
         run: where everything is recorded, and where an earlier run of it is continued from.
+        show_progress: whether a terminal gets a progress bar.
     """
-    environment = DecentralizedLearning(settings, dataset)
+    settings = environment.settings
     agent = DQNAgent(
         environment.observation_space.shape[0],
         settings.NUM_NODES,
@@ -50,7 +50,7 @@ def train(settings: Settings, dataset: data.Dataset, run: Run) -> None:
         total=settings.EPISODES,
         initial=run.episodes_finished,
         bar_format="episode {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
-        disable=None,  # no bar where the output is not a terminal
+        disable=None if show_progress else True,  # None: no bar where there is no terminal
     )
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
@@ -104,7 +104,6 @@ def restore(agent: DQNAgent, run: Run) -> None:
         agent.load_state(state, run.transitions())
     except (ValueError, KeyError) as error:
         raise run.damaged_checkpoint(error) from error
-    print(f"continuing {run.folder} after episode {run.episodes_finished}")
 
 
 def main(settings: Settings) -> int:
@@ -126,7 +125,9 @@ def main(settings: Settings) -> int:
             if run.finished:
                 print(f"{run.folder} is finished already; for another run choose a --name")
             else:
-                train(settings, dataset, run)
+                if run.episodes_finished:
+                    print(f"continuing {run.folder} after episode {run.episodes_finished}")
+                train(DecentralizedLearning(settings, dataset), run)
             print(plot.summary(run.folder))
         return 0
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Figures and summary of a run, from its CSVs alone.
+"""Figures and summary of a run or a comparison, from its CSVs alone.
 
 Usage: python3 plot.py results/<name> [results/<name> ...]
 """
@@ -6,7 +6,6 @@ Usage: python3 plot.py results/<name> [results/<name> ...]
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import sys
 from collections.abc import Callable
@@ -21,11 +20,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
 
+import estimates
+from baselines import METHODS
 from config import UserError, reason
-from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS, replacing
+from estimates import PUBLISHED
+from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS, read_table, replacing
 
 # Episodes in a moving average, in a row of the summary, and in "early" and "late".
 WINDOW = 20
@@ -34,9 +36,6 @@ _COLUMNS = {"episodes": EPISODE_COLUMNS, "rounds": ROUND_COLUMNS, "shards": SHAR
 
 # Episodes that an interval needs: with fewer it would be wider than what can happen at all.
 _FEWEST = 5
-
-# Reductions against a random policy that the paper reports.
-PUBLISHED_ROUNDS, PUBLISHED_COST = 0.508, 0.746
 
 # Episodes that stand for the random policy: epsilon is 0.83 or more in the first ten.
 _RANDOM_EPISODES, _RANDOM_EPSILON = 10, 0.8
@@ -63,22 +62,7 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         UserError: a file is missing or not what a run writes.
     """
-    tables = {}
-    for name, columns in _COLUMNS.items():
-        path = folder / f"{name}.csv"
-        try:
-            text = path.read_text(encoding="utf-8")
-            # A row without its end is one that could not be written any more.
-            text = text[: text.rfind("\n") + 1]
-            # A single node reads as a number, several ("3+5") as text: always text here.
-            table = pd.read_csv(io.StringIO(text), dtype={"node": str, "dataset": str})
-        except OSError as error:
-            raise UserError(f"{path}: can't be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{path}: can't be read ({error})") from error
-        if list(table) != list(columns):
-            raise UserError(f"{path}: is not a run's {name}.csv, whose columns are {columns}")
-        tables[name] = table
+    tables = {n: read_table(folder / f"{n}.csv", columns) for n, columns in _COLUMNS.items()}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     # The rounds of an episode in progress belong to no finished episode.
@@ -164,9 +148,13 @@ def save_figure(path: Path, draw: Callable[[Tables], Figure], tables: Tables) ->
 
 def _title(figure: Figure, text: str, tables: dict[str, pd.DataFrame]) -> None:
     """The figure's title, with the dataset, and a plain word where that is a stand-in."""
-    dataset = tables["episodes"]["dataset"].iloc[0]
-    note = "bundled digits, NOT MNIST" if dataset == "digits" else dataset
+    note = _data_note(tables["episodes"])
     figure.suptitle(f"{text}  [data: {note}]", fontweight="bold", fontsize=10)
+
+
+def _data_note(episodes: pd.DataFrame) -> str:
+    dataset = episodes["dataset"].iloc[0]
+    return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
 
 
 def _early_and_late(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
@@ -186,8 +174,12 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2), sharex=True)
     panels = (
         ("episode_reward", "episode reward", None),
-        ("rounds", "rounds to the goal\n(or the limit)", PUBLISHED_ROUNDS),
-        ("communication_cost", "communication cost\n(sum of distances)", PUBLISHED_COST),
+        ("rounds", "rounds to the goal\n(or the limit)", PUBLISHED["rounds"]),
+        (
+            "communication_cost",
+            "communication cost\n(sum of distances)",
+            PUBLISHED["communication_cost"],
+        ),
     )
     reached = episodes["goal_reached"] == 1
     for axis, (column, label, reduction) in zip(axes, panels, strict=True):
@@ -308,14 +300,261 @@ def draw_shards(tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+# --- Comparisons -----------------------------------------------------------------------------
+
+
+def draw_comparison(folder: Path) -> None:
+    """Estimates a comparison from its CSVs and draws its figures, each as PNG and PDF.
+
+    Raises:
+        UserError: as ``estimates.read_comparison``.
+        OSError: a file can't be written.
+    """
+    table = estimates.write(folder)
+    tables = estimates.read_comparison(folder)
+    tables["estimates"] = table
+    tables["training"] = estimates.training_curves(folder, tables["jobs"])
+    figures: dict[str, Callable[[dict[str, pd.DataFrame]], Figure]] = {}
+    if table["variant"].nunique() > 1:
+        figures["variants"] = draw_variants
+    else:
+        figures["methods"] = draw_methods
+        figures["accuracy"] = draw_accuracy_of_methods
+        if (table["quantity"] == "rounds_reduction").any():
+            figures["reduction"] = draw_reduction
+    if not tables["training"].empty:
+        figures["training"] = draw_training
+    for name, draw in figures.items():
+        save_figure(folder / name, draw, tables)
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    """The methods of a table in their usual order."""
+    present = set(table["method"])
+    return [name for name in METHODS if name in present]
+
+
+def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    return table[table["quantity"] == quantity].set_index("method")
+
+
+def _errors(rows: pd.DataFrame) -> np.ndarray:
+    """(2, n) lengths of the error bars from mean to low and to high; 0 without an interval."""
+    return np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy(float).T - rows["mean"].to_numpy()))
+
+
+def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Rounds, communication cost and success of each method: seeds as points, mean and interval."""
+    episodes, table = tables["episodes"], tables["estimates"]
+    names = _methods(table)
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 0.34 * len(names) + 1.3), sharey=True)
+    panels = (
+        ("rounds", "rounds to the goal (or the limit)"),
+        ("communication_cost", "communication cost (sum of distances)"),
+        ("goal_reached", "share of episodes that reached the goal"),
+    )
+    y = np.arange(len(names))
+    for axis, (column, label) in zip(axes, panels, strict=True):
+        seeds = episodes.groupby(["method", "seed"])[column].mean()
+        for place, name in enumerate(names):
+            values = seeds[name]
+            axis.plot(values, np.full(len(values), place + 0.2), "o", ms=2.5, color="0.6")
+        rows = _rows(table, column).loc[names]
+        axis.errorbar(
+            rows["mean"], y - 0.08, xerr=_errors(rows), fmt="D", ms=4, color="black", capsize=2.5
+        )
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+    axes[0].set_yticks(y, [METHODS[name].title for name in names])
+    axes[0].invert_yaxis()
+    axes[0].axvline(episodes["max_rounds"].iloc[0], color="0.5", lw=0.8, ls=":")
+    count = f"{episodes['seed'].nunique()} seeds"
+    _title(figure, f"Methods ({count}: grey; mean with 95 % interval: black)", tables)
+    return figure
+
+
+def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Accuracy by round of each method, mean and 95 % band, beside that of random."""
+    rounds, episodes = tables["rounds"], tables["episodes"]
+    names = _methods(episodes)
+    limit, goal = episodes["max_rounds"].iloc[0], episodes["goal_accuracy"].iloc[0]
+    curves = {name: _accuracy_curve(rounds[rounds["method"] == name], limit) for name in names}
+    columns = min(4, len(names))
+    count = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        count,
+        columns,
+        figsize=(2.4 * columns, 1.8 * count + 0.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    x = np.arange(1, limit + 1)
+    for axis, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            axis.axis("off")
+            continue
+        if "random" in curves and name != "random":
+            axis.plot(x, curves["random"][0], color="0.6", lw=1, label="random")
+        middle, low, high = curves[name]
+        axis.fill_between(x, low, high, color="0.8", lw=0)
+        axis.plot(x, middle, color="black", lw=1.5)
+        axis.axhline(goal, color="black", lw=0.8, ls="--")
+        axis.set(xlim=(1, max(limit, 2)), ylim=(0, 1))
+        axis.set_title(METHODS[name].title, fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy")
+    for axis in axes[-1]:
+        axis.set_xlabel("round")
+    text = "Accuracy by round: mean and 95 % band (ended episodes hold their last); grey: random"
+    _title(figure, text, tables)
+    return figure
+
+
+def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
+    """Mean over all test episodes by round, and its interval: three arrays of ``limit`` numbers."""
+    wide = rounds.pivot(index="round", columns=["seed", "episode"], values="accuracy")
+    wide = wide.reindex(range(1, limit + 1)).ffill()
+    seeds = wide.columns.get_level_values("seed").nunique()
+    values = wide.to_numpy().reshape(limit, seeds, -1)
+    bounds = [estimates.bootstrap(estimates.mean, v, resamples=1000) for v in values]
+    # With a single seed there is no interval: the band is the mean's line.
+    return tuple(
+        np.array([[m, m if a is None else a, m if b is None else b] for m, a, b in bounds]).T
+    )
+
+
+def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Reduction of rounds and cost against random, beside what the paper reports for HL."""
+    table = tables["estimates"]
+    names = [name for name in _methods(table) if name != "random"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 0.34 * len(names) + 1.5), sharey=True)
+    y = np.arange(len(names))
+    for axis, (column, label) in zip(
+        axes, (("rounds", "rounds"), ("communication_cost", "communication cost")), strict=True
+    ):
+        rows = _rows(table, f"{column}_reduction").reindex(names)
+        axis.errorbar(
+            rows["mean"], y, xerr=_errors(rows), fmt="D", ms=4, color="black", capsize=2.5
+        )
+        axis.axvline(0, color="0.4", lw=0.8)
+        published = PUBLISHED[column]
+        axis.axvline(published, color="black", lw=1, ls="--")
+        axis.text(published, -0.75, f"published {published:.1%}", ha="center", fontsize=7.5)
+        axis.set_xlabel(f"{label}: reduction against random")
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        # FedAvg's cost is many times random's: cut off, and said so.
+        low = min(-0.4, *rows["mean"].clip(lower=-1.2))
+        axis.set_xlim(low - 0.1, 1.1)
+        for place, value in enumerate(rows["mean"]):
+            if value < low - 0.1:
+                axis.text(low - 0.08, place, f"\N{LEFTWARDS ARROW} {value:+.0%}", va="center")
+    axes[0].set_yticks(y, [METHODS[name].title for name in names])
+    axes[0].set_ylim(len(names) - 0.5, -1)
+    _title(figure, "Against random (mean with 95 % interval)", tables)
+    return figure
+
+
+def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Rounds and cost over the DQN's training episodes: moving average, mean over seeds and band."""
+    training, table = tables["training"], tables["estimates"]
+    variants = list(dict.fromkeys(training["variant"]))
+    figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
+    styles = itertools.cycle(["-", "--", ":", "-."])
+    colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
+    for axis, (column, label) in zip(
+        axes,
+        (
+            ("rounds", "rounds to the goal\n(or the limit)"),
+            ("communication_cost", "communication cost"),
+        ),
+        strict=True,
+    ):
+        for variant, style, color in zip(variants, styles, colors):
+            own = training[training["variant"] == variant]
+            wide = own.pivot(index="episode", columns="seed", values=column)
+            smooth = wide.rolling(WINDOW, min_periods=min(WINDOW, len(wide))).mean()
+            middle = smooth.mean(axis=1)
+            if len(variants) == 1:
+                axis.plot(smooth.index, smooth, color="0.75", lw=0.7)
+                axis.plot([], [], color="0.75", lw=0.7, label="one seed")
+            if smooth.shape[1] > 1:
+                half = stats.t.ppf(0.975, smooth.shape[1] - 1) * smooth.sem(axis=1)
+                axis.fill_between(
+                    smooth.index, middle - half, middle + half, color=color, alpha=0.15, lw=0
+                )
+            axis.plot(
+                smooth.index, middle, style, color=color, lw=1.8, label=variant or "mean of seeds"
+            )
+        rows = _rows(table[table["variant"] == variants[0]], column)
+        if "random" in rows.index:
+            axis.axhline(rows.loc["random", "mean"], color="black", lw=0.8, ls=":", label="random")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].set_xlabel("episode of training")
+    _title(
+        figure, f"DQN training (mean of the last {WINDOW} episodes, 95 % band over seeds)", tables
+    )
+    return figure
+
+
+def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Rounds, cost and success by the value of what the comparison varies, a line per method."""
+    table = tables["estimates"]
+    variants = list(dict.fromkeys(table["variant"]))
+    figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.0), sharex=True)
+    panels = (
+        ("rounds", "rounds to the goal\n(or the limit)"),
+        ("communication_cost", "communication cost\n(sum of distances)"),
+        ("goal_reached", "share of episodes\nthat reached the goal"),
+    )
+    markers = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h", "p")
+    names = _methods(table)
+    colors = [str(c) for c in np.linspace(0, 0.65, len(names))]
+    for axis, (column, label) in zip(axes, panels, strict=True):
+        for place, (name, marker, color) in enumerate(zip(names, markers, colors, strict=False)):
+            rows = table[(table["quantity"] == column) & (table["method"] == name)]
+            rows = rows.set_index("variant").reindex(variants)
+            # Side by side, that intervals don't cover each other.
+            x = np.arange(len(variants)) + (place - (len(names) - 1) / 2) * 0.06
+            axis.errorbar(
+                x,
+                rows["mean"],
+                yerr=_errors(rows),
+                fmt=f"-{marker}",
+                ms=4,
+                lw=1,
+                color=color,
+                capsize=2,
+                label=METHODS[name].title,
+            )
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    slanted = max(map(len, variants)) > 10
+    axes[-1].set_xticks(
+        range(len(variants)), variants, rotation=20 * slanted, ha="right" if slanted else "center"
+    )
+    axes[-1].set_xlabel(table["parameter"].iloc[0])
+    _title(figure, f"{table['comparison'].iloc[0]} (mean with 95 % interval)", tables)
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Draws the runs named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="plot.py", description=draw_run.__doc__.splitlines()[0])
+    """Draws the runs and comparisons named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="plot.py", description="Draw all figures of runs and comparisons again, from CSVs."
+    )
     parser.add_argument("folder", nargs="+", type=Path, help="results/<name>")
     try:
         for folder in parser.parse_args(arguments).folder:
-            draw_run(folder)
-            print(summary(folder))
+            if (folder / "jobs.csv").exists():
+                draw_comparison(folder)
+                print(estimates.report(folder))
+            else:
+                draw_run(folder)
+                print(summary(folder))
     except UserError as error:
         sys.stderr.write(f"plot.py: {error}\n")
         return 2

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import filelock
 import numpy as np
+import pandas as pd
 
 from config import PROJECT, Settings, UserError, reason
 from data import Dataset, warn
@@ -58,8 +59,42 @@ EPISODE_COLUMNS = (
     "seconds",
 )
 SHARD_COLUMNS = ("dataset", "node", "class", "images")
+TEST_ROUND_COLUMNS = (
+    "dataset",
+    "method",
+    "seed",
+    "episode",
+    "round",
+    "node",
+    "distance",
+    "accuracy",
+    "reward",
+)
+TEST_EPISODE_COLUMNS = (
+    "dataset",
+    "method",
+    "seed",
+    "episode",
+    "rounds",
+    "goal_reached",
+    "final_accuracy",
+    "episode_reward",
+    "communication_cost",
+    "transfers",
+    "megabytes",
+    "observation_megabytes",
+    "diverged",
+    "goal_accuracy",
+    "max_rounds",
+    "seconds",
+)
 
-_TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
+TRAINING_TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
+TEST_TABLES = {"rounds.csv": TEST_ROUND_COLUMNS, "episodes.csv": TEST_EPISODE_COLUMNS}
+# Columns of text, where all else is numbers. A single node reads as a number, "3+5" does not.
+_TEXTS = {"dataset", "node", "chosen_by", "method", "comparison", "parameter", "variant"}
+_TEXTS |= {"folder", "state", "error", "quantity"}
+
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
@@ -206,6 +241,27 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A CSV with these columns; a last row without its end is left out.
+
+    Raises:
+        UserError: it is missing or something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # A row without its end is one that could not be written any more.
+        text = text[: text.rfind("\n") + 1]
+        table = pd.read_csv(io.StringIO(text), dtype={c: str for c in columns if c in _TEXTS})
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    if list(table) != list(columns):
+        raise UserError(f"{path}: is not such a table as a run writes, whose columns are {columns}")
+    texts = [column for column in columns if column in _TEXTS]
+    return table.fillna(dict.fromkeys(texts, ""))
+
+
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays as an uncompressed ``.npz`` file, whole or not at all."""
     with replacing(path) as file:
@@ -232,6 +288,9 @@ class Run:
         settings: the run's, stored in ``config.json`` but for what names a place on this machine.
         dataset: its name, source, verdict and SHA-256 are stored.
         threads: how many CPU threads the run computes with.
+        tables: files and columns, TRAINING_TABLES or TEST_TABLES.
+        about: what else makes this run what it is, stored in ``config.json`` and compared when it
+            is continued; JSON types only.
 
     Attributes:
         folder: where everything is.
@@ -243,7 +302,14 @@ class Run:
             running, or something else.
     """
 
-    def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Dataset,
+        threads: int,
+        tables: dict[str, tuple[str, ...]] = TRAINING_TABLES,
+        about: dict[str, Any] | None = None,
+    ) -> None:
         self.settings = settings
         self.dataset = dataset
         self.name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
@@ -251,6 +317,8 @@ class Run:
         self.episodes_finished = 0
         self.continued = False
         self._threads = threads
+        self._columns = tables
+        self._about = about or {}
         self._config_path = self.folder / "config.json"
         self._checkpoint_path = self.folder / "checkpoint.npz"
         self._tables: dict[str, CsvTable] = {}
@@ -300,6 +368,17 @@ class Run:
         """Whether all episodes are done and the run is closed for good."""
         return self._config.get("state") == "finished"
 
+    def peek(self) -> str:
+        """State of the run in the folder, "" if there is none; neither locks nor writes.
+
+        Raises:
+            RunError: the folder holds another run, or a damaged one.
+        """
+        if not self._config_path.exists():
+            return ""
+        self._compare(self._read_config())
+        return self._config["state"]
+
     def _close(self) -> None:
         files = [*self._tables.values(), *([self._transitions] if self._transitions else [])]
         for file in files:
@@ -324,7 +403,6 @@ class Run:
         self._compare(self._read_config())
         self.continued = True
         if self.finished:
-            self.episodes_finished = self.settings.EPISODES
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
             self._read_checkpoint()
@@ -337,13 +415,14 @@ class Run:
     def start(self, shards: list[np.ndarray]) -> None:
         """Begins a session: cuts the tables back to the checkpoint and writes ``shards.csv``."""
         self._start_session()
-        for name in (*_TABLES, _TRANSITIONS):
+        for name in (*self._columns, _TRANSITIONS):
             path = self.folder / name
             if path.exists():
                 os.truncate(path, self._sizes.get(name, 0))
-        for name, columns in _TABLES.items():
+        for name, columns in self._columns.items():
             self._tables[name] = CsvTable(self.folder / name, columns)
-        self._transitions = TransitionFile(self.folder / _TRANSITIONS)
+        if self._columns is TRAINING_TABLES:
+            self._transitions = TransitionFile(self.folder / _TRANSITIONS)
         self._record_shards(shards)
 
     def _read_config(self) -> dict[str, Any]:
@@ -360,6 +439,12 @@ class Run:
             f"{name} = {stored.get(name)!r} there, {present.get(name)!r} now"
             for name in dict.fromkeys([*present, *stored])
             if stored.get(name) != present.get(name) and name not in ("NAME", "DATASET")
+        ]
+        about = config.get("about", {})
+        differing += [
+            f"{name} = {about.get(name)!r} there, {self._about.get(name)!r} now"
+            for name in dict.fromkeys([*self._about, *about])
+            if about.get(name) != self._about.get(name)
         ]
         # What counts of DATASET is which data it led to: "auto" may have found the same.
         if config["dataset"]["sha256"] != self.dataset.sha256:
@@ -426,6 +511,7 @@ class Run:
                     "sha256": self.dataset.sha256,
                 },
                 "settings": self.settings.stored(),
+                **({"about": self._about} if self._about else {}),
                 "sessions": [],
             }
         self._config["sessions"].append(session)
@@ -496,32 +582,85 @@ class Run:
     ) -> None:
         """Writes a row of ``episodes.csv`` from the info of the episode's last round."""
         self._tables["episodes.csv"].add(
-            {
-                "dataset": self.dataset.name,
-                "episode": episode,
-                "rounds": info["round"],
-                "goal_reached": info["goal_reached"],
-                "final_accuracy": info["accuracy"],
-                "episode_reward": episode_reward,
+            self._episode(episode, info, episode_reward, seconds)
+            | {
                 "communication_cost": info["communication_cost"],
                 "epsilon": epsilon,
                 "q_loss": q_loss,
                 "diverged": info["diverged"] or (q_loss is not None and not math.isfinite(q_loss)),
-                "goal_accuracy": self.settings.GOAL_ACCURACY,
-                "max_rounds": self.settings.MAX_ROUNDS,
-                "seconds": round(seconds, 3),
             }
         )
 
-    def checkpoint(self, agent_state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
+    def _episode(
+        self, episode: int, info: dict[str, Any], episode_reward: float, seconds: float
+    ) -> dict[str, Any]:
+        """What an episode of training and one of a test have in common."""
+        return {
+            "dataset": self.dataset.name,
+            "episode": episode,
+            "rounds": info["round"],
+            "goal_reached": info["goal_reached"],
+            "final_accuracy": info["accuracy"],
+            "episode_reward": episode_reward,
+            "diverged": info["diverged"],
+            "goal_accuracy": self.settings.GOAL_ACCURACY,
+            "max_rounds": self.settings.MAX_ROUNDS,
+            "seconds": round(seconds, 3),
+        }
+
+    def record_test_round(self, method: str, episode: int, info: dict[str, Any]) -> None:
+        """Writes a row of a test's ``rounds.csv``."""
+        columns = ("round", "node", "distance", "accuracy", "reward")
+        self._tables["rounds.csv"].add(
+            {
+                "dataset": self.dataset.name,
+                "method": method,
+                "seed": self.settings.SEED,
+                "episode": episode,
+                **{name: info[name] for name in columns},
+            }
+        )
+
+    def record_test_episode(
+        self,
+        method: str,
+        episode: int,
+        info: dict[str, Any],
+        *,
+        episode_reward: float,
+        seconds: float,
+        **communication: float,
+    ) -> None:
+        """Writes a row of a test's ``episodes.csv``.
+
+        Args:
+            method: whose it is.
+            episode: its number, from 1.
+            info: of its last round.
+            episode_reward: sum of the rewards.
+            seconds: that it took.
+            communication: ``communication_cost``, ``transfers``, ``megabytes`` and
+                ``observation_megabytes``.
+        """
+        self._tables["episodes.csv"].add(
+            self._episode(episode, info, episode_reward, seconds)
+            | {"method": method, "seed": self.settings.SEED, **communication}
+        )
+
+    def checkpoint(
+        self, agent_state: dict[str, np.ndarray], transitions: np.ndarray | None = None
+    ) -> None:
         """Makes the episode that has just been recorded part of what a later run continues.
 
         Args:
-            agent_state: the agent's, after the episode.
-            transitions: what the episode added to its replay memory.
+            agent_state: the agent's, after the episode; of a test ``episode`` alone, the next one's
+                number.
+            transitions: what the episode of training added to the replay memory.
         """
-        self._transitions.add(transitions)
-        files = {_TRANSITIONS: self._transitions.state()}
+        files = {}
+        if self._transitions and transitions is not None:
+            self._transitions.add(transitions)
+            files[_TRANSITIONS] = self._transitions.state()
         for name, table in self._tables.items():
             table.sync()
             size = table.path.stat().st_size

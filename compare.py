@@ -1,0 +1,457 @@
+"""Named comparisons of methods over many seeds: run, resumed, estimated and drawn by one command.
+
+Usage: python3 compare.py [--help]; ``--list`` names the comparisons and the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from config import (
+    ConfigError,
+    Parser,
+    Settings,
+    UserError,
+    absolute,
+    make_settings,
+    overrides,
+    reason,
+    setting_flags,
+)
+
+# Short flags for the settings that a comparison changes most.
+_FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
+
+# Enough to see how it goes within minutes on the bundled digits.
+_SEEDS, _TEST_EPISODES = "2", 10
+
+FULL = "python3 compare.py --dataset mnist --seeds 10 --test-episodes 20"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        meaning: one line of help.
+        methods: names in ``baselines.METHODS``.
+        parameter: what varies: a constant's name, or words; "" if nothing does.
+        variants: each value's name, which is its folder's as well, with the settings that it sets.
+    """
+
+    meaning: str
+    methods: tuple[str, ...]
+    parameter: str = ""
+    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
+
+
+def _vary(name: str, *values: Any, **fixed: Any) -> dict[str, Any]:
+    """``parameter`` and ``variants`` of a comparison in which one constant takes some values."""
+    return {"parameter": name, "variants": {str(v): {**fixed, name: v} for v in values}}
+
+
+_ALL = (
+    "hl",
+    "random",
+    "standalone",
+    "stay",
+    "centralized",
+    "fedavg",
+    "round_robin",
+    "nearest",
+    "shortest",
+    "nearest_twice",
+    "shortest_twice",
+    "fixed_walk",
+)
+_FEW = ("hl", "random", "nearest_twice")
+
+COMPARISONS: dict[str, Comparison] = {
+    "paper": Comparison("the paper's: HL against random and standalone, and other rivals", _ALL),
+    "goal": Comparison("goal accuracy", _FEW, **_vary("GOAL_ACCURACY", 0.7, 0.75, 0.8, 0.85)),
+    "heterogeneity": Comparison(
+        "share of a node's main class", _FEW, **_vary("HETEROGENEITY", 0.2, 0.4, 0.6, 0.8, 1.0)
+    ),
+    "dirichlet": Comparison(
+        "Dirichlet shards",
+        _FEW,
+        **_vary("DIRICHLET_ALPHA", 0.1, 0.5, 1.0, 10.0, SHARD_RULE="dirichlet"),
+    ),
+    "starter": Comparison("starter node", _FEW, **_vary("STARTER_NODE", 0, 2, 4, 6, 8)),
+    "distance_scale": Comparison(
+        "scale of the distances", _FEW, **_vary("DISTANCE_SCALE", 0.0, 0.03, 0.1, 0.3, 1.0)
+    ),
+    "nodes": Comparison("number of nodes", _FEW, **_vary("NUM_NODES", 10, 20, 50, 100)),
+    "distances": Comparison(
+        "seed of the distance matrix", _FEW, **_vary("DISTANCE_SEED", 0, 1, 2, 3, 4)
+    ),
+    "nodes_per_round": Comparison(
+        "nodes that train in a round", ("hl", "random"), **_vary("NODES_PER_ROUND", 1, 2, 3, 5)
+    ),
+    "observation": Comparison(
+        "what the DQN sees: does it use the weights at all?",
+        ("hl", "random"),
+        **_vary("OBSERVATION", "broadcast", "local", "last_node", "zeros"),
+    ),
+    "departures": Comparison(
+        "each option that the public code lacks, switched on",
+        ("hl", "random"),
+        "option",
+        {
+            "public-code": {},
+            "targets-not-normalized": {"NORMALIZE_TARGETS": False},
+            "target-network": {"TARGET_UPDATE": 5},
+            "double-q": {"TARGET_UPDATE": 5, "DOUBLE_Q": True},
+            "local-observation": {"OBSERVATION": "local"},
+        },
+    ),
+}
+
+
+def _seeds(text: str) -> list[int]:
+    """Seeds from "5" (0 to 4) or a list as "0,3,7-9"."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        seeds = list(range(int(text)))
+    elif re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*,?", text):
+        seeds = []
+        for part in filter(None, text.split(",")):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), min(int(last or first), int(first) + 10**6) + 1)
+    else:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
+        )
+    return sorted(set(seeds))
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
+    return int(text)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with ``settings``, ``seeds`` and ``comparison`` (an object) made from it.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr if something is wrong; 0 after ``--help``
+            and ``--list``.
+    """
+    parser = Parser(
+        prog="compare.py",
+        description="Compare methods over many seeds; results go to results/<name>/.",
+        allow_abbrev=False,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = parser.add_argument
+    add("what", nargs="?", default="paper", help="name of a comparison, see --list [paper]")
+    add("--list", action="store_true", help="list comparisons and methods, and stop")
+    add("--seeds", type=_seeds, help=f"a number (5 is 0 to 4) or a list (0,3,7-9) [{_SEEDS}]")
+    add("--methods", help="some of them, joined by commas [the comparison's]")
+    add(
+        "--test-episodes",
+        type=_count,
+        default=_TEST_EPISODES,
+        metavar="N",
+        help=f"episodes on which each policy is tested, per seed [{_TEST_EPISODES}]",
+    )
+    add(
+        "--agent",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="test this trained agent, with its settings and its seed; repeatable",
+    )
+    add("--jobs", type=_count, default=cores, metavar="N", help=f"processes [{cores}, all cores]")
+    add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
+    setting_flags(parser, _FLAGS)
+    parsed = parser.parse_args(arguments)
+    if not parsed.agent:
+        parsed.DATASET = parsed.DATASET or "digits"
+    if parsed.list:
+        print(_listing())
+        sys.exit(0)
+    if parsed.what not in COMPARISONS:
+        parser.error(f"comparison: got {parsed.what!r}, takes one of {', '.join(COMPARISONS)}")
+    parsed.comparison = COMPARISONS[parsed.what]
+    if parsed.agent and parsed.seeds:
+        parser.error("--seeds: got it beside --agent, takes the agents' seeds then")
+    if parsed.agent and "hl" not in (parsed.methods or "hl").split(","):
+        parser.error(f"--agent: got it with --methods {parsed.methods}, takes methods with hl")
+    parsed.seeds = parsed.seeds or _seeds(_SEEDS)
+    changes = overrides(parser, parsed)
+    if "SEED" in changes:
+        parser.error("SEED: got it with --set, takes --seeds in a comparison")
+    try:
+        parsed.settings = make_settings(**_agents_settings(parsed) | changes)
+    except UserError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that all ``--agent`` folders share; sets ``parsed.agents``, seed -> folder."""
+    parsed.agents = {}
+    shared: dict[str, Any] = {}
+    for text in parsed.agent:
+        path = absolute(text) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            stored, seed = dict(config["settings"]), int(config["seed"])
+            stored["DATASET"] = config["dataset"]["name"]
+        except OSError as error:
+            raise ConfigError(f"--agent: {reason(error)}; takes the folder of a run") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--agent: {path}: damaged ({error})") from error
+        if not (absolute(text) / "agent.npz").exists():
+            raise ConfigError(f"--agent: {text} holds no agent.npz, takes a finished run")
+        if seed in parsed.agents:
+            raise ConfigError(f"--agent: two agents with seed {seed}, takes one of each")
+        parsed.agents[seed] = text
+        own = {k: v for k, v in stored.items() if k not in ("SEED", "NAME", "THREADS")}
+        if shared and own != shared:
+            names = [k for k in own if own[k] != shared.get(k)]
+            raise ConfigError(f"--agent: {text} differs from the others in {', '.join(names)}")
+        shared = own
+    if parsed.agents:
+        parsed.seeds = sorted(parsed.agents)
+    return shared
+
+
+def _listing() -> str:
+    from baselines import METHODS
+
+    lines = ["comparisons:"]
+    for name, comparison in COMPARISONS.items():
+        values = ", ".join(filter(None, comparison.variants))
+        lines.append(f"  {name:16} {comparison.meaning}{': ' * bool(values)}{values}")
+    lines += ["methods:", *(f"  {name:16} {method.title}" for name, method in METHODS.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    # Before TensorFlow, which takes seconds to import: a typo is reported at once, and Ctrl-C
+    # ends the program without a traceback.
+    PARSED = parse()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from tqdm import tqdm
+
+import baselines
+import data
+import estimates
+import plot
+from jobs import Job, Outcome, Watch, dataset_of, is_finished, run_all
+from main import Terminated
+from records import read_table, replacing
+
+
+def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
+    """All jobs of a comparison, those that take longest first.
+
+    Raises:
+        ConfigError: a method or a setting that can't work in one of them.
+    """
+    names = parsed.methods.split(",") if parsed.methods else parsed.comparison.methods
+    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    jobs = []
+    for variant, changes in parsed.comparison.variants.items():
+        for name in names:
+            for seed in parsed.seeds:
+                settings = dataclasses.replace(
+                    parsed.settings,
+                    **changes,
+                    SEED=seed,
+                    NAME="",
+                    RESULTS_DIR=str(folder / variant),
+                    # One thread each, for they run side by side.
+                    THREADS=parsed.settings.THREADS or 1,
+                )
+                baselines.check(name, settings)
+                agent = parsed.agents.get(seed, "") if name == "hl" else ""
+                jobs.append(Job(name, settings, variant, parsed.test_episodes, agent))
+    return sorted(jobs, key=lambda job: -job.episodes)
+
+
+class JobTable:
+    """``jobs.csv`` of a comparison: every job that was ever asked for, and how it stands."""
+
+    def __init__(self, folder: Path, name: str, parameter: str) -> None:
+        self._path = folder / "jobs.csv"
+        self._folder, self._name, self._parameter = folder, name, parameter
+        self._rows: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            table = read_table(self._path, estimates.JOB_COLUMNS)
+            others = set(table["comparison"]) - {name}
+            if others:
+                raise UserError(
+                    f"{folder}: holds the comparison {', '.join(sorted(others))}; choose "
+                    "another --name"
+                )
+            for row in table.to_dict("records"):
+                self._rows[row["folder"]] = row
+
+    def set(self, job: Job, state: str, seconds: float | None = None, error: str = "") -> None:
+        """Notes how a job stands; ``seconds`` None leaves those that were noted."""
+        folder = job.folder.relative_to(self._folder).as_posix()
+        before = self._rows.get(folder, {"seconds": 0.0})
+        self._rows[folder] = {
+            "comparison": self._name,
+            "parameter": self._parameter,
+            "variant": job.variant,
+            "method": job.method,
+            "seed": job.settings.SEED,
+            "folder": folder,
+            "state": state,
+            "seconds": round(before["seconds"] if seconds is None else seconds, 1),
+            "error": error,
+        }
+
+    def write(self) -> None:
+        """Replaces the file; rows by variant and method in the order of the comparison."""
+        comparison = COMPARISONS[self._name]
+        variants, methods = list(comparison.variants), list(baselines.METHODS)
+        rows = sorted(
+            self._rows.values(),
+            key=lambda row: (
+                variants.index(row["variant"]) if row["variant"] in variants else len(variants),
+                methods.index(row["method"]) if row["method"] in methods else len(methods),
+                row["seed"],
+            ),
+        )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, estimates.JOB_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(self._path) as file:
+            file.write(text.getvalue().encode())
+
+
+def compare(parsed: argparse.Namespace) -> int:
+    """Runs what is left of a comparison, writes its tables and figures, and prints its report.
+
+    Returns:
+        0, or 1 if a job failed.
+
+    Raises:
+        UserError: nothing was started.
+    """
+    settings: Settings = parsed.settings
+    dataset = dataset_of(dataclasses.replace(settings, THREADS=settings.THREADS or 1))
+    folder = settings.results_dir / (settings.NAME or f"{parsed.what}-{dataset.name}")
+    # A worker on another machine has no such environment variable.
+    if not settings.DATA_FILE and dataset.name != "digits" and os.environ.get(data.DATA_VARIABLE):
+        file = str(absolute(os.environ[data.DATA_VARIABLE]))
+        parsed.settings = dataclasses.replace(settings, DATA_FILE=file)
+    jobs = make_jobs(parsed, folder)
+    for job in jobs:
+        # Refuses what it can't fill, and what it can't continue, before a file is written.
+        data.make_shards(dataset, baselines.METHODS[job.method].settings(job.settings))
+    table = JobTable(folder, parsed.what, parsed.comparison.parameter)
+    waiting = [job for job in jobs if not is_finished(job)]
+    print(_plan(parsed, folder, jobs, waiting, dataset.name), flush=True)
+    for job in jobs:
+        table.set(job, "waiting" if job in waiting else "finished")
+    folder.mkdir(parents=True, exist_ok=True)
+    table.write()
+
+    total = sum(job.episodes for job in jobs)
+    bar = tqdm(
+        total=total,
+        bar_format="episode {n_fmt}/{total_fmt} of all jobs |{bar}| {remaining} left{postfix}",
+        initial=sum(job.episodes_finished() for job in jobs),
+        disable=None,
+    )
+    done = len(jobs) - len(waiting)
+
+    def show(episodes: int) -> None:
+        bar.n = max(bar.n, episodes)
+        bar.set_postfix_str(f"jobs {done}/{len(jobs)}")
+
+    def tell(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        table.set(outcome.job, outcome.state, outcome.seconds, outcome.error)
+        table.write()
+        label = " ".join(filter(None, [outcome.job.variant, outcome.job.name]))
+        how = f"failed: {outcome.error}" if outcome.error else f"in {outcome.seconds / 60:.1f} min"
+        tqdm.write(f"{done}/{len(jobs)} {label} {how}")
+
+    with bar, Watch(jobs, show):
+        outcomes = run_all(waiting, parsed.jobs, parsed.cluster, tell)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if len(failed) < len(jobs):
+        plot.draw_comparison(folder)
+        print(estimates.report(folder))
+    print(
+        f"jobs: {len(jobs) - len(waiting)} finished before, {len(outcomes)} started, "
+        f"{len(outcomes) - len(failed)} finished, {len(failed)} failed"
+    )
+    for outcome in failed:
+        print(f"failed: {outcome.job.folder}: {outcome.error}")
+    return 1 if failed else 0
+
+
+def _plan(
+    parsed: argparse.Namespace, folder: Path, jobs: list[Job], waiting: list[Job], dataset: str
+) -> str:
+    methods = len({job.method for job in jobs})
+    variants = len(parsed.comparison.variants)
+    lines = [
+        f"{parsed.what} on {dataset}: {methods} methods x {len(parsed.seeds)} seeds"
+        f"{f' x {variants} values of {parsed.comparison.parameter}' if variants > 1 else ''}, "
+        f"{parsed.test_episodes} test episodes each: {len(jobs)} jobs, "
+        f"{len(jobs) - len(waiting)} finished before; results in {folder}"
+    ]
+    if parsed.what == "paper" and dataset == "digits":
+        lines.append(f"the full comparison on MNIST ({FULL}) takes about {FULL_HOURS} on 2 cores")
+    return "\n".join(lines)
+
+
+# Measured: see the README.
+FULL_HOURS = "ten hours"
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Runs a comparison; returns the exit status, as main.py's, and 1 if a job failed."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    try:
+        return compare(parsed)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"{reason(error)}; mend this, and the same command continues", 1)
+    except KeyboardInterrupt as interrupt:
+        status = 143 if isinstance(interrupt, Terminated) else 130
+        return _fail("interrupted; the same command continues", status)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"compare.py: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(PARSED))

@@ -1,0 +1,338 @@
+"""What a comparison's tables say: means, reductions against random, and their intervals.
+
+All intervals are 95 % percentile intervals of a bootstrap in two levels: seeds are drawn with
+replacement, and from each drawn seed's test episodes as many again (stratified by seed); both
+methods of a reduction get the same draws, because their seeds and episodes are paired. SciPy's
+bootstrap has one level; with one episode per seed this one gives the same (tested).
+
+An episode that missed the goal counts with the limit as its number of rounds: the mean is one over
+all episodes, restricted to the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from config import UserError
+from records import TEST_EPISODE_COLUMNS, TEST_ROUND_COLUMNS, read_table, replacing
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+JOB_COLUMNS = (
+    "comparison",
+    "parameter",
+    "variant",
+    "method",
+    "seed",
+    "folder",
+    "state",
+    "seconds",
+    "error",
+)
+ESTIMATE_COLUMNS = (
+    "comparison",
+    "parameter",
+    "variant",
+    "method",
+    "quantity",
+    "mean",
+    "low",
+    "high",
+    "seeds",
+    "episodes",
+)
+
+# Columns of the tests' episodes.csv whose means are estimated for every method.
+QUANTITIES = (
+    "rounds",
+    "goal_reached",
+    "communication_cost",
+    "transfers",
+    "megabytes",
+    "observation_megabytes",
+    "seconds",
+    "diverged",
+)
+
+
+def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables of a comparison: ``jobs``, and ``episodes`` and ``rounds`` of all finished jobs.
+
+    The latter two have a column ``variant`` in front.
+
+    Raises:
+        UserError: a file is missing or not what compare.py writes, or no job is finished.
+    """
+    jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
+    finished = jobs[jobs["state"] == "finished"]
+    if finished.empty:
+        raise UserError(f"{folder}: no job is finished")
+    tables = {"jobs": jobs}
+    for name, columns in (("episodes", TEST_EPISODE_COLUMNS), ("rounds", TEST_ROUND_COLUMNS)):
+        parts = []
+        for job in finished.itertuples():
+            part = read_table(folder / job.folder / f"{name}.csv", columns)
+            parts.append(part.assign(variant=job.variant))
+        tables[name] = pd.concat(parts, ignore_index=True)
+    return tables
+
+
+def matrix(episodes: pd.DataFrame, column: str) -> np.ndarray:
+    """(S, E) float64: one method's values by seed and test episode, both ascending."""
+    return episodes.pivot(index="seed", columns="episode", values=column).to_numpy(float)
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *values: np.ndarray, resamples: int = RESAMPLES
+) -> tuple[float, float | None, float | None]:
+    """A statistic of paired arrays with its interval.
+
+    Args:
+        statistic: from arrays of shape (..., S, E), reducing the last two axes.
+        values: (S, E) arrays, seeds by test episodes, all drawn together.
+        resamples: how many draws.
+
+    Returns:
+        The statistic, and the bounds of its interval; None with a single seed. The draws are always
+        the same, so that the same tables give the same numbers.
+    """
+    mean = float(statistic(*values))
+    seeds, episodes = values[0].shape
+    if seeds < 2:
+        return mean, None, None
+    rng = np.random.default_rng(0)
+    drawn_seeds = rng.integers(seeds, size=(resamples, seeds, 1))
+    drawn_episodes = rng.integers(episodes, size=(resamples, seeds, episodes))
+    resampled = statistic(*(v[drawn_seeds, drawn_episodes] for v in values))
+    tail = (1 - LEVEL) / 2
+    # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
+    low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
+    return mean, float(low), float(high)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Over the last two axes, seeds and episodes."""
+    return values.mean(axis=(-2, -1))
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of all values, a quarter of their number cut off at each end."""
+    return stats.trim_mean(values.reshape(*values.shape[:-2], -1), 0.25, axis=-1)
+
+
+def reduction(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Share by which our mean is less than theirs; no reduction of nothing to nothing."""
+    a, b = mean(ours), mean(theirs)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 - np.where(a == b, 1.0, a / b)
+
+
+def break_even(spent: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """After how many episodes what was spent once is saved; infinite if nothing is."""
+    saved = mean(theirs) - mean(ours)
+    with np.errstate(divide="ignore"):
+        return np.where(saved > 0, mean(spent) / np.maximum(saved, 0), np.inf)
+
+
+def improvement(method: np.ndarray, rival: np.ndarray) -> np.ndarray:
+    """(S,) each seed's probability that the method has less than its rival, ties counted half.
+
+    Of (S, E) values, every episode is compared with every one of the rival's with the same seed.
+    """
+    difference = method[:, :, None] - rival[:, None, :]
+    return ((difference < 0) + 0.5 * (difference == 0)).mean(axis=(1, 2))
+
+
+def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
+    """All estimates of a comparison, a row per variant, method and quantity.
+
+    Quantities: those of ``QUANTITIES``, means over all episodes; ``rounds_iqm`` and
+    ``communication_cost_iqm``, interquartile means; against random, over the seeds that both
+    have: ``rounds_reduction`` and ``communication_cost_reduction``, shares of random's mean;
+    ``rounds_improvement`` and ``communication_cost_improvement``, probabilities that an episode
+    has less; of HL ``rounds_break_even`` and ``communication_cost_break_even``, the number of
+    trainings of the foundation model after which what the DQN's training took is saved against
+    random (infinite if nothing is saved).
+
+    Returns:
+        Columns ``ESTIMATE_COLUMNS``; ``low`` and ``high`` bound the 95 % interval, empty with one
+        seed; ``seeds`` and ``episodes`` say on how many of each it rests.
+    """
+    jobs, episodes = tables["jobs"], tables["episodes"]
+    rows = []
+    for (variant, method), _ in jobs.groupby(["variant", "method"], sort=False):
+        of_variant = episodes[episodes["variant"] == variant]
+        own = of_variant[of_variant["method"] == method]
+        if own.empty:
+            continue
+        rival = of_variant[of_variant["method"] == "random"]
+        seeds = sorted(set(own["seed"]) & set(rival["seed"]))
+
+        def add(
+            quantity: str,
+            statistic: Callable[..., np.ndarray],
+            *values: np.ndarray,
+            variant: str = variant,
+            method: str = method,
+        ) -> None:
+            size = len(values[0]), values[0].size
+            rows.append((variant, method, quantity, *bootstrap(statistic, *values), *size))
+
+        for column in QUANTITIES:
+            add(column, mean, matrix(own, column))
+        for column in ("rounds", "communication_cost"):
+            add(f"{column}_iqm", interquartile_mean, matrix(own, column))
+            if method == "random" or not seeds:
+                continue
+            ours = matrix(own[own["seed"].isin(seeds)], column)
+            theirs = matrix(rival[rival["seed"].isin(seeds)], column)
+            add(f"{column}_reduction", reduction, ours, theirs)
+            add(f"{column}_improvement", mean, improvement(ours, theirs)[:, None])
+            spent = _training(jobs, folder, variant, seeds, column) if method == "hl" else None
+            if spent is not None:
+                spent = np.broadcast_to(spent[:, None], ours.shape)
+                add(f"{column}_break_even", break_even, spent, ours, theirs)
+    table = pd.DataFrame(rows, columns=ESTIMATE_COLUMNS[2:])
+    table.insert(0, "parameter", jobs["parameter"].iloc[0])
+    table.insert(0, "comparison", jobs["comparison"].iloc[0])
+    return table
+
+
+def _training(
+    jobs: pd.DataFrame, folder: Path, variant: str, seeds: list[int], column: str
+) -> np.ndarray | None:
+    """(S,) what all episodes of training took on each seed; None if they are not at hand."""
+    totals = []
+    chosen = jobs[(jobs["variant"] == variant) & (jobs["method"] == "hl")].set_index("seed")
+    for seed in seeds:
+        path = (folder / chosen.loc[seed, "folder"]).parent / f"training-seed{seed}"
+        if not (path / "episodes.csv").exists():
+            return None
+        totals.append(pd.read_csv(path / "episodes.csv")[column].sum())
+    return np.array(totals, float)
+
+
+def training_curves(folder: Path, jobs: pd.DataFrame) -> pd.DataFrame:
+    """The training episodes of all finished HL jobs, with columns ``variant`` and ``seed``."""
+    parts = []
+    for job in jobs[(jobs["method"] == "hl") & (jobs["state"] == "finished")].itertuples():
+        path = (folder / job.folder).parent / f"training-seed{job.seed}" / "episodes.csv"
+        if path.exists():
+            parts.append(pd.read_csv(path).assign(variant=job.variant, seed=job.seed))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+# --- Report ----------------------------------------------------------------------------------
+
+# Reductions against a random policy that the paper reports.
+PUBLISHED = {"rounds": 0.508, "communication_cost": 0.746}
+
+
+def write(folder: Path) -> pd.DataFrame:
+    """Estimates a comparison from its CSVs, and writes ``estimates.csv`` beside them.
+
+    Raises:
+        UserError: as ``read_comparison``.
+        OSError: it can't be written.
+    """
+    table = estimate(read_comparison(folder), folder)
+    with replacing(folder / "estimates.csv") as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())
+    return table
+
+
+def report(folder: Path) -> str:
+    """What ``estimates.csv`` and ``jobs.csv`` of a comparison say, as Markdown tables.
+
+    Raises:
+        UserError: one of them is missing or something else.
+    """
+    table = read_table(folder / "estimates.csv", ESTIMATE_COLUMNS)
+    jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
+    cells = table.set_index(["variant", "method", "quantity"])
+    groups = list(dict.fromkeys(zip(table["variant"], table["method"], strict=True)))
+    varied = table["parameter"].iloc[0]
+
+    def cell(variant: str, method: str, quantity: str, form: str) -> str:
+        if (variant, method, quantity) not in cells.index:
+            return ""
+        row = cells.loc[(variant, method, quantity)]
+        # Infinite are the trainings after which HL is paid back, and what costs against nothing.
+        texts = [
+            ("never" if v > 0 else "infinitely more") if np.isinf(v) else format(v, form)
+            for v in row[["mean", "low", "high"]]
+        ]
+        return texts[0] if np.isnan(row["low"]) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+    def rows(columns: dict[str, tuple[str, str]], only: str = "") -> list[str]:
+        first = ([varied] if varied else []) + ["method"]
+        lines = ["| " + " | ".join([*first, *columns]) + " |"]
+        lines.append("|---" * (len(first) + len(columns)) + "|")
+        for variant, method in groups:
+            values = [cell(variant, method, *what) for what in columns.values()]
+            if any(values) and (not only or method == only):
+                name = ([variant] if varied else []) + [method]
+                lines.append("| " + " | ".join([*name, *values]) + " |")
+        return lines
+
+    lines = rows(
+        {
+            "rounds": ("rounds", ".1f"),
+            "rounds, interquartile mean": ("rounds_iqm", ".1f"),
+            "goal reached": ("goal_reached", ".0%"),
+            "communication cost": ("communication_cost", ".3f"),
+            "MB sent": ("megabytes", ".2f"),
+            "seconds": ("seconds", ".1f"),
+        }
+    )
+    lines += ["", *_sizes(table, jobs), "", "Against random:", ""]
+    lines += rows(
+        {
+            "fewer rounds": ("rounds_reduction", "+.1%"),
+            "less communication cost": ("communication_cost_reduction", "+.1%"),
+            "P(fewer rounds)": ("rounds_improvement", ".2f"),
+            "P(less cost)": ("communication_cost_improvement", ".2f"),
+        }
+    )
+    if table["comparison"].iloc[0] == "paper":
+        published = [f"+{PUBLISHED[c]:.1%}" for c in ("rounds", "communication_cost")]
+        lines.append(f"| *published, HL* | {' | '.join(published)} |  |  |")
+    if table["quantity"].str.endswith("_break_even").any():
+        lines += ["", "Trainings after which the DQN's own training is paid back:", ""]
+        lines += rows(
+            {
+                "in rounds": ("rounds_break_even", ".0f"),
+                "in communication cost": ("communication_cost_break_even", ".0f"),
+            },
+            "hl",
+        )
+    return "\n".join([*lines, "", f"results and figures: {folder}"])
+
+
+def _sizes(table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
+    """What the numbers rest on, in sentences."""
+    rounds = table[table["quantity"] == "rounds"]
+    seeds = sorted(set(rounds["seeds"]))
+    per_seed = sorted(set(rounds["episodes"] // rounds["seeds"]))
+    states = jobs["state"].value_counts()
+    failed = jobs[jobs["state"] == "failed"]
+    text = [
+        f"Means over all test episodes ({' or '.join(map(str, seeds))} seeds x "
+        f"{' or '.join(map(str, per_seed))} episodes), in brackets their 95 % intervals; an "
+        "episode that missed the goal counts with the limit of rounds.",
+        f"Jobs: {len(jobs)}, {states.get('finished', 0)} finished, {len(failed)} failed"
+        + "".join(f"; {row.folder} failed: {row.error}" for row in failed.itertuples())
+        + f"; {int(_total(table, 'diverged'))} test episodes diverged.",
+    ]
+    return text
+
+
+def _total(table: pd.DataFrame, quantity: str) -> float:
+    rows = table[table["quantity"] == quantity]
+    return float((rows["mean"] * rows["episodes"]).sum().round())

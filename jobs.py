@@ -1,0 +1,432 @@
+"""Jobs of a comparison: one method with one seed, tested in a folder of its own; many at a time.
+
+A job's folder is a run's folder (records.py): it is resumable, holds a lock while it is written,
+and is left alone once it is finished. So jobs may be run in any order, in any number of processes,
+on several machines that share the folders, and again after any failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+
+import data
+import main
+import models
+from baselines import METHODS, Policy
+from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
+from environment import DecentralizedLearning
+from node import DQNAgent
+from records import TEST_TABLES, Run, RunError, read_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One method with one seed.
+
+    Attributes:
+        method: a name in ``baselines.METHODS``.
+        settings: of the environment and the agent; SEED is the job's, RESULTS_DIR the folder of the
+            comparison's variant.
+        variant: value of what the comparison varies; "" if nothing.
+        test_episodes: how many.
+        agent: folder of a run of main.py whose agent is tested, or "" to train one (HL only).
+    """
+
+    method: str
+    settings: Settings
+    variant: str
+    test_episodes: int
+    agent: str = ""
+
+    @property
+    def name(self) -> str:
+        """The folder's name, unique within a variant."""
+        return f"{self.method}-seed{self.settings.SEED}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the test is recorded."""
+        return self.settings.results_dir / self.name
+
+    @property
+    def training(self) -> Settings | None:
+        """The settings of the run that trains the agent, or None if there is nothing to train."""
+        if self.method != "hl" or self.agent:
+            return None
+        return dataclasses.replace(self.settings, NAME=f"training-seed{self.settings.SEED}")
+
+    @property
+    def episodes(self) -> int:
+        """Of training and test together."""
+        return self.test_episodes + (self.settings.EPISODES if self.training else 0)
+
+    def episodes_finished(self) -> int:
+        """Of training and test together, as the folders tell."""
+        folders = [self.folder]
+        if self.training:
+            folders.append(self.settings.results_dir / self.training.NAME)
+        return sum(max(0, _lines(folder / "episodes.csv") - 1) for folder in folders)
+
+    def about(self) -> dict[str, Any]:
+        """What makes it this job, beside its settings: for ``config.json``."""
+        about = {"method": self.method, "test_episodes": self.test_episodes}
+        if self.agent:
+            weights = (absolute(self.agent) / "agent.npz").read_bytes()
+            about["agent_sha256"] = hashlib.sha256(weights).hexdigest()
+        return about
+
+
+def _lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+# --- One job ---------------------------------------------------------------------------------
+
+
+@functools.lru_cache(1)
+def _dataset(name: str, file: str, variable: str | None) -> data.Dataset:
+    from config import make_settings
+
+    return data.load(make_settings(DATASET=name, DATA_FILE=file))
+
+
+def dataset_of(settings: Settings) -> data.Dataset:
+    """The dataset that the settings name, loaded once per process."""
+    models.use_cpu(settings.THREADS)  # before a dataset is made, which may compute as well
+    file = os.environ.get(data.DATA_VARIABLE)
+    return _dataset(settings.DATASET, settings.DATA_FILE, file)
+
+
+_foundations: dict[tuple[Any, ...], models.FoundationModel] = {}
+
+
+def _environment(settings: Settings) -> DecentralizedLearning:
+    """An environment; those of one process share their compiled foundation model."""
+    dataset = dataset_of(settings)
+    key = (id(dataset), settings.BATCH_SIZE, settings.LEARNING_RATE)
+    if key not in _foundations:
+        _foundations.clear()
+        _foundations[key] = models.FoundationModel(dataset, settings)
+    return DecentralizedLearning(settings, dataset, _foundations[key])
+
+
+def run_job(job: Job) -> None:
+    """Trains what is to be trained, and tests the policy on ``test_episodes`` episodes.
+
+    The seeds of these episodes are a stream of their own: no training episode has them, and all
+    methods with the same SEED have the same ones.
+
+    Raises:
+        UserError, OSError: see ``data``, ``environment`` and ``records``.
+    """
+    method = METHODS[job.method]
+    settings = method.settings(job.settings)
+    environment = _environment(settings)
+    sent = method.prepare(environment)
+    threads = models.use_cpu(settings.THREADS)
+    with _run_of(job, environment.dataset, threads) as run:
+        if run.finished:
+            return
+        run.start(environment.shards)
+        policy = method.policy(environment) if method.policy else _learned_policy(job, environment)
+        for episode in range(run.episodes_finished + 1, job.test_episodes + 1):
+            _test_episode(job, environment, policy, run, episode, sent)
+            run.checkpoint({"episode": np.array(episode + 1)})
+        run.finish()
+
+
+def _test_episode(
+    job: Job,
+    environment: DecentralizedLearning,
+    policy: Policy,
+    run: Run,
+    episode: int,
+    sent: tuple[int, float, float],
+) -> None:
+    started = time.perf_counter()
+    settings = environment.settings
+    rng = stream(settings.SEED, "policy", episode)
+    transfers, cost, megabytes = sent
+    model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
+
+    nodes = METHODS[job.method].first_nodes(settings, episode)
+    holder, episode_reward, done = nodes[0], 0.0, False
+    observation, info = environment.reset(
+        seed=episode_seed(settings.SEED, episode, test=True), options={"nodes": nodes}
+    )
+    while True:
+        run.record_test_round(job.method, episode, info)
+        hops, distance = communication(environment.distances, holder, info["node"])
+        transfers, cost, megabytes = (
+            transfers + hops,
+            cost + distance,
+            megabytes + hops * model_megabytes,
+        )
+        episode_reward += info["reward"]
+        holder = np.atleast_1d(info["node"])[0]
+        if done or info["goal_reached"]:
+            break
+        action = policy(observation, info, rng)
+        observation, _, terminated, truncated, info = environment.step(action)
+        done = terminated or truncated
+    # What seeing all nodes' weights takes, taken literally: each new model is sent to all others.
+    sees_weights = job.method == "hl" and settings.OBSERVATION in ("broadcast", "local")
+    run.record_test_episode(
+        job.method,
+        episode,
+        info,
+        episode_reward=episode_reward,
+        communication_cost=cost,
+        transfers=transfers,
+        megabytes=megabytes,
+        observation_megabytes=sees_weights
+        * info["round"]
+        * (settings.NUM_NODES - 1)
+        * model_megabytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) -> tuple[int, float]:
+    """A round's transfers of a model, and the sum of their distances.
+
+    The holder sends the model to each node that trains, and the first of these gets the others'
+    results to average. With one node per round that is the paper's distance; with several, the
+    public code counts the way to the first alone.
+    """
+    nodes = [int(node) for node in np.atleast_1d(nodes)]
+    ways = [(holder, node) for node in nodes if node != holder]
+    ways += [(node, nodes[0]) for node in nodes[1:]]
+    return len(ways), float(sum(distances[a, b] for a, b in ways))
+
+
+def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
+    """The DQN's greedy policy: trained as main.py does it if it is not yet, then frozen."""
+    settings = environment.settings
+    if job.training:
+        with Run(job.training, environment.dataset, models.use_cpu(settings.THREADS)) as run:
+            if not run.finished:
+                main.train(environment, run, show_progress=False)
+        folder = run.folder
+    else:
+        folder = absolute(job.agent)
+    agent = DQNAgent(
+        environment.observation_space.shape[0],
+        settings.NUM_NODES,
+        settings,
+        settings.NODES_PER_ROUND,
+    )
+    path = folder / "agent.npz"
+    try:
+        agent.weights = agent.q.network.from_named_arrays(read_arrays(path))
+    except ValueError as error:
+        raise RunError(f"{path}: does not fit the settings ({error})") from error
+    several = settings.NODES_PER_ROUND > 1
+
+    def policy(observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> Any:
+        best = agent.best_actions(observation)
+        return best if several else best[0]
+
+    return policy
+
+
+# --- Many jobs -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a job went.
+
+    Attributes:
+        job: whose it is.
+        state: ``finished`` or ``failed``.
+        seconds: that it took this time; 0 if it was finished before.
+        error: one line, empty if it is finished.
+    """
+
+    job: Job
+    state: str
+    seconds: float
+    error: str = ""
+
+
+def is_finished(job: Job) -> bool:
+    """Whether its folder says so, and that with the present settings.
+
+    Raises:
+        RunError: the folder holds another run, or is damaged.
+    """
+    return _run_of(job, dataset_of(job.settings), 1).peek() == "finished"
+
+
+def _run_of(job: Job, dataset: data.Dataset, threads: int) -> Run:
+    settings = dataclasses.replace(METHODS[job.method].settings(job.settings), NAME=job.name)
+    return Run(settings, dataset, threads, TEST_TABLES, job.about())
+
+
+def run_all(
+    jobs: list[Job],
+    processes: int,
+    cluster: str = "",
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Runs jobs side by side; none stops another.
+
+    A job whose process dies (killed, out of memory) takes along those that run beside it. All of
+    them are tried once more; one that is under way when it happens a second time has failed.
+
+    Args:
+        jobs: in the order in which they are started.
+        processes: how many on this machine.
+        cluster: address of a Dask scheduler that runs them instead; its workers have to see this
+            project's folder and that of the results under the same paths.
+        tell: is called with each outcome as soon as it is known.
+
+    Returns:
+        An outcome for each job, in the order of their ends.
+
+    Raises:
+        UserError: the cluster can't be used.
+    """
+    outcomes: list[Outcome] = []
+    deaths: dict[Job, int] = dict.fromkeys(jobs, 0)
+
+    def add(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        tell(outcome)
+
+    while waiting := [job for job in deaths if job not in {o.job for o in outcomes}]:
+        # Those that were there when a process died come last: they must not take the others along.
+        waiting.sort(key=deaths.get)
+        by_folder = {str(job.folder): job for job in waiting}
+        sessions = {job: _sessions(job.folder) for job in waiting}
+        try:
+            with _backend(processes, cluster):
+                parallel = joblib.Parallel(
+                    n_jobs=processes if not cluster else -1,
+                    batch_size=1,
+                    pre_dispatch="all" if cluster else processes,
+                    return_as="generator_unordered",
+                )
+                calls = (joblib.delayed(_there())(str(PROJECT), _as_dict(job)) for job in waiting)
+                for folder, state, seconds, error in parallel(calls):
+                    add(Outcome(by_folder[folder], state, seconds, error))
+        except (KeyboardInterrupt, UserError):
+            raise
+        except Exception as error:
+            known = {outcome.job for outcome in outcomes}
+            left = [job for job in waiting if job not in known]
+            started = [job for job in left if _sessions(job.folder) > sessions[job]]
+            under_way = started or left[:processes]
+            for job in under_way:
+                deaths[job] += 1
+                if deaths[job] > 1:
+                    add(Outcome(job, "failed", 0.0, f"its process died twice ({_line(error)})"))
+    return outcomes
+
+
+def _sessions(folder: Path) -> int:
+    """How often the run in a folder was started or continued."""
+    try:
+        return len(json.loads((folder / "config.json").read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def _backend(processes: int, cluster: str) -> Iterator[None]:
+    if not cluster:
+        with joblib.parallel_config("loky", n_jobs=processes):
+            yield
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
+    try:
+        client = Client(cluster, timeout=20)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UserError(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
+    with client, joblib.parallel_config("dask", client=client):
+        yield
+
+
+def _as_dict(job: Job) -> dict[str, Any]:
+    return {**dataclasses.asdict(job), "settings": dataclasses.asdict(job.settings)}
+
+
+def _there() -> Callable[[str, dict[str, Any]], tuple[str, str, float, str]]:
+    """What a worker calls. Pickled by value, for a worker does not know this module."""
+
+    def call(project: str, job: dict[str, Any]) -> tuple[str, str, float, str]:
+        if project not in sys.path:
+            sys.path.insert(0, project)
+        return importlib.import_module("jobs").attempt(job)
+
+    return call
+
+
+def attempt(fields: dict[str, Any]) -> tuple[str, str, float, str]:
+    """Runs a job, given as plain values, and catches whatever stops it.
+
+    Returns:
+        Folder, state, seconds and error of the outcome.
+    """
+    started = time.perf_counter()
+    job = Job(**{**fields, "settings": Settings(**fields["settings"])})
+    state, error = "finished", ""
+    try:
+        run_job(job)
+    except UserError as problem:
+        state, error = "failed", str(problem)
+    except OSError as problem:
+        state, error = "failed", reason(problem)
+    except Exception as problem:
+        state, error = "failed", _line(problem)
+    return str(job.folder), state, time.perf_counter() - started, error
+
+
+class Watch:
+    """Calls a function every few seconds with how many episodes of some jobs are finished.
+
+    A context manager; what the folders hold is the only source, wherever the jobs run.
+    """
+
+    def __init__(self, jobs: list[Job], show: Callable[[int], None], seconds: float = 2.0) -> None:
+        self._jobs, self._show, self._seconds = jobs, show, seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._seconds):
+            self._show(sum(job.episodes_finished() for job in self._jobs))
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
