@@ -395,7 +395,7 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
             axis.axis("off")
             continue
         if "random" in curves and name != "random":
-            axis.plot(x, curves["random"][0], color="0.6", lw=1, label="random")
+            axis.plot(x, curves["random"][0], color="0.6", lw=1)
         middle, low, high = curves[name]
         axis.fill_between(x, low, high, color="0.8", lw=0)
         axis.plot(x, middle, color="black", lw=1.5)
@@ -406,8 +406,7 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel("test accuracy")
     for axis in axes[-1]:
         axis.set_xlabel("round")
-    text = "Accuracy by round: mean and 95 % band (ended episodes hold their last); grey: random"
-    _title(figure, text, tables)
+    _title(figure, "Accuracy by round, 95 % band; grey line: random", tables)
     return figure
 
 
@@ -440,7 +439,7 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.axvline(0, color="0.4", lw=0.8)
         published = PUBLISHED[column]
         axis.axvline(published, color="black", lw=1, ls="--")
-        axis.text(published, -0.75, f"published {published:.1%}", ha="center", fontsize=7.5)
+        axis.text(published - 0.02, -0.75, f"published {published:.1%}", ha="right", fontsize=7.5)
         axis.set_xlabel(f"{label}: reduction against random")
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         # FedAvg's cost is many times random's: cut off, and said so.
@@ -456,9 +455,10 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Rounds and cost over the DQN's training episodes: moving average, mean over seeds and band."""
+    """Rounds and cost over the DQN's training: moving average of each seed, mean and band."""
     training, table = tables["training"], tables["estimates"]
     variants = list(dict.fromkeys(training["variant"]))
+    window = min(WINDOW, max(1, training["episode"].max() // 3))
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     styles = itertools.cycle(["-", "--", ":", "-."])
     colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
@@ -470,10 +470,10 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         ),
         strict=True,
     ):
-        for variant, style, color in zip(variants, styles, colors):
+        for variant, style, color in zip(variants, styles, colors, strict=False):
             own = training[training["variant"] == variant]
             wide = own.pivot(index="episode", columns="seed", values=column)
-            smooth = wide.rolling(WINDOW, min_periods=min(WINDOW, len(wide))).mean()
+            smooth = wide.rolling(window).mean()
             middle = smooth.mean(axis=1)
             if len(variants) == 1:
                 axis.plot(smooth.index, smooth, color="0.75", lw=0.7)
@@ -493,9 +493,8 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("episode of training")
-    _title(
-        figure, f"DQN training (mean of the last {WINDOW} episodes, 95 % band over seeds)", tables
-    )
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _title(figure, f"DQN training, mean of {window} episodes, 95 % band", tables)
     return figure
 
 
