@@ -441,6 +441,7 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.axvline(published, color="black", lw=1, ls="--")
         axis.text(published - 0.02, -0.75, f"published {published:.1%}", ha="right", fontsize=7.5)
         axis.set_xlabel(f"{label}: reduction against random")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         # FedAvg's cost is many times random's: cut off, and said so.
         low = min(-0.4, *rows["mean"].clip(lower=-1.2))
@@ -460,7 +461,7 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     variants = list(dict.fromkeys(training["variant"]))
     window = min(WINDOW, max(1, training["episode"].max() // 3))
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
-    styles = itertools.cycle(["-", "--", ":", "-."])
+    styles = [("-", "--", ":", "-.")[place % 4] for place in range(len(variants))]
     colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
     for axis, (column, label) in zip(
         axes,
@@ -470,7 +471,7 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         ),
         strict=True,
     ):
-        for variant, style, color in zip(variants, styles, colors, strict=False):
+        for variant, style, color in zip(variants, styles, colors, strict=True):
             own = training[training["variant"] == variant]
             wide = own.pivot(index="episode", columns="seed", values=column)
             smooth = wide.rolling(window).mean()
@@ -494,7 +495,7 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("episode of training")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(figure, f"DQN training, mean of {window} episodes, 95 % band", tables)
+    _title(figure, f"DQN training (means of {window} episodes)", tables)
     return figure
 
 

@@ -1,0 +1,436 @@
+"""Comparisons as users start, stop, continue and spoil them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SMALL, command, run, small_settings, without_times
+
+import baselines
+import compare
+import data
+import estimates
+import jobs
+import main
+import models
+from config import episode_seed, make_settings, stream
+from environment import DecentralizedLearning, distance_matrix
+from node import DQNAgent
+from records import read_arrays
+
+METHODS = "hl,random,stay,fedavg"
+
+# Fast enough to learn something within a round, and a goal that some episodes reach.
+QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, few):
+    """Jobs within this process take a dataset that is loaded already."""
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
+    jobs._dataset.cache_clear()
+
+
+def flags(folder, *more, methods=METHODS, **overrides):
+    """A small comparison in this process, with the threads that the tests have."""
+    settings = {**QUICK, "RESULTS_DIR": str(folder), "THREADS": models.use_cpu(0), **overrides}
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    return ["--jobs", "1", "--test-episodes", "2", "--methods", methods, *more, *sets]
+
+
+def start(folder, *more, **options):
+    return compare.main(compare.parse(flags(folder, *more, **options)))
+
+
+def tables(folder):
+    """All jobs' rows without the column of seconds."""
+    rows = {}
+    for path in sorted(folder.glob("*-seed*")):
+        episodes = (path / "episodes.csv").read_text().splitlines()
+        rounds = (path / "rounds.csv").read_text().splitlines()
+        rows[path.name] = [line.rpartition(",")[0] for line in episodes], rounds
+    return rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, few):
+    """One small comparison from start to end: do not write into it."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(data.DATASETS, "digits", lambda settings: few)
+    folder = tmp_path_factory.mktemp("finished")
+    assert start(folder) == 0
+    patch.undo()
+    return folder / "paper-digits"
+
+
+# --- What a comparison writes ----------------------------------------------------------------
+
+
+def test_files_of_a_comparison(finished):
+    names = {path.name for path in finished.iterdir()}
+    expected = {f"{m}-seed{s}" for m in [*METHODS.split(","), "training"] for s in (0, 1)}
+    figures = ("methods", "accuracy", "reduction", "training")
+    expected |= {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
+    assert names == expected | {"jobs.csv", "estimates.csv"}
+    table = pd.read_csv(finished / "jobs.csv", keep_default_na=False)
+    assert list(table) == list(estimates.JOB_COLUMNS)
+    assert (table["state"] == "finished").all()
+    assert table["folder"].tolist()[:3] == ["hl-seed0", "hl-seed1", "random-seed0"]
+
+
+def test_seeds_are_paired_and_training_has_others(finished):
+    """Round 1 is the starter's: it shows the initialisation."""
+    first = {}
+    for method in ("hl", "random", "stay", "training"):
+        for seed in (0, 1):
+            rounds = pd.read_csv(finished / f"{method}-seed{seed}" / "rounds.csv")
+            opening = rounds[rounds["round"] == 1]["accuracy"].tolist()
+            first.setdefault((method == "training", seed), []).append(opening)
+    for seed in (0, 1):
+        same = first[False, seed]
+        assert same[0] == same[1] == same[2]
+        assert len(same[0]) == 2
+        seeds = {episode_seed(seed, e) for e in range(1, 121)}
+        assert not seeds & {episode_seed(seed, e, test=True) for e in range(1, 121)}
+    assert first[False, 0] != first[False, 1]
+
+
+def test_a_method_is_not_changed_by_the_others(finished, tmp_path):
+    assert start(tmp_path, "--seeds", "1,", methods="random") == 0
+    alone = tables(tmp_path / "paper-digits")
+    assert alone == {"random-seed1": tables(finished)["random-seed1"]}
+
+
+def test_the_test_of_a_trained_agent_step_by_step(finished, few):
+    settings = make_settings(**QUICK, SEED=1)
+    environment = DecentralizedLearning(settings, few)
+    agent = DQNAgent(environment.observation_space.shape[0], 4, settings)
+    arrays = read_arrays(finished / "training-seed1" / "agent.npz")
+    agent.weights = agent.q.network.from_named_arrays(arrays)
+    rows, model_megabytes = [], environment.foundation.network.size * 4 / 1e6
+    for episode in (1, 2):
+        observation, info = environment.reset(seed=episode_seed(1, episode, test=True))
+        rewards, hops, node = [info["reward"]], 0, 0
+        done = info["goal_reached"]
+        while not done:
+            action = int(agent.q.values(agent.weights, observation[None])[0].argmax())
+            observation, reward, terminated, truncated, info = environment.step(action)
+            hops, node = hops + (action != node), action
+            rewards.append(reward)
+            done = terminated or truncated
+        rows.append((info["round"], info["goal_reached"], info["accuracy"], sum(rewards), hops))
+    episodes = pd.read_csv(finished / "hl-seed1" / "episodes.csv")
+    found = episodes[["rounds", "goal_reached", "final_accuracy", "episode_reward", "transfers"]]
+    np.testing.assert_allclose(found.to_numpy(float), np.array(rows, float), rtol=1e-12)
+    np.testing.assert_allclose(episodes["megabytes"], episodes["transfers"] * model_megabytes)
+    seen = episodes["rounds"] * 3 * model_megabytes
+    np.testing.assert_allclose(episodes["observation_megabytes"], seen)
+    rounds = pd.read_csv(finished / "hl-seed1" / "rounds.csv")
+    cost = rounds.groupby("episode")["distance"].sum()
+    np.testing.assert_allclose(episodes["communication_cost"], cost)
+
+
+def test_training_is_main_s(finished, tmp_path, few):
+    settings = make_settings(
+        **QUICK, SEED=1, THREADS=models.use_cpu(0), RESULTS_DIR=str(tmp_path), NAME="own"
+    )
+    assert main.main(settings) == 0
+    assert without_times(tmp_path / "own") == without_times(finished / "training-seed1")
+    own, there = (p / "agent.npz" for p in (tmp_path / "own", finished / "training-seed1"))
+    assert own.read_bytes() == there.read_bytes()
+
+
+def test_random_uses_its_own_stream(finished):
+    rounds = pd.read_csv(finished / "random-seed0" / "rounds.csv")
+    for episode in (1, 2):
+        rng = stream(0, "policy", episode)
+        nodes = rounds[rounds["episode"] == episode]["node"].tolist()
+        assert nodes[1:] == [int(rng.integers(4)) for _ in nodes[1:]]
+
+
+def test_fedavg_counts_what_the_server_sends(finished):
+    episodes = pd.read_csv(finished / "fedavg-seed0" / "episodes.csv")
+    assert (episodes["transfers"] == episodes["rounds"] * 6).all()
+    way = 2 * distance_matrix(small_settings())[0].sum()
+    np.testing.assert_allclose(episodes["communication_cost"], episodes["rounds"] * way)
+
+
+# --- Stopping, continuing, failing -----------------------------------------------------------
+
+
+def test_finished_jobs_are_left_alone(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*-seed*/*.csv")}
+    assert start(finished.parent) == 0
+    assert "jobs: 8 finished before, 0 started, 0 finished, 0 failed" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in finished.glob("*-seed*/*.csv")}
+
+
+def test_other_settings_are_refused_before_anything_is_written(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert start(finished.parent, MAX_ROUNDS=4) == 2
+    error = capsys.readouterr().err
+    assert "MAX_ROUNDS = 5 there, 4 now" in error
+    assert start(finished.parent, "--test-episodes", "3") == 2
+    assert "test_episodes = 2 there, 3 now" in capsys.readouterr().err
+    assert start(finished.parent, "--name", "paper-digits", "goal") == 2
+    assert "holds the comparison paper" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+@pytest.mark.parametrize("stop_at", [3, 12])
+def test_a_stopped_comparison_continues(finished, tmp_path, monkeypatch, capsys, stop_at):
+    """In the middle of training, and of a test: the rows are those of one that never stopped."""
+    steps = 0
+    step = DecentralizedLearning.step
+
+    def interrupted(self, action):
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecentralizedLearning, "step", interrupted)
+        assert start(tmp_path, "--seeds", "1", methods="hl,random") == 130
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+    assert start(tmp_path, "--seeds", "1", methods="hl,random") == 0
+    expected = tables(finished)
+    names = ("hl-seed0", "random-seed0", "training-seed0")
+    assert tables(tmp_path / "paper-digits") == {name: expected[name] for name in names}
+
+
+def test_one_failing_job_stops_no_other(finished, tmp_path, monkeypatch, capsys):
+    def broken(environment):
+        def policy(observation, info, rng):
+            raise ZeroDivisionError("no such luck")
+
+        return policy
+
+    monkeypatch.setitem(baselines.METHODS, "broken", baselines.Method("broken", broken))
+    assert start(tmp_path, methods="broken,stay", GOAL_ACCURACY=1.0) == 1
+    folder = tmp_path / "paper-digits"
+    out = capsys.readouterr().out
+    assert "jobs: 0 finished before, 4 started, 2 finished, 2 failed" in out
+    assert f"failed: {folder / 'broken-seed1'}: ZeroDivisionError: no such luck" in out
+    with (folder / "jobs.csv").open() as file:
+        states = {row["folder"]: (row["state"], row["error"]) for row in csv.DictReader(file)}
+    assert states["broken-seed0"] == ("failed", "ZeroDivisionError: no such luck")
+    assert states["stay-seed1"] == ("finished", "")
+
+
+def test_a_trained_agent_can_be_tested_alone(finished, tmp_path):
+    agent = str(finished / "training-seed1")
+    arguments = ["--agent", agent, "--methods", "hl,random", "--test-episodes", "2", "--jobs", "1"]
+    arguments += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
+    assert compare.main(compare.parse(arguments)) == 0
+    expected = tables(finished)
+    found = tables(tmp_path / "paper-digits")
+    assert found == {name: expected[name] for name in ("hl-seed1", "random-seed1")}
+    about = json.loads((tmp_path / "paper-digits" / "hl-seed1" / "config.json").read_text())
+    assert len(about["about"]["agent_sha256"]) == 64
+
+
+def test_a_comparison_of_values(tmp_path, capsys):
+    more = ["observation", "--seeds", "1", "--test-episodes", "1"]
+    assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
+    folder = tmp_path / "observation-digits"
+    table = pd.read_csv(folder / "estimates.csv")
+    assert list(dict.fromkeys(table["variant"])) == ["broadcast", "local", "last_node", "zeros"]
+    for variant in ("broadcast", "zeros"):
+        config = json.loads((folder / variant / "hl-seed0" / "config.json").read_text())
+        assert config["settings"]["OBSERVATION"] == variant
+    assert (folder / "variants.png").exists()
+    assert "| OBSERVATION | method |" in capsys.readouterr().out
+
+
+def test_several_nodes_per_round(tmp_path):
+    assert start(tmp_path, "--seeds", "1", methods="hl,random", NODES_PER_ROUND=2) == 0
+    for method in ("hl", "random"):
+        rounds = pd.read_csv(tmp_path / "paper-digits" / f"{method}-seed0" / "rounds.csv")
+        assert rounds["node"].iloc[1].count("+") == 1
+
+
+# --- Command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["papr"], "comparison: got 'papr', takes one of paper, goal"),
+        (
+            ["--seeds", "five"],
+            "argument --seeds: got 'five', takes a number of seeds (5 is 0 to 4)",
+        ),
+        (["--seeds", "0"], "argument --seeds: got '0', takes a number of seeds"),
+        (["--test-episodes", "0"], "argument --test-episodes: got '0', takes an integer >= 1"),
+        (["--jobs", "-1"], "argument --jobs: got '-1', takes an integer >= 1"),
+        (["--set", "SEED=3"], "SEED: got it with --set, takes --seeds in a comparison"),
+        (["--set", "MAX_ROUNDS=1"], "MAX_ROUNDS: got 1, takes an integer >= 2"),
+        (["--agent", "results/none"], "takes the folder of a run"),
+        (["--agent", "x", "--seeds", "2"], "--seeds: got it beside --agent"),
+        (["--agent", "x", "--methods", "random"], "takes methods with hl"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.parse(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare.py: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_wrong_methods_and_settings_write_nothing(tmp_path, capsys):
+    assert start(tmp_path, methods="hl,rnadom") == 2
+    assert "--methods: got 'rnadom', takes some of hl, random, stand" in capsys.readouterr().err
+    assert start(tmp_path, SAMPLES_PER_NODE=100_000) == 2
+    assert "SAMPLES_PER_NODE: got 100000" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seeds():
+    assert compare._seeds("3") == [0, 1, 2]
+    assert compare._seeds("3,") == [3]
+    assert compare._seeds("0,7-9,8") == [0, 7, 8, 9]
+
+
+def test_every_comparison_is_made_of_settings_that_exist():
+    for name, comparison in compare.COMPARISONS.items():
+        for variant, changes in comparison.variants.items():
+            settings = make_settings(**changes)
+            for method in comparison.methods:
+                baselines.check(method, settings)
+            # A variant's name is a folder's.
+            assert variant == "" or "/" not in variant, name
+
+
+# --- Other processes -------------------------------------------------------------------------
+
+# The bundled digits whole, as other processes load them; one thread, as the jobs have it.
+OUTSIDE = {**SMALL, "GOAL_ACCURACY": 0.9, "MAX_ROUNDS": 12}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What two processes of this machine make, one of which is killed in the middle."""
+    folder = tmp_path_factory.mktemp("outside") / "a"
+    arguments = _outside(folder)
+    process = subprocess.Popen(
+        command(*arguments, script="compare.py"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    _wait_for_rounds(folder, "training-seed0")
+    worker = _writer(folder / "paper-digits" / "training-seed0")
+    os.kill(worker, signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    return process.returncode, out, folder / "paper-digits"
+
+
+def _outside(folder):
+    sets = {**OUTSIDE, "RESULTS_DIR": folder}
+    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    return ["--methods", "hl,random", "--seeds", "2", "--test-episodes", "2", "--jobs", "2", *sets]
+
+
+def _wait_for_rounds(folder, name):
+    path = folder / "paper-digits" / name / "rounds.csv"
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < 4:
+        assert time.monotonic() < deadline, "no round was written"
+        time.sleep(0.05)
+
+
+def _writer(folder):
+    """The process that holds the lock of a folder."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                open_files = [
+                    os.readlink(f"/proc/{entry}/fd/{n}") for n in os.listdir(f"/proc/{entry}/fd")
+                ]
+            except OSError:
+                continue
+            if str(folder / ".lock") in open_files:
+                return int(entry)
+    raise AssertionError("nobody holds the lock")
+
+
+def test_a_killed_process_loses_nothing(undisturbed, tmp_path):
+    status, out, folder = undisturbed
+    assert status == 0, out
+    assert "jobs: 0 finished before, 4 started, 4 finished, 0 failed" in out
+    # The killed training was continued by another process.
+    config = json.loads((folder / "training-seed0" / "config.json").read_text())
+    assert len(config["sessions"]) == 2
+    # The same as in one process that nobody kills.
+    settings = ["--jobs", "1", "--name", "paper-digits", *_outside(tmp_path)]
+    done = run(*settings, "--seeds", "1", script="compare.py")
+    assert done.returncode == 0, done.stderr
+    expected = tables(folder)
+    assert tables(tmp_path / "paper-digits") == {n: v for n, v in expected.items() if "seed0" in n}
+
+
+def test_a_dask_cluster_that_loses_a_worker(undisturbed, tmp_path):
+    pytest.importorskip("distributed")
+    dask = [sys.executable, "-m", "dask"]
+    started = []
+
+    def spawn(*arguments):
+        log = (tmp_path / f"{len(started)}.log").open("w")
+        started.append(subprocess.Popen([*dask, *arguments], stdout=log, stderr=log))
+
+    file = tmp_path / "scheduler.json"
+    try:
+        spawn(
+            "scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--no-dashboard",
+            "--scheduler-file",
+            str(file),
+        )
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"]
+        for _ in range(2):
+            spawn("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
+        process = subprocess.Popen(
+            command(*_outside(tmp_path / "b"), "--cluster", address, script="compare.py"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        _wait_for_rounds(tmp_path / "b", "training-seed1")
+        worker = _writer(tmp_path / "b" / "paper-digits" / "training-seed1")
+        assert worker in [p.pid for p in started[1:]]
+        os.kill(worker, signal.SIGKILL)
+        out, _ = process.communicate(timeout=200)
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    assert process.returncode == 0, out
+    assert "jobs: 0 finished before, 4 started, 4 finished, 0 failed" in out
+    assert tables(tmp_path / "b" / "paper-digits") == tables(undisturbed[2])
+
+
+def test_no_cluster_there(tmp_path):
+    done = run(*_outside(tmp_path), "--cluster", "tcp://127.0.0.1:1", script="compare.py")
+    assert done.returncode == 2
+    assert "--cluster: no Dask scheduler at tcp://127.0.0.1:1" in done.stderr
+    assert done.stderr.count("\n") == 1
