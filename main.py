@@ -101,7 +101,7 @@ def restore(agent: DQNAgent, run: Run) -> None:
     if state is None:
         return
     try:
-        agent.load_state(state, run.transitions())
+        agent.load_state(state, run.transitions(agent.memory.capacity))
     except (ValueError, KeyError) as error:
         raise run.damaged_checkpoint(error) from error
 

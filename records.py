@@ -19,6 +19,7 @@ import platform
 import subprocess
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -152,7 +153,8 @@ class CsvTable:
 class TransitionFile:
     """A file to which arrays of transitions are appended, each as ``numpy.save`` writes it.
 
-    Appended to, because a hundred nodes' replay memory has hundreds of megabytes.
+    Appended to, because a hundred nodes' replay memory has hundreds of megabytes. It keeps every
+    transition that was ever added, also those that the replay memory has forgotten.
 
     Args:
         path: continued if it exists.
@@ -181,21 +183,31 @@ class TransitionFile:
         self._file.close()
 
     @staticmethod
-    def read(path: Path, size: int) -> np.ndarray:
-        """All transitions in the first ``size`` bytes, never unpickling.
+    def read(path: Path, size: int, last: int) -> np.ndarray:
+        """The last transitions in the first ``size`` bytes, oldest first, never unpickling.
+
+        Args:
+            path: of the file.
+            size: in bytes.
+            last: how many transitions to return at least, if there are as many. Earlier arrays
+                are dropped while reading: together they may not fit into memory.
 
         Raises:
             ValueError: they are not what ``add`` wrote.
         """
-        parts = []
+        parts: deque[np.ndarray] = deque()
+        count = 0
         with path.open("rb") as file:
             while file.tell() < size:
                 parts.append(np.load(file, allow_pickle=False))
+                count += len(parts[-1])
+                while len(parts) > 1 and count - len(parts[0]) >= last:
+                    count -= len(parts.popleft())
         return np.concatenate(parts)
 
 
 def _sha256(path: Path, size: int | None) -> hashlib._Hash:
-    """Of a file's first bytes, or of all; of a shorter file nothing's."""
+    """Of a file's first ``size`` bytes; of all of it if that is None or the file is shorter."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         left = path.stat().st_size if size is None else size
@@ -461,6 +473,8 @@ class Run:
         """Loads the checkpoint and checks the CSVs against it."""
         try:
             arrays = read_arrays(self._checkpoint_path)
+            if "files" not in arrays:
+                raise RunError(f"{self._checkpoint_path}: written by an earlier version")
             files = json.loads(str(arrays.pop("files")))
             self.episodes_finished = int(arrays["agent/episode"]) - 1
             for name, (size, digest) in files.items():
@@ -529,13 +543,16 @@ class Run:
         """The agent's state at the last checkpoint, or None at the start."""
         return self._state
 
-    def transitions(self) -> np.ndarray:
-        """The transitions of all episodes up to the last checkpoint, oldest first.
+    def transitions(self, last: int) -> np.ndarray:
+        """The last transitions up to the last checkpoint, oldest first.
+
+        Args:
+            last: how many are needed; more may come, fewer only if there are no more.
 
         Raises:
             ValueError: the file is damaged.
         """
-        return TransitionFile.read(self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS])
+        return TransitionFile.read(self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS], last)
 
     def damaged_checkpoint(self, error: Exception) -> RunError:
         """The error to raise when what ``agent_state`` gave can't be used."""

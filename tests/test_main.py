@@ -1,6 +1,7 @@
 """Runs as users start, stop, continue and spoil them."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -238,6 +239,38 @@ def test_an_interrupted_run_continues(
     assert all((a[name] == b[name]).all() for name in a)
 
 
+@pytest.mark.parametrize("capacity", [50_000, 8])
+def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, capacity):
+    """Four transitions an episode: the smaller memory has forgotten the first by episode 4."""
+    for episode in (2, 4):
+        status, folder = stop_in_episode(
+            tmp_path, monkeypatch, episode, KeyboardInterrupt(), REPLAY_CAPACITY=capacity
+        )
+        assert status == 130
+    assert start(tmp_path, REPLAY_CAPACITY=capacity)[0] == 0
+    assert re.findall(r"after episode (\d)", capsys.readouterr().out) == ["1", "3"]
+    _, whole = start(tmp_path, "whole", REPLAY_CAPACITY=capacity)
+    assert without_times(folder) == without_times(whole)
+    a, b = (records.read_arrays(f / "agent.npz") for f in (folder, whole))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_the_file_of_transitions_goes_on_where_it_was_closed(tmp_path):
+    path = tmp_path / "transitions.npy"
+    arrays = [np.arange(count, dtype=np.float32) + 10 * count for count in (3, 2)]
+    for array in arrays:
+        file = records.TransitionFile(path)
+        file.add(array)
+        state = file.state()
+        file.close()
+        assert state == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    size = path.stat().st_size
+    assert records.TransitionFile.read(path, size, 5).tolist() == [30, 31, 32, 20, 21]
+    # Whole arrays only, and as few as will do.
+    for last, count in ((6, 5), (3, 5), (2, 2), (1, 2)):
+        assert len(records.TransitionFile.read(path, size, last)) == count
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_continues(tmp_path, monkeypatch, digits, number):
     """The real command, killed in the middle, then started again."""
@@ -368,6 +401,16 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path, stopped, capsys):
     assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path, stopped, capsys):
+    """Before the transitions had a file of their own, a checkpoint told of none."""
+    arrays = records.read_arrays(stopped / "checkpoint.npz")
+    del arrays["files"]
+    records.write_arrays(stopped / "checkpoint.npz", arrays)
+    assert start(tmp_path)[0] == 2
+    message = capsys.readouterr().err
+    assert "checkpoint.npz: written by an earlier version; move the folder away" in message
+
+
 def test_a_missing_checkpoint_is_named_and_nothing_is_cut(tmp_path, stopped, capsys):
     (stopped / "checkpoint.npz").unlink()
     before = {p.name: p.read_bytes() for p in stopped.iterdir()}
@@ -388,9 +431,11 @@ def test_an_end_is_told_only_of_what_has_ended(tmp_path, stopped, few):
 
 def test_a_checkpoint_left_by_a_finished_run_goes(tmp_path, finished):
     folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "checkpoint.npz").write_bytes(b"left by a kill at the very end")
+    left = [folder / name for name in ("checkpoint.npz", "transitions.npy")]
+    for path in left:
+        path.write_bytes(b"left by a kill at the very end")
     assert start(tmp_path)[0] == 0
-    assert not (folder / "checkpoint.npz").exists()
+    assert not any(path.exists() for path in left)
 
 
 def test_figures_that_fail_do_not_cost_the_agent(tmp_path, monkeypatch, finished):
