@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -122,16 +122,20 @@ class Bench:
         """Median seconds of what a round needs beside training and evaluation.
 
         At its dearest: at the end of an episode whose every round was on another node, with the
-        replay memory of 120 such episodes. What is done once per episode is divided by its rounds.
+        tables and the replay memory of a whole run of such episodes; each checkpoint reads the
+        tables again. What is done once per episode is divided by its rounds.
         """
         while self.info["round"] < self.settings.MAX_ROUNDS:
             self.round()
         rounds = self.settings.MAX_ROUNDS
-        while len(self.agent.memory) < 120 * (rounds - 1):
-            self.agent.memory.add(self.observation, 0, 0.0, self.observation, False)
-        self.run.record_episode(
-            1, self.info, episode_reward=0.0, epsilon=0.0, q_loss=None, seconds=0.0
-        )
+        for _ in range(self.settings.EPISODES):
+            for _ in range(rounds):
+                self.record()
+            for _ in range(rounds - 1):
+                self.agent.memory.add(self.observation, 0, 0.0, self.observation, False)
+            self.run.record_episode(
+                1, self.info, episode_reward=0.0, epsilon=0.0, q_loss=None, seconds=0.0
+            )
         parts: dict[str, Callable[[], object]] = {
             "observation": self.observe,
             "decision": self.decision,
@@ -149,7 +153,10 @@ class Bench:
         return median
 
     def peak_memory(self) -> float:
-        """The most memory that this process ever held, in MB."""
+        """The most memory that this process ever held, in MB.
+
+        ``round`` stores no transition and trains no agent, so neither is part of it.
+        """
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / _MB
 
@@ -357,7 +364,10 @@ def measure_rest(bench: Bench, repeats: int) -> str:
 
 
 def measure_scaling(bench: Bench) -> pd.DataFrame:
-    """Seconds per round and memory of 10 to 1,000 nodes, each in a process of its own."""
+    """Seconds per round and memory of 10 to 1,000 nodes, each in a process of its own.
+
+    Both without the replay memory and the agent's training.
+    """
     threads = models.use_cpu(bench.settings.THREADS)
     rows = []
     for observation in ("broadcast", "local"):
@@ -400,7 +410,7 @@ def draw_scaling(scaling: pd.DataFrame) -> plot.Figure:
     return figure
 
 
-def measure_start(folder: Path, repeats: int) -> float:
+def measure_start(folder: Path, repeats: int, threads: int) -> float:
     """Median seconds from the end of the imports to the end of the first round."""
     command = [sys.executable, "-c", "import main, os; os._exit(0)"]
 
@@ -411,33 +421,37 @@ def measure_start(folder: Path, repeats: int) -> float:
 
     def first_round() -> None:
         name = f"start{next(runs)}"
-        process = _start_main(folder, NAME=name)
-        _wait_for_rows(folder / name / "rounds.csv", 1, process)
-        process.kill()
-        process.wait()
+        with _started_main(folder, NAME=name, THREADS=threads) as process:
+            _wait_for_rows(folder / name / "rounds.csv", 1, process)
 
     times = seconds({"imports": imports, "first round": first_round}, repeats)
     return float(np.median(np.subtract(times["first round"], times["imports"])))
 
 
-def measure_memory(folder: Path) -> tuple[float, float]:
+def measure_memory(folder: Path, threads: int) -> tuple[float, float]:
     """MB that a complete run of 120 episodes holds after episode 5 and after the last."""
-    process = _start_main(folder, NAME="memory", **_MEMORY_RUN)
     held = []
-    for episode in (_MEMORY_FROM, make_settings().EPISODES):
-        _wait_for_rows(folder / "memory" / "episodes.csv", episode, process)
-        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-        held.append(pages * os.sysconf("SC_PAGE_SIZE") / _MB)
-    process.kill()  # it is drawing its figures, which is not what is asked
-    process.wait()
+    # It is killed while it draws its figures, which is not what is asked.
+    with _started_main(folder, NAME="memory", THREADS=threads, **_MEMORY_RUN) as process:
+        for episode in (_MEMORY_FROM, make_settings().EPISODES):
+            _wait_for_rows(folder / "memory" / "episodes.csv", episode, process)
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            held.append(pages * os.sysconf("SC_PAGE_SIZE") / _MB)
     return held[0], held[1]
 
 
-def _start_main(folder: Path, **overrides: object) -> subprocess.Popen[bytes]:
+@contextmanager
+def _started_main(folder: Path, **overrides: object) -> Iterator[subprocess.Popen[bytes]]:
+    """main.py in a process of its own, killed at the end."""
     options = [f"--set={k}={v}" for k, v in {"RESULTS_DIR": folder, **overrides}.items()]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(PROJECT / "main.py"), *options], stdout=subprocess.DEVNULL
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _wait_for_rows(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -447,19 +461,24 @@ def _wait_for_rows(path: Path, count: int, process: subprocess.Popen[bytes]) -> 
         time.sleep(0.005)
 
 
+def measured_on(dataset: data.Dataset, threads: int) -> str:
+    """Data, machine and versions, in a line."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("tensorflow", "keras", "numpy"))
+    return f"{dataset.name}, {threads} threads of {os.cpu_count()} CPUs ({cpu_name()}), {packages}"
+
+
 def report(bench: Bench, scaling: pd.DataFrame, sections: dict[str, str]) -> str:
     """The whole report as Markdown."""
-    dataset = bench.env.dataset
-    packages = ", ".join(f"{p} {version(p)}" for p in ("tensorflow", "keras", "numpy"))
     threads = models.use_cpu(bench.settings.THREADS)
     rows = [tuple(str(cell) for cell in row) for row in scaling.itertuples(index=False)]
+    title = (
+        f"Number of nodes ({_SIZES_SAMPLES} images each, {_SIZES_COMPONENTS} components; without "
+        "the replay memory and the agent's training)"
+    )
     sections = sections | {
-        f"Number of nodes ({_SIZES_SAMPLES} images each, {_SIZES_COMPONENTS} components)": table(
-            " observation | N | seconds per round | peak memory, MB ", rows
-        )
+        title: table(" observation | N | seconds per round | peak memory, MB ", rows)
     }
-    machine = f"{dataset.name}, {threads} threads of {os.cpu_count()} CPUs"
-    text = f"{machine} ({cpu_name()}), {packages}\n"
+    text = f"{measured_on(bench.env.dataset, threads)}\n"
     return text + "".join(f"\n### {title}\n\n{content}\n" for title, content in sections.items())
 
 
@@ -482,12 +501,13 @@ def main() -> None:
             THREADS=arguments.threads, GOAL_ACCURACY=1.0, RESULTS_DIR=name, NAME="here"
         )
         bench = Bench(settings)
+        threads = models.use_cpu(settings.THREADS)
         sections = {"A round": measure_round(bench, repeats)}
         sections["Processes"] = measure_processes(bench, repeats)
         sections["The rest of a round"] = measure_rest(bench, repeats)
         scaling = measure_scaling(bench)
-        start = measure_start(folder, repeats)
-        before, after = measure_memory(folder)
+        start = measure_start(folder, repeats, threads)
+        before, after = measure_memory(folder, threads)
         sections["Start and memory"] = table(
             " what | measured ",
             [

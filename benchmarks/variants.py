@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rounds import PROJECT, seconds, table
+from rounds import PROJECT, measured_on, seconds, table
 
 import data
 import models
@@ -109,7 +109,11 @@ def plain_pool(images: tf.Tensor) -> tf.Tensor:
 
 
 class XlaModel(FoundationModel):
-    """``FoundationModel`` compiled by XLA, a batch at a time: XLA wants fixed sizes."""
+    """``FoundationModel`` compiled by XLA, a batch at a time: XLA wants fixed sizes.
+
+    Training and evaluation go through the batches in Python, outside of what is compiled; each
+    batch's hits wait for its end. That is part of what is timed.
+    """
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
         super().__init__(dataset, settings)
@@ -211,8 +215,8 @@ def main() -> None:
             ratios.setdefault(name, {})[kind] = f"{ratio:.2f}"
     rows = [(n, r.get("evaluation", ""), r.get("training", "")) for n, r in ratios.items()]
     text = (
-        f"Time against models.py, {dataset.name}, {threads} threads, "
-        f"medians of {arguments.repeats}\n\n"
+        f"{measured_on(dataset, threads)}\n\n"
+        f"Time against models.py, medians of {arguments.repeats}\n\n"
         f"{table(' variant | evaluation | training ', rows)}\n"
     )
     print(text)
