@@ -1,5 +1,6 @@
 """The README's commands, examples, tables and numbers."""
 
+import json
 import re
 import shlex
 import shutil
@@ -94,3 +95,6 @@ def test_numbers_of_the_reference_runs_are_their_tables(name):
     assert len(lines) == 9
     for line in lines:
         assert line in README
+    config = json.loads((PROJECT / "results/reference" / name / "config.json").read_text())
+    for session in config["sessions"]:
+        assert f"`{session['git_revision'][:7]}`" in README
