@@ -86,20 +86,23 @@ def test_files_of_a_comparison(finished):
 
 
 def test_seeds_are_paired_and_training_has_others(finished):
-    """Round 1 is the starter's: it shows the initialisation."""
-    first = {}
-    for method in ("hl", "random", "stay", "training"):
-        for seed in (0, 1):
-            rounds = pd.read_csv(finished / f"{method}-seed{seed}" / "rounds.csv")
-            opening = rounds[rounds["round"] == 1]["accuracy"].tolist()
-            first.setdefault((method == "training", seed), []).append(opening)
-    for seed in (0, 1):
-        same = first[False, seed]
-        assert same[0] == same[1] == same[2]
-        assert len(same[0]) == 2
-        seeds = {episode_seed(seed, e) for e in range(1, 121)}
-        assert not seeds & {episode_seed(seed, e, test=True) for e in range(1, 121)}
-    assert first[False, 0] != first[False, 1]
+    """Rounds 1 and 2 of who stays at the starter show the initialisation and the shuffling."""
+    stay = pd.read_csv(finished / "stay-seed0" / "rounds.csv")
+    for method in ("hl", "random"):
+        rounds = pd.read_csv(finished / f"{method}-seed0" / "rounds.csv")
+        for episode in (1, 2):
+            own, other = (t[t["episode"] == episode].reset_index() for t in (rounds, stay))
+            alike = (own["node"] == other["node"]).cummin()
+            assert alike[0]
+            alike = alike[alike].index
+            assert own["accuracy"][alike].equals(other["accuracy"][alike])
+    # The test can tell initialisations apart.
+    accuracies = stay.pivot(index="round", columns="episode", values="accuracy")
+    assert accuracies[1].tolist() != accuracies[2].tolist()
+    for seed in range(10):
+        training = {episode_seed(seed, episode) for episode in range(1, 121)}
+        test = {episode_seed(seed, episode, test=True) for episode in range(1, 121)}
+        assert len(training | test) == 240
 
 
 def test_a_method_is_not_changed_by_the_others(finished, tmp_path):

@@ -16,7 +16,7 @@ LIMIT = 36
 
 def write_comparison(folder, values, failed=(), training=None):
     """A comparison's tables: values[method][seed] is a list of (rounds, cost), one per episode."""
-    rows = []
+    rows, end = [], [LIMIT, 2.0]
     for method, by_seed in values.items():
         for seed, pairs in by_seed.items():
             name = f"{method}-seed{seed}"
@@ -24,8 +24,23 @@ def write_comparison(folder, values, failed=(), training=None):
             error = "its disk, was full" if name in failed else ""
             rows.append(["paper", "", "", method, seed, name, state, 1.5, error])
             episodes = [
-                ["mnist", method, seed, e, r, int(r < LIMIT), 0.8, -17.0, c, 9, 1.2, 0, 0, 0.8]
-                + [LIMIT, 2.0]
+                [
+                    "mnist",
+                    method,
+                    seed,
+                    e,
+                    r,
+                    int(r < LIMIT),
+                    0.8,
+                    -17.0,
+                    c,
+                    9,
+                    1.2,
+                    0,
+                    0,
+                    0.8,
+                    *end,
+                ]
                 for e, (r, c) in enumerate(pairs, 1)
             ]
             rounds = [
