@@ -224,7 +224,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     if job.training:
         with Run(job.training, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
-                main.train(environment, run, show_progress=False)
+                main.train(environment, run, quiet=True)
         folder = run.folder
     else:
         folder = absolute(job.agent)
@@ -366,7 +366,7 @@ def _backend(processes: int, cluster: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
     try:
-        client = Client(cluster, timeout=20)
+        client = Client(cluster, timeout=10)
     except (OSError, ValueError, TimeoutError) as error:
         raise UserError(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
     with client, joblib.parallel_config("dask", client=client):

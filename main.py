@@ -28,13 +28,13 @@ from node import DQNAgent
 from records import Run
 
 
-def train(environment: DecentralizedLearning, run: Run, show_progress: bool = True) -> None:
+def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> None:
     """Trains the agent for EPISODES episodes, each one training of a fresh foundation model.
 
     Args:
         environment: with the settings, which are the agent's as well.
         run: where everything is recorded, and where an earlier run of it is continued from.
-        show_progress: whether a terminal gets a progress bar.
+        quiet: no progress bar and no figures, for trainings that are many.
     """
     settings = environment.settings
     agent = DQNAgent(
@@ -50,7 +50,7 @@ def train(environment: DecentralizedLearning, run: Run, show_progress: bool = Tr
         total=settings.EPISODES,
         initial=run.episodes_finished,
         bar_format="episode {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
-        disable=None if show_progress else True,  # None: no bar where there is no terminal
+        disable=quiet or None,  # None: no bar where the output is not a terminal
     )
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
@@ -87,7 +87,8 @@ def train(environment: DecentralizedLearning, run: Run, show_progress: bool = Tr
             bar.update()
 
     run.save_agent(agent.q.network.named_arrays(agent.weights))
-    plot.draw_run(run.folder)
+    if not quiet:
+        plot.draw_run(run.folder)
     run.finish()
 
 

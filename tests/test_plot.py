@@ -187,5 +187,5 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     folder = make_run(tmp_path / "x")
     shutil.copy(folder / "episodes.csv", folder / "rounds.csv")
     (folder / "rounds.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"rounds\.csv: is not a run's"):
+    with pytest.raises(UserError, match=r"rounds\.csv: is not such a table"):
         plot.draw_run(folder)
