@@ -351,10 +351,12 @@ def compare(parsed: argparse.Namespace) -> int:
     settings: Settings = parsed.settings
     dataset = dataset_of(dataclasses.replace(settings, THREADS=settings.THREADS or 1))
     folder = settings.results_dir / (settings.NAME or f"{parsed.what}-{dataset.name}")
-    # A worker on another machine has no such environment variable.
+    if settings.DATASET == "auto":  # the jobs shall take what was found, and not warn each anew
+        parsed.settings = dataclasses.replace(parsed.settings, DATASET=dataset.name)
     if not settings.DATA_FILE and dataset.name != "digits" and os.environ.get(data.DATA_VARIABLE):
+        # A worker on another machine has no such environment variable.
         file = str(absolute(os.environ[data.DATA_VARIABLE]))
-        parsed.settings = dataclasses.replace(settings, DATA_FILE=file)
+        parsed.settings = dataclasses.replace(parsed.settings, DATA_FILE=file)
     jobs = make_jobs(parsed, folder)
     for job in jobs:
         # Refuses what it can't fill, and what it can't continue, before a file is written.

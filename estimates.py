@@ -80,6 +80,12 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
             part = read_table(folder / job.folder / f"{name}.csv", columns)
             parts.append(part.assign(variant=job.variant))
         tables[name] = pd.concat(parts, ignore_index=True)
+    counts = tables["episodes"].groupby(["variant", "method", "seed"]).size()
+    if counts.nunique() > 1:
+        raise UserError(
+            f"{folder}: jobs with {counts.min()} and with {counts.max()} test episodes; choose "
+            "the same --test-episodes for all of a comparison"
+        )
     return tables
 
 

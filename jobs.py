@@ -121,7 +121,7 @@ _foundations: dict[tuple[Any, ...], models.FoundationModel] = {}
 def _environment(settings: Settings) -> DecentralizedLearning:
     """An environment; those of one process share their compiled foundation model."""
     dataset = dataset_of(settings)
-    key = (id(dataset), settings.BATCH_SIZE, settings.LEARNING_RATE)
+    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
     if key not in _foundations:
         _foundations.clear()
         _foundations[key] = models.FoundationModel(dataset, settings)

@@ -194,3 +194,9 @@ def test_nothing_to_estimate(tmp_path):
     write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=["hl-seed0"])
     with pytest.raises(UserError, match="no job is finished"):
         estimates.write(tmp_path)
+
+
+def test_jobs_of_different_size_are_not_averaged(tmp_path):
+    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}, "random": {0: [(10, 0.2), (30, 1.0)]}})
+    with pytest.raises(UserError, match="jobs with 1 and with 2 test episodes"):
+        estimates.write(tmp_path)

@@ -29,7 +29,6 @@ from environment import DecentralizedLearning, reward
 from node import DQNAgent
 from records import Run
 
-
 SAVE_FIGURE = plot.save_figure
 
 

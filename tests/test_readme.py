@@ -10,8 +10,11 @@ import sys
 import pytest
 from conftest import PROJECT
 
+import baselines
+import compare
 import config
 import data
+import estimates
 import plot
 import records
 
@@ -39,12 +42,18 @@ def test_every_command_line_is_understood():
         arguments = shlex.split(line)[2:]
         if arguments != ["--help"]:
             config.from_command_line(arguments)
+    lines = [c.partition("#")[0] for c in COMMANDS if c.startswith("python3 compare.py")]
+    assert len(lines) >= 6
+    for line in lines:
+        arguments = shlex.split(line)[2:]
+        if arguments != ["--list"]:
+            compare.parse(arguments)
 
 
-@pytest.mark.parametrize("numbers", [(2, 0), (1,)])
+@pytest.mark.parametrize("numbers", [(2, 0), (1, 3)])
 def test_examples_run(tmp_path, numbers):
     """Each in a process of its own, and one after the other in the same."""
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     for path in PROJECT.glob("*.py"):
         shutil.copy(path, tmp_path)
     done = subprocess.run(
@@ -55,10 +64,10 @@ def test_examples_run(tmp_path, numbers):
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    names = {0: "stripes-seed0", 1: "sorted"}
+    names = {0: "stripes-seed0/agent.npz", 1: "sorted/agent.npz", 3: "own/estimates.csv"}
     for number in numbers:
         if number in names:
-            assert (tmp_path / "results" / names[number] / "agent.npz").exists()
+            assert (tmp_path / "results" / names[number]).exists()
         else:
             assert "'goal_reached'" in done.stdout
 
@@ -70,12 +79,21 @@ def test_every_setting_has_its_place():
 
 def test_every_column_is_documented():
     def documented(name):
-        table = README[README.index(f"| `{name}` | meaning and unit |") :].split("\n\n")[0]
+        start = name if "`" in name else f"`{name}"
+        table = README[README.index(f"| {start}` | meaning and unit |") :].split("\n\n")[0]
         cells = [line.split("|")[1] for line in table.splitlines()[2:]]
         return {c for cell in cells for c in re.findall(r"`(\w+)`", cell)}
 
     assert documented("episodes.csv") == set(records.EPISODE_COLUMNS)
     assert documented("rounds.csv") == set(records.ROUND_COLUMNS)
+    assert documented("a test's `episodes.csv") == set(records.TEST_EPISODE_COLUMNS)
+    assert documented("a test's `rounds.csv") == set(records.TEST_ROUND_COLUMNS)
+    for file, columns in (
+        ("jobs.csv", estimates.JOB_COLUMNS),
+        ("estimates.csv", estimates.ESTIMATE_COLUMNS),
+    ):
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{file}` |"))
+        assert set(columns) <= set(re.findall(r"`(\w+)`", line))
     assert f"`shards.csv` | {', '.join(f'`{c}`' for c in records.SHARD_COLUMNS)}" in README
 
 
@@ -84,7 +102,9 @@ def test_every_module_has_its_line():
 
 
 def test_choices_are_named():
-    for name in [*data.DATASETS, *data.SHARD_RULES, "broadcast", "local"]:
+    observations = config.RULES["OBSERVATION"].choices
+    choices = [*data.DATASETS, *data.SHARD_RULES, *observations]
+    for name in [*choices, *baselines.METHODS, *compare.COMPARISONS]:
         assert f"`{name}`" in README
 
 
