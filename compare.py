@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from config import (
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
 
 # Enough to see how it goes within minutes on the bundled digits.
-_SEEDS, _TEST_EPISODES = "2", 10
+_SEEDS, _TEST_EPISODES = "2", 5
 
 FULL = "python3 compare.py --dataset mnist --seeds 10 --test-episodes 20"
 
@@ -382,6 +383,14 @@ def compare(parsed: argparse.Namespace) -> int:
         bar.n = max(bar.n, episodes)
         bar.set_postfix_str(f"jobs {done}/{len(jobs)}")
 
+    started, before = time.monotonic(), bar.n
+
+    def left() -> str:
+        """For an output that shows no bar; an episode of one method stands for those of others."""
+        episodes = sum(job.episodes_finished() for job in jobs)
+        minutes = (time.monotonic() - started) / max(1, episodes - before) / 60 * (total - episodes)
+        return "" if done == len(jobs) else f", about {minutes:.0f} min left"
+
     def tell(outcome: Outcome) -> None:
         nonlocal done
         done += 1
@@ -389,7 +398,7 @@ def compare(parsed: argparse.Namespace) -> int:
         table.write()
         label = " ".join(filter(None, [outcome.job.variant, outcome.job.name]))
         how = f"failed: {outcome.error}" if outcome.error else f"in {outcome.seconds / 60:.1f} min"
-        tqdm.write(f"{done}/{len(jobs)} {label} {how}")
+        tqdm.write(f"{done}/{len(jobs)} {label} {how}{left()}")
 
     with bar, Watch(jobs, show):
         outcomes = run_all(waiting, parsed.jobs, parsed.cluster, tell)

@@ -301,3 +301,35 @@ def test_make_takes_the_constants_of_config_by_default(monkeypatch, few):
     assert env.settings == make_settings()
     assert env.action_space.n == 3
     assert env.dataset is few
+
+
+# --- What comparisons need -------------------------------------------------------------------
+
+
+def test_another_node_may_train_round_1(few):
+    environment = DecentralizedLearning(small_settings(), few)
+    _, info = environment.reset(seed=3, options={"nodes": [2]})
+    assert (info["round"], info["node"], info["communication_cost"]) == (1, 2, 0.0)
+    starter = DecentralizedLearning(small_settings(STARTER_NODE=2), few)
+    _, expected = starter.reset(seed=3)
+    assert info == expected
+
+
+@pytest.mark.parametrize("nodes", [[], [4], [-1], [1, 1]])
+def test_round_1_takes_distinct_nodes(few, nodes):
+    environment = DecentralizedLearning(small_settings(), few)
+    with pytest.raises(ValueError, match="action: got"):
+        environment.reset(seed=3, options={"nodes": nodes})
+
+
+def test_observations_without_weights(few):
+    seen = {}
+    for name in ("last_node", "zeros"):
+        environment = DecentralizedLearning(small_settings(OBSERVATION=name), few)
+        seen[name] = [environment.reset(seed=0)[0], *(environment.step(n)[0] for n in (2, 2, 1))]
+        assert all(environment.observation_space.contains(o) for o in seen[name])
+    assert np.array(seen["last_node"]).tolist() == np.eye(4)[[0, 2, 2, 1]].tolist()
+    assert not np.any(seen["zeros"])
+    several = DecentralizedLearning(small_settings(OBSERVATION="last_node", NODES_PER_ROUND=2), few)
+    several.reset(seed=0)
+    assert several.step(np.array([3, 1]))[0].tolist() == [0, 1, 0, 1]
