@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import ConfigError, Settings
-from environment import DecentralizedLearning
+
+if TYPE_CHECKING:  # plot.py takes the methods' titles from here, and needs no TensorFlow
+    from environment import DecentralizedLearning
 
 # (observation, info, rng) -> the next node, or NODES_PER_ROUND of them. Observation and info are
 # the environment's; rng is seeded for each episode and used by nothing else.

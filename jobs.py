@@ -355,6 +355,9 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
+_CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
+
+
 @contextlib.contextmanager
 def _backend(processes: int, cluster: str) -> Iterator[None]:
     if not cluster:
@@ -366,7 +369,7 @@ def _backend(processes: int, cluster: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
     try:
-        client = Client(cluster, timeout=10)
+        client = Client(cluster, timeout=_CLUSTER_TIMEOUT)
     except (OSError, ValueError, TimeoutError) as error:
         raise UserError(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
     with client, joblib.parallel_config("dask", client=client):

@@ -428,7 +428,8 @@ def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path):
     assert tables(tmp_path / "b" / "paper-digits") == tables(killed[2])
 
 
-def test_no_cluster_there(tmp_path, capsys):
+def test_no_cluster_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "_CLUSTER_TIMEOUT", 0.5)
     assert start(tmp_path, "--cluster", "tcp://127.0.0.1:1") == 2
     error = capsys.readouterr().err
     assert "--cluster: no Dask scheduler at tcp://127.0.0.1:1" in error

@@ -8,6 +8,8 @@ import pytest
 from conftest import PROJECT, run
 
 import config
+import data
+import main
 from config import ConfigError, make_settings
 
 
@@ -172,11 +174,23 @@ def test_bad_command_line_is_one_line_and_status_2_and_writes_nothing(tmp_path, 
         (["--dataset", "mnist", "--set", "DATA_FILE=/nowhere/x.npz"], "/nowhere/x.npz does not"),
     ],
 )
-def test_what_only_the_data_can_tell_is_refused_the_same_way(tmp_path, arguments, words):
+def test_what_only_the_data_can_tell_is_refused_the_same_way(
+    tmp_path, monkeypatch, capfd, digits, arguments, words
+):
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
     results = tmp_path / "results"
-    done = run(*arguments, "--set", f"RESULTS_DIR={results}", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert words in done.stderr
+    arguments = [*arguments, "--set", f"RESULTS_DIR={results}"]
+    assert main.main(config.from_command_line(arguments)) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err
+    assert not results.exists()
+
+
+def test_a_process_leaves_with_this_status(tmp_path):
+    results = tmp_path / "results"
+    done = run("--dataset", "cifar", "--set", f"RESULTS_DIR={results}", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert not results.exists()
 
 

@@ -1,9 +1,11 @@
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run
+from conftest import PROJECT, run
 
 import plot
 from config import UserError
@@ -33,6 +35,12 @@ def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0):
     shards = [[dataset, n, c, 400 if n == c else 11] for n in range(4) for c in range(10)]
     pd.DataFrame(shards, columns=SHARD_COLUMNS).to_csv(folder / "shards.csv", index=False)
     return folder
+
+
+def test_drawing_needs_no_tensorflow():
+    """Whose import takes longer than to draw."""
+    code = "import sys, plot; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
 def test_handovers_by_hand():
