@@ -31,7 +31,7 @@ def _unchanged(settings: Settings) -> Settings:
     return settings
 
 
-def _starter(settings: Settings, episode: int) -> list[int]:
+def _starter(settings: Settings, number: int) -> list[int]:
     return [settings.STARTER_NODE]
 
 
@@ -48,7 +48,8 @@ class Method:
         policy: makes the policy for an environment, once for all its episodes. None for HL, whose
             policy is trained.
         settings: the environment's settings, from those of the comparison.
-        first_nodes: who trains round 1, by settings and the episode's number from 1.
+        first_nodes: who trains round 1, by settings and the number of the test episode, from 0 and
+            counted on from seed to seed.
         prepare: changes an environment before its first episode, and returns what is sent once
             before each episode: transfers, their distances' sum, megabytes.
         several: whether it can pick several nodes per round.
@@ -195,13 +196,24 @@ def tour_length(distances: np.ndarray, tour: list[int]) -> float:
 FIXED_WALK, FIXED_WALK_CYCLE = [0] * 5, [5, 5, 5, 1, 1, 0, 0]
 
 
-def _each_in_turn(settings: Settings, episode: int) -> list[int]:
-    return [(episode - 1) % settings.NUM_NODES]
+def _each_in_turn(settings: Settings, number: int) -> list[int]:
+    return [number % settings.NUM_NODES]
 
 
-def _all_nodes(settings: Settings, episode: int = 1) -> list[int]:
+def _all_nodes(settings: Settings, number: int) -> list[int]:
     others = [node for node in range(settings.NUM_NODES) if node != settings.STARTER_NODE]
     return [settings.STARTER_NODE, *others]
+
+
+def _check_sizes(environment: DecentralizedLearning) -> tuple[int, float, float]:
+    """The environment averages without weights, which is FedAvg's mean for equal shards only."""
+    sizes = {len(shard) for shard in environment.shards}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"SHARD_RULE: got shards of {min(sizes)} to {max(sizes)} images, takes equal ones with "
+            "the method fedavg"
+        )
+    return 0, 0.0, 0.0
 
 
 def _pool_shards(environment: DecentralizedLearning) -> tuple[int, float, float]:
@@ -223,13 +235,13 @@ METHODS: dict[str, Method] = {
     # One model, one round an epoch over all shards, on the starter.
     "centralized": Method("centralized", stay_policy, prepare=_pool_shards),
     # McMahan et al. 2017, with all nodes in each round: they train what the server sends, and the
-    # server, which the starter is, averages. As in HL every node keeps its Adam moments; the mean
-    # is not weighted, for the shards of ``data`` are of equal size.
+    # server, which the starter is, averages. As in HL every node keeps its Adam moments.
     "fedavg": Method(
         "FedAvg",
         stay_policy,
         settings=lambda settings: dataclasses.replace(settings, NODES_PER_ROUND=settings.NUM_NODES),
         first_nodes=_all_nodes,
+        prepare=_check_sizes,
     ),
     "round_robin": _tour_method("round robin", numbered_tour, 1),
     "nearest": _tour_method("nearest unvisited", nearest_tour, 1),

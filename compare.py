@@ -6,6 +6,7 @@ Usage: python3 compare.py [--help]; ``--list`` names the comparisons and the met
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -15,10 +16,12 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from config import (
+    DATASET,
     ConfigError,
     Parser,
     Settings,
@@ -32,6 +35,26 @@ from config import (
 
 # Short flags for the settings that a comparison changes most.
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
+
+# What an agent was trained with: a test of it takes these as they are.
+_AGENTS_OWN = {
+    "EPISODES",
+    "NUM_NODES",
+    "OBSERVATION",
+    "PCA_COMPONENTS",
+    "HIDDEN_UNITS",
+    "Q_LEARNING_RATE",
+    "DISCOUNT",
+    "REPLAY_CAPACITY",
+    "REPLAY_SAMPLE",
+    "Q_BATCH_SIZE",
+    "UPDATES_PER_EPISODE",
+    "NORMALIZE_TARGETS",
+    "TARGET_UPDATE",
+    "DOUBLE_Q",
+    "EPSILON",
+    "EPSILON_DECAY",
+}
 
 # Enough to see how it goes within minutes on the bundled digits.
 _SEEDS, _TEST_EPISODES = "2", 5
@@ -77,6 +100,14 @@ _ALL = (
 )
 _FEW = ("hl", "random", "nearest_twice")
 
+# The DQN's options as the public code has them, whatever config.py says.
+_PUBLIC = {
+    "NORMALIZE_TARGETS": True,
+    "TARGET_UPDATE": 0,
+    "DOUBLE_Q": False,
+    "OBSERVATION": "broadcast",
+}
+
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison("the paper's: HL against random and standalone, and other rivals", _ALL),
     "goal": Comparison("goal accuracy", _FEW, **_vary("GOAL_ACCURACY", 0.7, 0.75, 0.8, 0.85)),
@@ -105,15 +136,15 @@ COMPARISONS: dict[str, Comparison] = {
         **_vary("OBSERVATION", "broadcast", "local", "last_node", "zeros"),
     ),
     "departures": Comparison(
-        "each option that the public code lacks, switched on",
+        "the public code's DQN, and each option that departs from it",
         ("hl", "random"),
         "option",
         {
-            "public-code": {},
-            "targets-not-normalized": {"NORMALIZE_TARGETS": False},
-            "target-network": {"TARGET_UPDATE": 5},
-            "double-q": {"TARGET_UPDATE": 5, "DOUBLE_Q": True},
-            "local-observation": {"OBSERVATION": "local"},
+            "public-code": _PUBLIC,
+            "targets-not-normalized": {**_PUBLIC, "NORMALIZE_TARGETS": False},
+            "target-network": {**_PUBLIC, "TARGET_UPDATE": 5},
+            "double-q": {**_PUBLIC, "TARGET_UPDATE": 5, "DOUBLE_Q": True},
+            "local-observation": {**_PUBLIC, "OBSERVATION": "local"},
         },
     ),
 }
@@ -144,7 +175,7 @@ def _count(text: str) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with ``settings``, ``seeds`` and ``comparison`` (an object) made from it.
+    """The command line, with ``settings``, ``seeds``, ``methods`` and ``comparison`` made from it.
 
     Raises:
         SystemExit: with status 2 after one line on stderr if something is wrong; 0 after ``--help``
@@ -175,12 +206,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="test this trained agent, with its settings and its seed; repeatable",
     )
-    add("--jobs", type=_count, default=cores, metavar="N", help=f"processes [{cores}, all cores]")
+    add("--jobs", type=_count, metavar="N", help=f"processes [{cores}, all cores]")
     add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
-    setting_flags(parser, _FLAGS)
+    setting_flags(parser, _FLAGS, {"DATASET": f"{_default_dataset()!r}, or the agent's"})
     parsed = parser.parse_args(arguments)
-    if not parsed.agent:
-        parsed.DATASET = parsed.DATASET or "digits"
     if parsed.list:
         print(_listing())
         sys.exit(0)
@@ -189,12 +218,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.comparison = COMPARISONS[parsed.what]
     if parsed.agent and parsed.seeds:
         parser.error("--seeds: got it beside --agent, takes the agents' seeds then")
-    if parsed.agent and "hl" not in (parsed.methods or "hl").split(","):
-        parser.error(f"--agent: got it with --methods {parsed.methods}, takes methods with hl")
+    if parsed.jobs and parsed.cluster:
+        parser.error("--jobs: got it beside --cluster, whose workers are as many as run there")
+    parsed.jobs = parsed.jobs or cores
+    named = parsed.comparison.methods if parsed.methods is None else parsed.methods.split(",")
+    parsed.methods = list(dict.fromkeys(name.strip() for name in named if name.strip()))
+    if not parsed.methods:
+        parser.error("--methods: got none, takes names joined by commas, see --list")
+    if parsed.agent and "hl" not in parsed.methods:
+        parser.error(f"--agent: takes methods with hl, got {','.join(parsed.methods)}")
     parsed.seeds = parsed.seeds or _seeds(_SEEDS)
     changes = overrides(parser, parsed)
     if "SEED" in changes:
         parser.error("SEED: got it with --set, takes --seeds in a comparison")
+    varied = {name for variant in parsed.comparison.variants.values() for name in variant}
+    for name in varied & set(changes):
+        parser.error(f"{name}: got {changes[name]!r}, takes what the comparison sets it to")
+    if parsed.agent:
+        for name in sorted(_AGENTS_OWN & (varied | set(changes))):
+            parser.error(f"{name}: got it beside --agent, takes what the agent was trained with")
+    elif "DATASET" not in changes:
+        changes["DATASET"] = _default_dataset()
+    parsed.own_data = bool(parsed.agent) and not {"DATASET", "DATA_FILE"} & set(changes)
     try:
         parsed.settings = make_settings(**_agents_settings(parsed) | changes)
     except UserError as error:
@@ -202,9 +247,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
+def _default_dataset() -> str:
+    """What config.py names; the bundled digits if that leaves it open, for they take minutes."""
+    return "digits" if DATASET == "auto" else DATASET
+
+
 def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The settings that all ``--agent`` folders share; sets ``parsed.agents``, seed -> folder."""
-    parsed.agents = {}
+    """The settings that all ``--agent`` folders share.
+
+    Sets ``parsed.agents``, seed -> folder, and ``parsed.agents_data``, the SHA-256 of their data.
+    """
+    parsed.agents, parsed.agents_data = {}, None
     shared: dict[str, Any] = {}
     for text in parsed.agent:
         path = absolute(text) / "config.json"
@@ -212,6 +265,7 @@ def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:
             config = json.loads(path.read_text(encoding="utf-8"))
             stored, seed = dict(config["settings"]), int(config["seed"])
             stored["DATASET"] = config["dataset"]["name"]
+            checksums = dict(config["dataset"]["sha256"])
         except OSError as error:
             raise ConfigError(f"--agent: {reason(error)}; takes the folder of a run") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -225,7 +279,9 @@ def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:
         if shared and own != shared:
             names = [k for k in own if own[k] != shared.get(k)]
             raise ConfigError(f"--agent: {text} differs from the others in {', '.join(names)}")
-        shared = own
+        if shared and checksums != parsed.agents_data:
+            raise ConfigError(f"--agent: {text} was trained on other data than the others")
+        shared, parsed.agents_data = own, checksums
     if parsed.agents:
         parsed.seeds = sorted(parsed.agents)
     return shared
@@ -248,15 +304,16 @@ if __name__ == "__main__":
     PARSED = parse()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import filelock
 from tqdm import tqdm
 
 import baselines
 import data
 import estimates
 import plot
-from jobs import Job, Outcome, Watch, dataset_of, is_finished, run_all
+from jobs import Job, Outcome, Watch, check_cluster, dataset_of, is_finished, run_all
 from main import Terminated
-from records import read_table, replacing
+from records import read_table, replacing, stored_state
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -265,11 +322,9 @@ def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
     Raises:
         ConfigError: a method or a setting that can't work in one of them.
     """
-    names = parsed.methods.split(",") if parsed.methods else parsed.comparison.methods
-    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     jobs = []
     for variant, changes in parsed.comparison.variants.items():
-        for name in names:
+        for name in parsed.methods:
             for seed in parsed.seeds:
                 settings = dataclasses.replace(
                     parsed.settings,
@@ -286,22 +341,85 @@ def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.episodes)
 
 
+def _about(parsed: argparse.Namespace, dataset: data.Dataset) -> dict[str, Any]:
+    """What all jobs of a comparison share, as JSON has it: for ``comparison.json``."""
+    settings = dataclasses.asdict(parsed.settings)
+    # Another place, or the job's own; the data is told by its checksums.
+    for name in ("SEED", "NAME", "RESULTS_DIR", "THREADS", "DATASET", "DATA_FILE"):
+        del settings[name]
+    about = {
+        "comparison": parsed.what,
+        "test_episodes": parsed.test_episodes,
+        "dataset": {"name": dataset.name, "sha256": dataset.sha256},
+        "settings": settings,
+    }
+    return json.loads(json.dumps(about))
+
+
+def _check_folder(folder: Path, about: dict[str, Any]) -> None:
+    """Refuses a folder whose results are not of this comparison: their means would be mixed.
+
+    Raises:
+        UserError: it is not this comparison's.
+    """
+    path = folder / "comparison.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(k, there[k], about[k]) for k in ("comparison", "test_episodes")]
+        pairs += [("dataset", there["dataset"]["name"], about["dataset"]["name"])]
+        pairs += [("the data's SHA-256", there["dataset"]["sha256"], about["dataset"]["sha256"])]
+        pairs += [(k, there["settings"].get(k), v) for k, v in about["settings"].items()]
+    except FileNotFoundError:
+        others = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
+        if not others:
+            return
+        raise UserError(
+            f"{folder}: holds {min(others).name} but no comparison.json, so it is not a "
+            "comparison's folder; choose another --name"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
+    other = [f"{k} = {a!r} there, {b!r} now" for k, a, b in pairs if a != b]
+    if other:
+        raise UserError(
+            f"{folder}: holds another comparison ({', '.join(other)}); choose another --name"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder this comparison's, and keeps other processes out while it lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another compare.py is writing there; wait for it, or choose another --name"
+        ) from None
+    try:
+        if not (folder / "comparison.json").exists():
+            with replacing(folder / "comparison.json") as file:
+                file.write(json.dumps(about, indent=2).encode() + b"\n")
+        yield
+    finally:
+        lock.release()
+
+
 class JobTable:
-    """``jobs.csv`` of a comparison: every job that was ever asked for, and how it stands."""
+    """``jobs.csv`` of a comparison: every job that was ever asked for, and how it stands.
+
+    What an earlier call noted may be out of date, if it was killed: the jobs' folders tell.
+    """
 
     def __init__(self, folder: Path, name: str, parameter: str) -> None:
         self._path = folder / "jobs.csv"
         self._folder, self._name, self._parameter = folder, name, parameter
         self._rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
-            table = read_table(self._path, estimates.JOB_COLUMNS)
-            others = set(table["comparison"]) - {name}
-            if others:
-                raise UserError(
-                    f"{folder}: holds the comparison {', '.join(sorted(others))}; choose "
-                    "another --name"
-                )
-            for row in table.to_dict("records"):
+            for row in read_table(self._path, estimates.JOB_COLUMNS).to_dict("records"):
+                if stored_state(folder / row["folder"]) == "finished":
+                    row.update(state="finished", error="")
                 self._rows[row["folder"]] = row
 
     def set(self, job: Job, state: str, seconds: float | None = None, error: str = "") -> None:
@@ -358,16 +476,30 @@ def compare(parsed: argparse.Namespace) -> int:
         # A worker on another machine has no such environment variable.
         file = str(absolute(os.environ[data.DATA_VARIABLE]))
         parsed.settings = dataclasses.replace(parsed.settings, DATA_FILE=file)
+    if parsed.own_data and parsed.agents_data != dataset.sha256:
+        raise UserError(
+            f"--agent: was trained on other {dataset.name} data than is at hand; --dataset "
+            f"{dataset.name} tests it on this all the same"
+        )
     jobs = make_jobs(parsed, folder)
+    about = _about(parsed, dataset)
+    # Refuses what it can't fill, and what it can't continue, before a file is written.
+    _check_folder(folder, about)
     for job in jobs:
-        # Refuses what it can't fill, and what it can't continue, before a file is written.
         data.make_shards(dataset, baselines.METHODS[job.method].settings(job.settings))
-    table = JobTable(folder, parsed.what, parsed.comparison.parameter)
     waiting = [job for job in jobs if not is_finished(job)]
-    print(_plan(parsed, folder, jobs, waiting, dataset.name), flush=True)
+    check_cluster(parsed.cluster)
+    with _claimed(folder, about):
+        return _run(parsed, folder, jobs, waiting, dataset.name)
+
+
+def _run(
+    parsed: argparse.Namespace, folder: Path, jobs: list[Job], waiting: list[Job], dataset: str
+) -> int:
+    table = JobTable(folder, parsed.what, parsed.comparison.parameter)
+    print(_plan(parsed, folder, jobs, waiting, dataset), flush=True)
     for job in jobs:
         table.set(job, "waiting" if job in waiting else "finished")
-    folder.mkdir(parents=True, exist_ok=True)
     table.write()
 
     total = sum(job.episodes for job in jobs)
@@ -426,6 +558,12 @@ def _plan(
         f"{parsed.test_episodes} test episodes each: {len(jobs)} jobs, "
         f"{len(jobs) - len(waiting)} finished before; results in {folder}"
     ]
+    tested = len(parsed.seeds) * parsed.test_episodes
+    if "standalone" in parsed.methods and tested % parsed.settings.NUM_NODES:
+        lines.append(
+            f"standalone: {tested} test episodes do not weigh {parsed.settings.NUM_NODES} nodes "
+            "alike"
+        )
     if parsed.what == "paper" and dataset == "digits":
         lines.append(f"the full comparison on MNIST ({FULL}) takes about {FULL_HOURS} on 2 cores")
     return "\n".join(lines)

@@ -413,12 +413,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def setting_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
+def setting_flags(
+    parser: argparse.ArgumentParser,
+    flags: dict[str, str],
+    defaults_of: dict[str, str] | None = None,
+) -> None:
     """Adds flags for settings to a parser, ``--set`` for all of them, and their list to its help.
 
     Args:
         parser: its ``parse_args`` result is for ``overrides``.
         flags: each flag with the name of its constant.
+        defaults_of: what the help calls the default of a constant, if it is not config.py's.
 
     Raises:
         SystemExit: with status 2 after one line on stderr if a constant is wrong.
@@ -435,7 +440,8 @@ def setting_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> Non
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
-        text = f"{meanings.get(name, '')} [default: {getattr(defaults, name)!r}]"
+        default = (defaults_of or {}).get(name, repr(getattr(defaults, name)))
+        text = f"{meanings.get(name, '')} [default: {default}]"
         parser.add_argument(*names, dest=name, metavar="VALUE", help=text.replace("%", "%%"))
     parser.add_argument(
         "--set",

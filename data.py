@@ -534,6 +534,7 @@ DATASETS: dict[str, Callable[[Settings], Dataset]] = {
     "fashion_mnist": load_fashion_mnist,
     "digits": load_digits,
 }
+BUILT_IN = frozenset(DATASETS)  # those that depend on DATASET and DATA_FILE alone
 
 
 def load(settings: Settings) -> Dataset:

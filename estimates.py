@@ -5,6 +5,11 @@ replacement, and from each drawn seed's test episodes as many again (stratified 
 methods of a reduction get the same draws, because their seeds and episodes are paired. SciPy's
 bootstrap has one level; with one episode per seed this one gives the same (tested).
 
+Where seeds differ in nothing but their episodes, as they do for methods that learn no policy, such
+an interval is wider than it had to be (by up to the root of two with many seeds): the spread of the
+seeds' means holds that of the episodes already. Where they differ and are few, it is too narrow,
+as any bootstrap's. Drawing seeds alone would be worse with the few seeds that a comparison has.
+
 An episode that missed the goal counts with the limit as its number of rounds: the mean is one over
 all episodes, restricted to the limit.
 """
@@ -19,7 +24,14 @@ import pandas as pd
 from scipy import stats
 
 from config import UserError
-from records import TEST_EPISODE_COLUMNS, TEST_ROUND_COLUMNS, read_table, replacing
+from records import (
+    EPISODE_COLUMNS,
+    ROUND_COLUMNS,
+    TEST_EPISODE_COLUMNS,
+    TEST_ROUND_COLUMNS,
+    read_table,
+    replacing,
+)
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -74,6 +86,8 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
     if finished.empty:
         raise UserError(f"{folder}: no job is finished")
     tables = {"jobs": jobs}
+    if jobs["comparison"].nunique() > 1:
+        raise UserError(f"{folder / 'jobs.csv'}: is of several comparisons")
     for name, columns in (("episodes", TEST_EPISODE_COLUMNS), ("rounds", TEST_ROUND_COLUMNS)):
         parts = []
         for job in finished.itertuples():
@@ -86,6 +100,9 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
             f"{folder}: jobs with {counts.min()} and with {counts.max()} test episodes; choose "
             "the same --test-episodes for all of a comparison"
         )
+    for column in ("dataset", "goal_accuracy", "max_rounds"):
+        if (tables["episodes"].groupby("variant")[column].nunique() > 1).any():
+            raise UserError(f"{folder}: jobs with several values of {column} can't be compared")
     return tables
 
 
@@ -115,7 +132,13 @@ def bootstrap(
     rng = np.random.default_rng(0)
     drawn_seeds = rng.integers(seeds, size=(resamples, seeds, 1))
     drawn_episodes = rng.integers(episodes, size=(resamples, seeds, episodes))
-    resampled = statistic(*(v[drawn_seeds, drawn_episodes] for v in values))
+    resampled = np.concatenate(
+        [
+            # In pieces, for a statistic of all pairs of episodes takes much memory.
+            statistic(*(v[drawn_seeds[part], drawn_episodes[part]] for v in values))
+            for part in np.array_split(np.arange(resamples), -(-resamples // 500))
+        ]
+    )
     tail = (1 - LEVEL) / 2
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
@@ -147,12 +170,13 @@ def break_even(spent: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.nd
 
 
 def improvement(method: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """(S,) each seed's probability that the method has less than its rival, ties counted half.
+    """Probability that an episode has less than one of its rival's, ties counted half.
 
-    Of (S, E) values, every episode is compared with every one of the rival's with the same seed.
+    Of (..., S, E) values, every episode is compared with every one of the rival's with the same
+    seed, and the mean taken over seeds.
     """
-    difference = method[:, :, None] - rival[:, None, :]
-    return ((difference < 0) + 0.5 * (difference == 0)).mean(axis=(1, 2))
+    difference = method[..., :, None] - rival[..., None, :]
+    return ((difference < 0) + 0.5 * (difference == 0)).mean(axis=(-3, -2, -1))
 
 
 def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
@@ -164,7 +188,8 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
     ``rounds_improvement`` and ``communication_cost_improvement``, probabilities that an episode
     has less; of HL ``rounds_break_even`` and ``communication_cost_break_even``, the number of
     trainings of the foundation model after which what the DQN's training took is saved against
-    random (infinite if nothing is saved).
+    random (infinite if nothing is saved). With several nodes per round the latter is left out: a
+    training's cost, as main.py's, holds the way to a round's first node alone.
 
     Returns:
         Columns ``ESTIMATE_COLUMNS``; ``low`` and ``high`` bound the 95 % interval, empty with one
@@ -199,7 +224,7 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
             ours = matrix(own[own["seed"].isin(seeds)], column)
             theirs = matrix(rival[rival["seed"].isin(seeds)], column)
             add(f"{column}_reduction", reduction, ours, theirs)
-            add(f"{column}_improvement", mean, improvement(ours, theirs)[:, None])
+            add(f"{column}_improvement", improvement, ours, theirs)
             spent = _training(jobs, folder, variant, seeds, column) if method == "hl" else None
             if spent is not None:
                 spent = np.broadcast_to(spent[:, None], ours.shape)
@@ -220,17 +245,34 @@ def _training(
         path = (folder / chosen.loc[seed, "folder"]).parent / f"training-seed{seed}"
         if not (path / "episodes.csv").exists():
             return None
-        totals.append(pd.read_csv(path / "episodes.csv")[column].sum())
+        if column == "communication_cost" and several_nodes(path):
+            return None
+        totals.append(read_table(path / "episodes.csv", EPISODE_COLUMNS)[column].sum())
     return np.array(totals, float)
 
 
+def several_nodes(training: Path) -> bool:
+    """Whether rounds of a run had more than one node, whose communication is counted otherwise."""
+    return (
+        read_table(training / "rounds.csv", ROUND_COLUMNS)["node"]
+        .str.contains("+", regex=False)
+        .any()
+    )
+
+
 def training_curves(folder: Path, jobs: pd.DataFrame) -> pd.DataFrame:
-    """The training episodes of all finished HL jobs, with columns ``variant`` and ``seed``."""
+    """The training episodes of all finished HL jobs.
+
+    Columns ``variant``, ``seed`` and ``several_nodes`` (whether rounds had more than one) beside
+    those of a run.
+    """
     parts = []
     for job in jobs[(jobs["method"] == "hl") & (jobs["state"] == "finished")].itertuples():
         path = (folder / job.folder).parent / f"training-seed{job.seed}" / "episodes.csv"
         if path.exists():
-            parts.append(pd.read_csv(path).assign(variant=job.variant, seed=job.seed))
+            part = read_table(path, EPISODE_COLUMNS)
+            several = several_nodes(path.parent)
+            parts.append(part.assign(variant=job.variant, seed=job.seed, several_nodes=several))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -276,14 +318,16 @@ def report(folder: Path) -> str:
         ]
         return texts[0] if np.isnan(row["low"]) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
-    def rows(columns: dict[str, tuple[str, str]], only: str = "") -> list[str]:
-        first = ([varied] if varied else []) + ["method"]
+    def rows(columns: dict[str, tuple[str, str]], of: str) -> list[str]:
+        first = ([varied] if varied else []) + ["method", "seeds x episodes"]
         lines = ["| " + " | ".join([*first, *columns]) + " |"]
         lines.append("|---" * (len(first) + len(columns)) + "|")
         for variant, method in groups:
             values = [cell(variant, method, *what) for what in columns.values()]
-            if any(values) and (not only or method == only):
-                name = ([variant] if varied else []) + [method]
+            if any(values):
+                size = cells.loc[(variant, method, of)]
+                size = f"{size['seeds']} x {size['episodes'] // size['seeds']}"
+                name = ([variant] if varied else []) + [method, size]
                 lines.append("| " + " | ".join([*name, *values]) + " |")
         return lines
 
@@ -294,21 +338,24 @@ def report(folder: Path) -> str:
             "goal reached": ("goal_reached", ".0%"),
             "communication cost": ("communication_cost", ".3f"),
             "MB sent": ("megabytes", ".2f"),
+            "MB to observe": ("observation_megabytes", ".1f"),
             "seconds": ("seconds", ".1f"),
-        }
+        },
+        of="rounds",
     )
-    lines += ["", *_sizes(table, jobs), "", "Against random:", ""]
+    lines += ["", *_sizes(folder, table, jobs), "", "Against random, with the same seeds:", ""]
     lines += rows(
         {
             "fewer rounds": ("rounds_reduction", "+.1%"),
             "less communication cost": ("communication_cost_reduction", "+.1%"),
             "P(fewer rounds)": ("rounds_improvement", ".2f"),
             "P(less cost)": ("communication_cost_improvement", ".2f"),
-        }
+        },
+        of="rounds_reduction",
     )
     if table["comparison"].iloc[0] == "paper":
         published = [f"+{PUBLISHED[c]:.1%}" for c in ("rounds", "communication_cost")]
-        lines.append(f"| *published, HL* | {' | '.join(published)} |  |  |")
+        lines.append(f"| *published, HL* |  | {' | '.join(published)} |  |  |")
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Trainings after which the DQN's own training is paid back:", ""]
         lines += rows(
@@ -316,27 +363,27 @@ def report(folder: Path) -> str:
                 "in rounds": ("rounds_break_even", ".0f"),
                 "in communication cost": ("communication_cost_break_even", ".0f"),
             },
-            "hl",
+            of="rounds_break_even",
         )
     return "\n".join([*lines, "", f"results and figures: {folder}"])
 
 
-def _sizes(table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
+def _sizes(folder: Path, table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
     """What the numbers rest on, in sentences."""
-    rounds = table[table["quantity"] == "rounds"]
-    seeds = sorted(set(rounds["seeds"]))
-    per_seed = sorted(set(rounds["episodes"] // rounds["seeds"]))
     states = jobs["state"].value_counts()
     failed = jobs[jobs["state"] == "failed"]
-    text = [
-        f"Means over all test episodes ({' or '.join(map(str, seeds))} seeds x "
-        f"{' or '.join(map(str, per_seed))} episodes), in brackets their 95 % intervals; an "
-        "episode that missed the goal counts with the limit of rounds.",
-        f"Jobs: {len(jobs)}, {states.get('finished', 0)} finished, {len(failed)} failed"
+    training = training_curves(folder, jobs)
+    diverged = f"{int(_total(table, 'diverged'))} test episodes"
+    if not training.empty:
+        diverged += f" and {int(training['diverged'].sum())} of training"
+    counts = {name: states.get(name, 0) for name in ("finished", "waiting", "failed")}
+    return [
+        "Means over all test episodes, in brackets their 95 % intervals; an episode that missed "
+        "the goal counts with the limit of rounds.",
+        f"Jobs: {len(jobs)}, {', '.join(f'{n} {name}' for name, n in counts.items())}"
         + "".join(f"; {row.folder} failed: {row.error}" for row in failed.itertuples())
-        + f"; {int(_total(table, 'diverged'))} test episodes diverged.",
+        + f"; {diverged} diverged.",
     ]
-    return text
 
 
 def _total(table: pd.DataFrame, quantity: str) -> float:

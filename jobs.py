@@ -28,7 +28,16 @@ import data
 import main
 import models
 from baselines import METHODS, Policy
-from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
+from config import (
+    PROJECT,
+    Settings,
+    UserError,
+    absolute,
+    episode_seed,
+    make_settings,
+    reason,
+    stream,
+)
 from environment import DecentralizedLearning
 from node import DQNAgent
 from records import TEST_TABLES, Run, RunError, read_arrays
@@ -102,17 +111,18 @@ def _lines(path: Path) -> int:
 
 
 @functools.lru_cache(1)
-def _dataset(name: str, file: str, variable: str | None) -> data.Dataset:
-    from config import make_settings
-
-    return data.load(make_settings(DATASET=name, DATA_FILE=file))
+def _dataset(settings: Settings, variable: str | None) -> data.Dataset:
+    return data.load(settings)
 
 
 def dataset_of(settings: Settings) -> data.Dataset:
     """The dataset that the settings name, loaded once per process."""
     models.use_cpu(settings.THREADS)  # before a dataset is made, which may compute as well
-    file = os.environ.get(data.DATA_VARIABLE)
-    return _dataset(settings.DATASET, settings.DATA_FILE, file)
+    # A user's own dataset may depend on any setting but these; ours depend on two.
+    key = dataclasses.replace(settings, NAME="", RESULTS_DIR="results", THREADS=0)
+    if settings.DATASET in data.BUILT_IN:
+        key = make_settings(DATASET=settings.DATASET, DATA_FILE=settings.DATA_FILE)
+    return _dataset(key, os.environ.get(data.DATA_VARIABLE))
 
 
 _foundations: dict[tuple[Any, ...], models.FoundationModel] = {}
@@ -167,7 +177,8 @@ def _test_episode(
     transfers, cost, megabytes = sent
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
 
-    nodes = METHODS[job.method].first_nodes(settings, episode)
+    number = settings.SEED * job.test_episodes + episode - 1
+    nodes = METHODS[job.method].first_nodes(settings, number)
     holder, episode_reward, done = nodes[0], 0.0, False
     observation, info = environment.reset(
         seed=episode_seed(settings.SEED, episode, test=True), options={"nodes": nodes}
@@ -187,7 +198,8 @@ def _test_episode(
         action = policy(observation, info, rng)
         observation, _, terminated, truncated, info = environment.step(action)
         done = terminated or truncated
-    # What seeing all nodes' weights takes, taken literally: each new model is sent to all others.
+    # What seeing all nodes' weights takes, taken literally: each new model is sent to all others,
+    # the next node among them.
     sees_weights = job.method == "hl" and settings.OBSERVATION in ("broadcast", "local")
     run.record_test_episode(
         job.method,
@@ -199,6 +211,7 @@ def _test_episode(
         megabytes=megabytes,
         observation_megabytes=sees_weights
         * info["round"]
+        * settings.NODES_PER_ROUND
         * (settings.NUM_NODES - 1)
         * model_megabytes,
         seconds=time.perf_counter() - started,
@@ -282,6 +295,17 @@ def _run_of(job: Job, dataset: data.Dataset, threads: int) -> Run:
     return Run(settings, dataset, threads, TEST_TABLES, job.about())
 
 
+def check_cluster(address: str) -> None:
+    """Whether a Dask scheduler answers there; "" is none, and all right.
+
+    Raises:
+        UserError: it does not, or Dask is not installed.
+    """
+    if address:
+        with _backend(1, address):
+            pass
+
+
 def run_all(
     jobs: list[Job],
     processes: int,
@@ -290,21 +314,19 @@ def run_all(
 ) -> list[Outcome]:
     """Runs jobs side by side; none stops another.
 
-    A job whose process dies (killed, out of memory) takes along those that run beside it. All of
-    them are tried once more; one that is under way when it happens a second time has failed.
+    A process that dies (killed, out of memory) takes along the jobs that run beside it, and which
+    of them was the cause is not known. So all of them are tried again, once side by side and, if
+    it happens again, one by one: only a job whose process dies while it is alone has failed.
 
     Args:
         jobs: in the order in which they are started.
-        processes: how many on this machine.
+        processes: how many on this machine; one is this process, and dies with its job.
         cluster: address of a Dask scheduler that runs them instead; its workers have to see this
             project's folder and that of the results under the same paths.
-        tell: is called with each outcome as soon as it is known.
+        tell: is called with each outcome as soon as it is known; what it raises ends all.
 
     Returns:
         An outcome for each job, in the order of their ends.
-
-    Raises:
-        UserError: the cluster can't be used.
     """
     outcomes: list[Outcome] = []
     deaths: dict[Job, int] = dict.fromkeys(jobs, 0)
@@ -313,34 +335,71 @@ def run_all(
         outcomes.append(outcome)
         tell(outcome)
 
-    while waiting := [job for job in deaths if job not in {o.job for o in outcomes}]:
-        # Those that were there when a process died come last: they must not take the others along.
-        waiting.sort(key=deaths.get)
-        by_folder = {str(job.folder): job for job in waiting}
-        sessions = {job: _sessions(job.folder) for job in waiting}
+    while deaths:
+        # First those that never saw a process die, then those that saw one, then one at a time.
+        fewest = min(deaths.values())
+        now = [job for job, count in deaths.items() if count == fewest]
+        if fewest >= 2:
+            now = now[:1]
+        under_way: list[Job] = []
         try:
-            with _backend(processes, cluster):
-                parallel = joblib.Parallel(
-                    n_jobs=processes if not cluster else -1,
-                    batch_size=1,
-                    pre_dispatch="all" if cluster else processes,
-                    return_as="generator_unordered",
-                )
-                calls = (joblib.delayed(_there())(str(PROJECT), _as_dict(job)) for job in waiting)
-                for folder, state, seconds, error in parallel(calls):
-                    add(Outcome(by_folder[folder], state, seconds, error))
-        except (KeyboardInterrupt, UserError):
-            raise
-        except Exception as error:
-            known = {outcome.job for outcome in outcomes}
-            left = [job for job in waiting if job not in known]
-            started = [job for job in left if _sessions(job.folder) > sessions[job]]
-            under_way = started or left[:processes]
-            for job in under_way:
-                deaths[job] += 1
-                if deaths[job] > 1:
-                    add(Outcome(job, "failed", 0.0, f"its process died twice ({_line(error)})"))
+            # Two processes for a single job: with one, joblib would run it in this process.
+            for outcome in _side_by_side(now, max(processes, 1 + fewest // 2), cluster, under_way):
+                del deaths[outcome.job]
+                add(outcome)
+        except _Died as death:
+            suspects = [job for job in under_way if job in deaths]
+            for job in suspects or now[:1]:
+                if job in deaths:
+                    deaths[job] += 1
+                    if len(now) == 1 and deaths[job] > 2:
+                        del deaths[job]
+                        add(Outcome(job, "failed", 0.0, str(death)))
+        except UserError as error:  # no cluster any more
+            for job in list(deaths):
+                del deaths[job]
+                add(Outcome(job, "failed", 0.0, str(error)))
     return outcomes
+
+
+class _Died(Exception):
+    """A process ended that should have returned an outcome, or could not start."""
+
+
+def _side_by_side(
+    jobs: list[Job], processes: int, cluster: str, under_way: list[Job]
+) -> Iterator[Outcome]:
+    """The outcomes as they come; after ``_Died``, ``under_way`` has those that were running."""
+    by_folder = {str(job.folder): job for job in jobs}
+    sessions = {job: _sessions(job.folder) for job in jobs}
+    finished: set[Job] = set()
+
+    def calls() -> Iterator[Any]:
+        for job in jobs:
+            if not cluster:  # a process is free for it
+                under_way.append(job)
+            yield joblib.delayed(_there())(str(PROJECT), _as_dict(job))
+
+    with _backend(processes, cluster):
+        parallel = joblib.Parallel(
+            n_jobs=-1 if cluster else processes,
+            batch_size=1,
+            pre_dispatch="all" if cluster else processes,
+            return_as="generator_unordered",
+        )
+        results = parallel(calls())
+        while True:
+            try:
+                folder, state, seconds, error = next(results)
+            except StopIteration:
+                return
+            except Exception as problem:  # ``attempt`` catches whatever a job itself raises
+                if cluster:
+                    under_way += [job for job in jobs if _sessions(job.folder) > sessions[job]]
+                under_way[:] = [job for job in under_way if job not in finished]
+                raise _Died(f"its process died ({_line(problem)})") from problem
+            finished.add(by_folder[folder])
+            yield Outcome(by_folder[folder], state, seconds, error)
 
 
 def _sessions(folder: Path) -> int:

@@ -334,6 +334,17 @@ def _methods(table: pd.DataFrame) -> list[str]:
     return [name for name in METHODS if name in present]
 
 
+def _range(counts: pd.Series) -> str:
+    low, high = counts.min(), counts.max()
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _size(estimates_table: pd.DataFrame) -> str:
+    """On how many seeds and episodes the estimates rest."""
+    rows = estimates_table[estimates_table["quantity"].isin(["rounds", "rounds_reduction"])]
+    return f"{_range(rows['seeds'])} seeds x {_range(rows['episodes'] // rows['seeds'])} episodes"
+
+
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return table[table["quantity"] == quantity].set_index("method")
 
@@ -368,8 +379,7 @@ def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
     axes[0].set_yticks(y, [METHODS[name].title for name in names])
     axes[0].invert_yaxis()
     axes[0].axvline(episodes["max_rounds"].iloc[0], color="0.5", lw=0.8, ls=":")
-    count = f"{episodes['seed'].nunique()} seeds"
-    _title(figure, f"Methods ({count}: grey; mean with 95 % interval: black)", tables)
+    _title(figure, f"Methods ({_size(table)}; seeds: grey; mean, 95 % interval: black)", tables)
     return figure
 
 
@@ -406,7 +416,8 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel("test accuracy")
     for axis in axes[-1]:
         axis.set_xlabel("round")
-    _title(figure, "Accuracy by round, 95 % band; grey line: random", tables)
+    size = _size(tables["estimates"])
+    _title(figure, f"Accuracy by round ({size}), 95 % band; grey line: random", tables)
     return figure
 
 
@@ -451,7 +462,8 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
                 axis.text(low - 0.08, place, f"\N{LEFTWARDS ARROW} {value:+.0%}", va="center")
     axes[0].set_yticks(y, [METHODS[name].title for name in names])
     axes[0].set_ylim(len(names) - 0.5, -1)
-    _title(figure, "Against random (mean with 95 % interval)", tables)
+    size = _size(table[table["quantity"] == "rounds_reduction"])
+    _title(figure, f"Against random ({size}; mean, 95 % interval)", tables)
     return figure
 
 
@@ -487,15 +499,19 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
             axis.plot(
                 smooth.index, middle, style, color=color, lw=1.8, label=variant or "mean of seeds"
             )
+        # With several variants there are as many lines of random, in "variants".
         rows = _rows(table[table["variant"] == variants[0]], column)
-        if "random" in rows.index:
+        comparable = column == "rounds" or not training["several_nodes"].any()
+        if "random" in rows.index and len(variants) == 1 and comparable:
             axis.axhline(rows.loc["random", "mean"], color="black", lw=0.8, ls=":", label="random")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("episode of training")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(figure, f"DQN training (means of {window} episodes)", tables)
+    seeds = training.groupby("variant")["seed"].nunique()
+    text = f"DQN training ({_range(seeds)} seeds, means of {window} episodes, 95 % band)"
+    _title(figure, text, tables)
     return figure
 
 
@@ -537,7 +553,8 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
         range(len(variants)), variants, rotation=20 * slanted, ha="right" if slanted else "center"
     )
     axes[-1].set_xlabel(table["parameter"].iloc[0])
-    _title(figure, f"{table['comparison'].iloc[0]} (mean with 95 % interval)", tables)
+    text = f"{table['comparison'].iloc[0]} ({_size(table)}; mean, 95 % interval)"
+    _title(figure, text, tables)
     return figure
 
 

@@ -274,6 +274,15 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(texts, ""))
 
 
+def stored_state(folder: Path) -> str:
+    """State of a run as its folder tells it, whatever run it is; "" if there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays as an uncompressed ``.npz`` file, whole or not at all."""
     with replacing(path) as file:

@@ -103,7 +103,7 @@ def test_random_draws_every_node_from_its_own_stream():
 
 def test_each_node_in_turn_is_alone():
     settings = small_settings(NUM_NODES=4)
-    first = [METHODS["standalone"].first_nodes(settings, episode) for episode in range(1, 7)]
+    first = [METHODS["standalone"].first_nodes(settings, episode) for episode in range(6)]
     assert first == [[0], [1], [2], [3], [0], [1]]
     assert METHODS["stay"].first_nodes(small_settings(STARTER_NODE=2), 5) == [2]
 
@@ -116,6 +116,13 @@ def test_centralized_trains_on_all_images_and_sends_them_once(few):
     assert transfers == 3
     assert cost == pytest.approx(environment.distances[1].sum())
     assert megabytes == pytest.approx(3 * 64 * (28 * 28 + 1) / 1e6)
+
+
+def test_fedavg_takes_equal_shards_only(few):
+    environment = DecentralizedLearning(small_settings(), few)
+    environment.shards[2] = environment.shards[2][:-1]
+    with pytest.raises(ConfigError, match="shards of 63 to 64 images, takes equal ones"):
+        METHODS["fedavg"].prepare(environment)
 
 
 def test_fedavg_averages_all_nodes_models(few):

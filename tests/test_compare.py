@@ -1,13 +1,16 @@
 """Comparisons as users start, stop, continue and spoil them."""
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,7 +47,8 @@ def flags(folder, *more, methods=METHODS, **overrides):
     """A small comparison in this process, with the threads that the tests have."""
     settings = {**QUICK, "RESULTS_DIR": str(folder), "THREADS": models.use_cpu(0), **overrides}
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    return ["--jobs", "1", "--test-episodes", "2", "--methods", methods, *more, *sets]
+    processes = [] if "--cluster" in more else ["--jobs", "1"]
+    return [*processes, "--test-episodes", "2", "--methods", methods, *more, *sets]
 
 
 def start(folder, *more, **options):
@@ -80,7 +84,7 @@ def test_files_of_a_comparison(finished):
     expected = {f"{m}-seed{s}" for m in [*METHODS.split(","), "training"] for s in (0, 1)}
     figures = ("methods", "accuracy", "reduction", "training")
     expected |= {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
-    assert names == expected | {"jobs.csv", "estimates.csv"}
+    assert names == expected | {"comparison.json", "jobs.csv", "estimates.csv", ".lock"}
     table = pd.read_csv(finished / "jobs.csv", keep_default_na=False)
     assert list(table) == list(estimates.JOB_COLUMNS)
     assert (table["state"] == "finished").all()
@@ -184,8 +188,12 @@ def test_other_settings_are_refused_before_anything_is_written(finished, capsys)
     assert "MAX_ROUNDS = 5 there, 4 now" in error
     assert start(finished.parent, "--test-episodes", "3") == 2
     assert "test_episodes = 2 there, 3 now" in capsys.readouterr().err
-    assert start(finished.parent, "--name", "paper-digits", "goal") == 2
-    assert "holds the comparison paper" in capsys.readouterr().err
+    more = ["--name", "paper-digits", "heterogeneity"]
+    assert start(finished.parent, *more, methods="random") == 2
+    assert "comparison = 'paper' there, 'heterogeneity' now" in capsys.readouterr().err
+    # Jobs that are not there yet, whose results would be averaged with those that are.
+    assert start(finished.parent, "--seeds", "7,", methods="nearest", MAX_ROUNDS=4) == 2
+    assert "MAX_ROUNDS = 5 there, 4 now" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
@@ -210,6 +218,83 @@ def test_a_stopped_comparison_continues(finished, tmp_path, monkeypatch, capsys,
     expected = tables(finished)
     names = ("hl-seed0", "random-seed0", "training-seed0")
     assert tables(tmp_path / "paper-digits") == {name: expected[name] for name in names}
+
+
+def test_other_data_is_refused(finished, few, monkeypatch, capsys):
+    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy(), sha256={})
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: other)
+    jobs._dataset.cache_clear()
+    assert start(finished.parent, "--seeds", "7,", methods="stay") == 2
+    assert "the data's SHA-256 = " in capsys.readouterr().err
+
+
+def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert start(tmp_path, "--name", "mine") == 2
+    assert "holds notes.txt but no comparison.json" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_two_at_the_same_time_in_one_folder(tmp_path, capsys):
+    (tmp_path / "paper-digits").mkdir()
+    with filelock.FileLock(tmp_path / "paper-digits" / ".lock"):
+        assert start(tmp_path, methods="stay") == 2
+    assert "another compare.py is writing there" in capsys.readouterr().err
+
+
+def test_a_job_that_was_finished_when_compare_was_killed_counts(finished, tmp_path):
+    """A kill leaves its row as it was: the next call looks into the job's folder."""
+    folder = shutil.copytree(finished, tmp_path / "paper-digits")
+    before = (folder / "jobs.csv").read_text()
+    stale = before.replace("stay-seed1,finished", "stay-seed1,waiting")
+    assert stale != before
+    (folder / "jobs.csv").write_text(stale)
+    assert "7 finished, 1 waiting, 0 failed" in estimates.report(folder)
+    assert start(tmp_path, "--seeds", "1,", methods="random") == 0
+    assert (folder / "jobs.csv").read_text() == before
+
+
+class Pool:
+    """Stands for joblib: the call of a doomed job takes its process along, and its neighbours'."""
+
+    def __init__(self, doomed, times):
+        self.doomed, self.times, self.calls = doomed, times, []
+
+    def side_by_side(self, waiting, processes, cluster, under_way):
+        self.calls.append([job.method for job in waiting])
+        waiting = list(waiting)
+        while waiting:
+            under_way[:] = waiting[:processes]
+            if any(job.method == self.doomed for job in under_way) and self.times:
+                self.times -= 1
+                raise jobs._Died("its process died (Killed)")
+            yield jobs.Outcome(waiting.pop(0), "finished", 1.0)
+
+
+@pytest.mark.parametrize(("times", "failed"), [(1, []), (2, []), (9, ["c"])])
+def test_only_who_dies_alone_has_failed(tmp_path, monkeypatch, times, failed):
+    pool = Pool("c", times)
+    monkeypatch.setattr(jobs, "_side_by_side", pool.side_by_side)
+    settings = small_settings(RESULTS_DIR=str(tmp_path))
+    asked = [jobs.Job(name, settings, "", 2) for name in "abcdef"]
+    outcomes = jobs.run_all(asked, 3)
+    assert sorted(o.job.method for o in outcomes) == list("abcdef")
+    assert [o.job.method for o in outcomes if o.error] == failed
+    # The neighbours were tried again beside it, then each alone.
+    expected = [list("abcdef"), list("def"), list("abc"), ["a"], ["b"], ["c"]]
+    assert pool.calls[: min(times, 3) + 1] == expected[: min(times, 3) + 1]
+
+
+def test_what_telling_raises_is_not_a_death(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_side_by_side", Pool("", 0).side_by_side)
+
+    def full(outcome):
+        raise OSError(28, "No space left on device")
+
+    job = jobs.Job("stay", small_settings(RESULTS_DIR=str(tmp_path)), "", 2)
+    with pytest.raises(OSError, match="No space"):
+        jobs.run_all([job], 2, tell=full)
 
 
 def test_one_failing_job_stops_no_other(finished, tmp_path, monkeypatch, capsys):
@@ -239,6 +324,25 @@ def test_a_trained_agent_can_be_tested_alone(finished, tmp_path):
     expected = tables(finished)
     found = tables(tmp_path / "paper-digits")
     assert found == {name: expected[name] for name in ("hl-seed1", "random-seed1")}
+
+
+def test_a_trained_agent_on_other_data(finished, few, tmp_path, monkeypatch, capsys):
+    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy(), sha256={})
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: other)
+    jobs._dataset.cache_clear()
+    agent = ["--agent", str(finished / "training-seed1"), "--methods", "hl", "--jobs", "1"]
+    agent += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
+    assert compare.main(compare.parse(agent)) == 2
+    assert "--agent: was trained on other digits data than is at hand" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert compare.main(compare.parse([*agent, "--dataset", "digits"])) == 0
+
+
+def test_what_a_tested_agent_is_known_by(finished, tmp_path):
+    agent = str(finished / "training-seed1")
+    arguments = ["--agent", agent, "--methods", "hl", "--test-episodes", "1", "--jobs", "1"]
+    arguments += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
+    assert compare.main(compare.parse(arguments)) == 0
     about = json.loads((tmp_path / "paper-digits" / "hl-seed1" / "config.json").read_text())
     assert len(about["about"]["agent_sha256"]) == 64
 
@@ -281,6 +385,12 @@ def test_several_nodes_per_round(tmp_path):
         (["--agent", "results/none"], "takes the folder of a run"),
         (["--agent", "x", "--seeds", "2"], "--seeds: got it beside --agent"),
         (["--agent", "x", "--methods", "random"], "takes methods with hl"),
+        (["--agent", "x", "--set", "DISCOUNT=0.5"], "DISCOUNT: got it beside --agent"),
+        (["observation", "--agent", "x"], "OBSERVATION: got it beside --agent"),
+        (["departures", "--agent", "x"], "DOUBLE_Q: got it beside --agent"),
+        (["goal", "--set", "GOAL_ACCURACY=0.9"], "GOAL_ACCURACY: got 0.9, takes what the compar"),
+        (["--methods", ","], "--methods: got none, takes names"),
+        (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs: got it beside --cluster"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -299,6 +409,22 @@ def test_wrong_methods_and_settings_write_nothing(tmp_path, capsys):
     assert start(tmp_path, SAMPLES_PER_NODE=100_000) == 2
     assert "SAMPLES_PER_NODE: got 100000" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dataset_is_the_one_that_is_named(monkeypatch):
+    assert compare.parse([]).settings.DATASET == "digits"
+    assert compare.parse(["--dataset", "mnist"]).settings.DATASET == "mnist"
+    assert compare.parse(["--set", "DATASET=mnist"]).settings.DATASET == "mnist"
+    monkeypatch.setattr(compare, "DATASET", "fashion_mnist")  # the constant in config.py
+    assert compare.parse([]).settings.DATASET == "fashion_mnist"
+
+
+def test_departures_are_the_public_codes_but_for_one_option():
+    variants = compare.COMPARISONS["departures"].variants
+    assert make_settings(**variants["public-code"]) == make_settings()
+    for name in list(variants)[1:]:
+        changed = {k for k, v in variants[name].items() if v != variants["public-code"][k]}
+        assert len(changed) == 1 + (name == "double-q")
 
 
 def test_seeds():
@@ -327,9 +453,8 @@ OUTSIDE = {**SMALL, "GOAL_ACCURACY": 0.9, "MAX_ROUNDS": 10}
 def killed(tmp_path_factory):
     """What two processes of this machine make, one of which is killed in the middle."""
     folder = tmp_path_factory.mktemp("outside") / "a"
-    arguments = _outside(folder)
     process = subprocess.Popen(
-        command(*arguments, script="compare.py"),
+        command(*_outside(folder), "--jobs", "2", script="compare.py"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -344,7 +469,7 @@ def killed(tmp_path_factory):
 def _outside(folder):
     sets = {**OUTSIDE, "RESULTS_DIR": folder}
     sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    return ["--methods", "hl", "--seeds", "2", "--test-episodes", "2", "--jobs", "2", *sets]
+    return ["--methods", "hl", "--seeds", "2", "--test-episodes", "2", *sets]
 
 
 def _wait_for_rounds(folder, name):
@@ -433,3 +558,12 @@ def test_no_cluster_there(tmp_path, capsys, monkeypatch):
     assert start(tmp_path, "--cluster", "tcp://127.0.0.1:1") == 2
     error = capsys.readouterr().err
     assert "--cluster: no Dask scheduler at tcp://127.0.0.1:1" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_without_dask(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert start(tmp_path, "--cluster", "tcp://127.0.0.1:1") == 2
+    error = capsys.readouterr().err
+    assert error == "compare.py: --cluster: needs Dask: pip install -r requirements-cluster.txt\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Estimates and their intervals, against numbers by hand and SciPy's bootstrap."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,12 +10,12 @@ from scipy import stats
 
 import estimates
 from config import UserError
-from records import TEST_EPISODE_COLUMNS, TEST_ROUND_COLUMNS
+from records import EPISODE_COLUMNS, ROUND_COLUMNS, TEST_EPISODE_COLUMNS, TEST_ROUND_COLUMNS
 
 LIMIT = 36
 
 
-def write_comparison(folder, values, failed=(), training=None):
+def write_comparison(folder, values, failed=(), training=None, node="1"):
     """A comparison's tables: values[method][seed] is a list of (rounds, cost), one per episode."""
     rows, end = [], [LIMIT, 2.0]
     for method, by_seed in values.items():
@@ -60,7 +61,11 @@ def write_comparison(folder, values, failed=(), training=None):
         path = folder / f"training-seed{seed}"
         path.mkdir()
         table = pd.DataFrame(pairs, columns=["rounds", "communication_cost"])
-        table.assign(episode=range(1, len(pairs) + 1)).to_csv(path / "episodes.csv", index=False)
+        table = table.assign(dataset="mnist", episode=range(1, len(pairs) + 1), diverged=0)
+        table.reindex(columns=EPISODE_COLUMNS).to_csv(path / "episodes.csv", index=False)
+        rounds = [["mnist", 1, 1, 0], ["mnist", 1, 2, node]]
+        rounds = pd.DataFrame(rounds, columns=ROUND_COLUMNS[:4])
+        rounds.reindex(columns=ROUND_COLUMNS).to_csv(path / "rounds.csv", index=False)
 
 
 VALUES = {
@@ -99,7 +104,11 @@ def test_reductions_pair_the_seeds_that_both_have(tmp_path):
     assert rounds.low < 1 - 50 / 70 < rounds.mean < 1 - 30 / 50 < rounds.high
     # Seed 0: of 10, 20 against 30, 20: 3 less, 1 tie. Seed 1: 36, 14 against 36, 34: 2 less, 1 tie.
     expected = (3.5 / 4 + 2.5 / 4) / 2
-    assert of(table, "hl", "rounds_improvement").mean == pytest.approx(expected)
+    improvement = of(table, "hl", "rounds_improvement")
+    assert improvement.mean == pytest.approx(expected)
+    assert (improvement.seeds, improvement.episodes) == (2, 4)
+    # Episodes are drawn as well: seed 0 alone could give from 1/2 (20 against 20) to 1.
+    assert (improvement.low, improvement.high) == (0.5, 1.0)
     assert not ((table["method"] == "random") & table["quantity"].str.contains("reduction")).any()
 
 
@@ -111,6 +120,14 @@ def test_break_even_by_hand(tmp_path):
     assert of(table, "hl", "rounds_break_even").mean == pytest.approx(60 / 10)
     # Cost 3 and 1 of training, 2 on average; 0.2 instead of 1.
     assert of(table, "hl", "communication_cost_break_even").mean == pytest.approx(2 / 0.8)
+
+
+def test_no_break_even_between_costs_that_are_counted_otherwise(tmp_path):
+    """With two nodes in a round a training's cost holds the way to the first alone."""
+    write_comparison(tmp_path, VALUES, training={s: [(30, 1.0)] for s in (0, 1)}, node="1+2")
+    table = estimates.write(tmp_path)
+    assert of(table, "hl", "rounds_break_even").mean == pytest.approx(30 / 10)
+    assert "communication_cost_break_even" not in set(table["quantity"])
 
 
 def test_what_saves_nothing_is_never_paid_back():
@@ -174,18 +191,23 @@ def test_failed_jobs_are_counted_and_not_averaged(tmp_path):
     assert of(table, "hl", "rounds").mean == 15
     assert (of(table, "hl", "rounds").seeds, of(table, "random", "rounds").seeds) == (1, 3)
     report = estimates.report(tmp_path)
-    assert "Jobs: 5, 4 finished, 1 failed; hl-seed1 failed: its disk, was full; 0 test" in report
-    assert "1 or 3 seeds x 2 episodes" in report
+    assert "Jobs: 5, 4 finished, 0 waiting, 1 failed; hl-seed1 failed: its disk, was" in report
+    assert "0 test episodes diverged" in report
+    assert re.search(r"^\| hl \| 1 x 2 \| 15\.0 \|", report, re.MULTILINE)
+    assert re.search(r"^\| random \| 3 x 2 \| 28\.7 \[", report, re.MULTILINE)
 
 
 def test_report(tmp_path):
     write_comparison(tmp_path, VALUES, training={0: [(30, 1.0)] * 2, 1: [(30, 1.0)] * 2})
     estimates.write(tmp_path)
     lines = estimates.report(tmp_path).splitlines()
-    assert lines[0].startswith("| method | rounds | rounds, interquartile mean | goal reached |")
-    assert lines[2].startswith("| hl | 20.0 [")
-    assert "| *published, HL* | +50.8% | +74.6% |  |  |" in lines
-    assert any(line.startswith("| hl | 6 [") for line in lines)
+    assert lines[0].startswith(
+        "| method | seeds x episodes | rounds | rounds, interquartile mean |"
+    )
+    assert lines[2].startswith("| hl | 2 x 2 | 20.0 [")
+    assert "| *published, HL* |  | +50.8% | +74.6% |  |  |" in lines
+    assert any(line.startswith("| hl | 2 x 2 | 6 [") for line in lines)
+    assert any("; 0 test episodes and 0 of training diverged." in line for line in lines)
 
 
 def test_nothing_to_estimate(tmp_path):
@@ -193,6 +215,15 @@ def test_nothing_to_estimate(tmp_path):
         estimates.write(tmp_path)
     write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=["hl-seed0"])
     with pytest.raises(UserError, match="no job is finished"):
+        estimates.write(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "value"), [("dataset", "digits"), ("goal_accuracy", 0.7)])
+def test_jobs_of_another_kind_are_not_averaged(tmp_path, column, value):
+    write_comparison(tmp_path, VALUES)
+    path = tmp_path / "hl-seed1" / "episodes.csv"
+    pd.read_csv(path).assign(**{column: value}).to_csv(path, index=False)
+    with pytest.raises(UserError, match=f"several values of {column}"):
         estimates.write(tmp_path)
 
 

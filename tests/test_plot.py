@@ -2,10 +2,12 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import PROJECT, run
+from test_estimates import VALUES, write_comparison
 
 import plot
 from config import UserError
@@ -197,3 +199,111 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     (folder / "rounds.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"rounds\.csv: is not such a table"):
         plot.draw_run(folder)
+
+
+# --- Comparisons -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """A comparison's figures as Matplotlib has them, by name."""
+    figures = {}
+
+    def keep(path, draw, tables):
+        figures[path.name] = draw(tables)
+
+    monkeypatch.setattr(plot, "save_figure", keep)
+    training = {s: [(30 - e, 1.0 + s) for e in range(6)] for s in (0, 1)}
+    write_comparison(tmp_path, VALUES, training=training)
+    plot.draw_comparison(tmp_path)
+    yield figures
+    plt.close("all")
+
+
+def test_figures_of_a_comparison(drawn):
+    assert set(drawn) == {"methods", "accuracy", "reduction", "training"}
+    for figure in drawn.values():
+        assert "[data: mnist]" in figure.get_suptitle()
+    assert "2 to 3 seeds x 2 episodes" in drawn["methods"].get_suptitle()
+    assert "2 seeds x 2 episodes" in drawn["reduction"].get_suptitle()
+
+
+def test_points_are_the_seeds_and_their_mean(drawn):
+    axis = drawn["methods"].axes[0]
+    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert points == [[15.0, 25.0], [25.0, 35.0, 26.0]]
+    assert list(axis.containers[0].lines[0].get_xdata()) == pytest.approx([20, 172 / 6])
+    (limit,) = (line for line in axis.lines if line.get_linestyle() == ":")
+    assert list(limit.get_xdata()) == [36, 36]
+
+
+def test_reductions_stand_beside_the_published_ones(drawn):
+    for axis, published, expected in zip(
+        drawn["reduction"].axes, (0.508, 0.746), (1 - 80 / 120, 1 - 0.8 / 4), strict=True
+    ):
+        (line,) = (line for line in axis.lines if line.get_linestyle() == "--")
+        assert list(line.get_xdata()) == [published, published]
+        assert axis.containers[0].lines[0].get_xdata() == pytest.approx([expected])
+        assert f"published {published:.1%}" in [text.get_text() for text in axis.texts]
+
+
+def test_accuracy_stays_where_an_episode_ended():
+    rounds = pd.DataFrame(
+        {
+            "seed": [0, 0, 0, 1, 1],
+            "episode": 1,
+            "round": [1, 2, 3, 1, 2],
+            "accuracy": [0.1, 0.2, 0.6, 0.3, 0.8],
+        }
+    )
+    middle, low, high = plot._accuracy_curve(rounds, 4)
+    np.testing.assert_allclose(middle, [0.2, 0.5, 0.7, 0.7])
+    np.testing.assert_allclose(low, [0.1, 0.2, 0.6, 0.6])
+    np.testing.assert_allclose(high, [0.3, 0.8, 0.8, 0.8])
+
+
+def test_learning_curve_and_its_band(drawn):
+    rounds, cost = drawn["training"].axes
+    # Windows of two episodes of 30, 29, ..., 25 rounds; both seeds alike.
+    mean = next(line for line in rounds.lines if line.get_label() == "mean of seeds")
+    np.testing.assert_allclose(mean.get_ydata()[1:], [29.5, 28.5, 27.5, 26.5, 25.5])
+    # Costs of 1 and 2: 1.5, and 12.706 times the standard error of 0.5.
+    band = cost.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((1.5 - 6.353, 1.5 + 6.353), abs=1e-3)
+    (random,) = (line for line in rounds.lines if line.get_label() == "random")
+    assert random.get_ydata()[0] == pytest.approx(172 / 6)
+
+
+def test_a_figure_of_variants(tmp_path, monkeypatch):
+    jobs = []
+    for variant, extra in (("0.7", 0), ("0.8", 4)):
+        values = {
+            method: {s: [(r + extra, c) for r, c in pairs] for s, pairs in by_seed.items()}
+            for method, by_seed in VALUES.items()
+        }
+        write_comparison(tmp_path / variant, values)
+        part = pd.read_csv(tmp_path / variant / "jobs.csv", dtype=str, keep_default_na=False)
+        part["folder"] = f"{variant}/" + part["folder"]
+        jobs.append(part.assign(comparison="goal", parameter="GOAL_ACCURACY", variant=variant))
+    pd.concat(jobs).to_csv(tmp_path / "jobs.csv", index=False)
+    figures = {}
+    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: figures.update({p.name: draw(t)}))
+    plot.draw_comparison(tmp_path)
+    assert set(figures) == {"variants"}
+    axis = figures["variants"].axes[0]
+    for container, mean in zip(axis.containers, (20, 172 / 6), strict=True):
+        assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
+    assert [t.get_text() for t in figures["variants"].axes[-1].get_xticklabels()] == ["0.7", "0.8"]
+    plt.close("all")
+
+
+def test_the_command_draws_a_comparison_again(tmp_path, capsys):
+    write_comparison(tmp_path, VALUES)
+    assert plot.main([str(tmp_path)]) == 0
+    assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
+    assert set(first) == {
+        f"{n}.{s}" for n in ("methods", "accuracy", "reduction") for s in ("png", "pdf")
+    }
+    assert plot.main([str(tmp_path)]) == 0
+    assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
