@@ -362,7 +362,7 @@ def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
     panels = (
         ("rounds", "rounds to the goal (or the limit)"),
         ("communication_cost", "communication cost (sum of distances)"),
-        ("goal_reached", "share of episodes that reached the goal"),
+        ("goal_reached", "goal reached (share of episodes)"),
     )
     y = np.arange(len(names))
     for axis, (column, label) in zip(axes, panels, strict=True):
@@ -507,11 +507,10 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[-1].set_xlabel("episode of training")
+    axes[-1].set_xlabel(f"episode of training (means of {window}, with 95 % band)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds = training.groupby("variant")["seed"].nunique()
-    text = f"DQN training ({_range(seeds)} seeds, means of {window} episodes, 95 % band)"
-    _title(figure, text, tables)
+    _title(figure, f"DQN training, {_range(seeds)} seeds", tables)
     return figure
 
 
@@ -552,9 +551,8 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
     axes[-1].set_xticks(
         range(len(variants)), variants, rotation=20 * slanted, ha="right" if slanted else "center"
     )
-    axes[-1].set_xlabel(table["parameter"].iloc[0])
-    text = f"{table['comparison'].iloc[0]} ({_size(table)}; mean, 95 % interval)"
-    _title(figure, text, tables)
+    axes[-1].set_xlabel(f"{table['parameter'].iloc[0]} (means with 95 % interval)")
+    _title(figure, f"{table['comparison'].iloc[0]}, {_size(table)}", tables)
     return figure
 
 

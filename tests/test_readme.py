@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import PROJECT
 
@@ -118,3 +120,18 @@ def test_numbers_of_the_reference_runs_are_their_tables(name):
     config = json.loads((PROJECT / "results/reference" / name / "config.json").read_text())
     for session in config["sessions"]:
         assert f"`{session['git_revision'][:7]}`" in README
+
+
+def test_tables_of_comparisons_are_their_reports():
+    """What stands between two marks is the beginning of what plot.py prints."""
+    shown = re.findall(r"<!-- python3 plot.py (\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert shown
+    for folder, text in shown:
+        assert len(text.splitlines()) > 5
+        assert estimates.report(PROJECT / folder).startswith(text)
+        # And what it is made from is what is committed.
+        table = estimates.estimate(estimates.read_comparison(PROJECT / folder), PROJECT / folder)
+        stored = pd.read_csv(PROJECT / folder / "estimates.csv", keep_default_na=False)
+        assert stored["quantity"].tolist() == table["quantity"].tolist()
+        means = stored["mean"].astype(float)
+        np.testing.assert_allclose(means, table["mean"].astype(float), rtol=1e-9)
