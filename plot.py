@@ -139,6 +139,9 @@ def save_figure(path: Path, draw: Callable[[Tables], Figure], tables: Tables) ->
     """
     with plt.rc_context(_STYLE):
         figure = draw(tables)
+        # The places of all parts are found once; each savefig would do it anew.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         # Without a creation date the same CSVs give the same file.
         for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
             with replacing(path.with_name(f"{path.name}.{suffix}")) as file:

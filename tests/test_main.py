@@ -275,7 +275,7 @@ def test_the_file_of_transitions_goes_on_where_it_was_closed(tmp_path):
         assert len(records.TransitionFile.read(path, size, last)) == count
 
 
-LONGER = {"EPISODES": 8, "MAX_ROUNDS": 10}
+LONGER = {"EPISODES": 6, "MAX_ROUNDS": 10}
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_a_killed_process_continues(tmp_path, monkeypatch, capsys, digits, whole
     else:
         assert process.returncode == 128 + number
         assert errors == "main.py: interrupted; the same command continues\n"
-    assert 2 <= len(pd.read_csv(folder / "episodes.csv")) < 8
+    assert 2 <= len(pd.read_csv(folder / "episodes.csv")) < 6
     assert main.main(settings) == 0
     assert "continuing" in capsys.readouterr().out
     assert without_times(folder) == without_times(whole)
@@ -489,7 +489,7 @@ def test_an_unwritable_folder(tmp_path, capsys):
 def test_a_full_disk(tmp_path, monkeypatch, digits):
     """A limit on file sizes stands for it: the first checkpoint does not fit."""
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
-    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="full")
+    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="full", EPISODES=2)
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -499,8 +499,8 @@ def test_a_full_disk(tmp_path, monkeypatch, digits):
     assert full.stderr.count("\n") == 1
     assert "File too large" in full.stderr
     assert "what was finished is kept" in full.stderr
-    assert start(tmp_path, "full")[0] == 0
-    assert start(tmp_path, "whole")[0] == 0
+    assert start(tmp_path, "full", EPISODES=2)[0] == 0
+    assert start(tmp_path, "whole", EPISODES=2)[0] == 0
     assert without_times(tmp_path / "full") == without_times(tmp_path / "whole")
 
 
