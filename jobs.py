@@ -302,7 +302,7 @@ def check_cluster(address: str) -> None:
         UserError: it does not, or Dask is not installed.
     """
     if address:
-        with _backend(1, address):
+        with contextlib.redirect_stdout(None), _backend(1, address):
             pass
 
 
@@ -425,14 +425,26 @@ def _backend(processes: int, cluster: str) -> Iterator[None]:
         return
     try:
         from distributed import Client
+        from joblib._dask import DaskDistributedBackend
     except ImportError as error:
         raise UserError("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
     try:
         client = Client(cluster, timeout=_CLUSTER_TIMEOUT)
     except (OSError, ValueError, TimeoutError) as error:
         raise UserError(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
-    with client, joblib.parallel_config("dask", client=client):
-        yield
+
+    class Cluster(DaskDistributedBackend):
+        """joblib's, which would run everything here while the cluster has one thread or none."""
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(2, super().effective_n_jobs(n_jobs))
+
+    with client:
+        if not client.ncores():
+            print("the cluster has no worker yet: the jobs wait for one", flush=True)
+        backend = Cluster(client=client, wait_for_workers_timeout=None)
+        with joblib.parallel_config(backend):
+            yield
 
 
 def _as_dict(job: Job) -> dict[str, Any]:

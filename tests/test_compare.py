@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, command, small_settings, without_times
+from conftest import SMALL, small_settings, without_times
 
 import baselines
 import compare
@@ -65,11 +66,18 @@ def tables(folder):
     return rows
 
 
+def name_figure(path, draw, tables):
+    for suffix in (".png", ".pdf"):
+        path.with_suffix(suffix).touch()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, few):
     """One small comparison from start to end: do not write into it."""
     patch = pytest.MonkeyPatch()
     patch.setitem(data.DATASETS, "digits", lambda settings: few)
+    patch.setattr(plot, "save_figure", name_figure)
+    jobs._dataset.cache_clear()
     folder = tmp_path_factory.mktemp("finished")
     assert start(folder) == 0
     patch.undo()
@@ -445,31 +453,51 @@ def test_every_comparison_is_made_of_settings_that_exist():
 
 # --- Other processes -------------------------------------------------------------------------
 
-# The bundled digits whole, as other processes load them; one thread, as the jobs have it.
-OUTSIDE = {**SMALL, "GOAL_ACCURACY": 0.9, "MAX_ROUNDS": 10}
+# Long enough to be killed in the middle.
+OUTSIDE = {**SMALL, "EPISODES": 10, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 10}
+
+
+def _with_a_killed_worker(folder, *more):
+    """A comparison whose workers, other processes, do the real thing; one dies in the middle.
+
+    Returns status, and the process that was killed.
+    """
+    killed = []
+
+    def kill():
+        _wait_for_rounds(folder, "training-seed0")
+        killed.append(_writer(folder / "paper-digits" / "training-seed0"))
+        os.kill(killed[0], signal.SIGKILL)
+
+    # With the threads that this process has, for the dataset is loaded here as well.
+    sets = {**OUTSIDE, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0)}
+    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    parsed = compare.parse(["--methods", "hl", "--test-episodes", "2", *more, *sets])
+    killer = threading.Thread(target=kill)
+    killer.start()
+    status = compare.main(parsed)
+    killer.join()
+    return status, killed[0]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def outside(digits):
+    """The digits whole, in this process, and nothing drawn: see ``quick``."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(data.DATASETS, "digits", lambda settings: digits)
+    patch.setattr(plot, "save_figure", lambda path, draw, tables: None)
+    jobs._dataset.cache_clear()
+    yield
+    patch.undo()
+    jobs._dataset.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, outside):
     """What processes of this machine make, the first of which is killed in the middle."""
     folder = tmp_path_factory.mktemp("outside") / "a"
-    process = subprocess.Popen(
-        command(*_outside(folder), "--seeds", "1", "--jobs", "2", script="compare.py"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    _wait_for_rounds(folder, "training-seed0")
-    worker = _writer(folder / "paper-digits" / "training-seed0")
-    os.kill(worker, signal.SIGKILL)
-    out, _ = process.communicate(timeout=200)
-    return process.returncode, out, folder / "paper-digits"
-
-
-def _outside(folder):
-    sets = {**OUTSIDE, "RESULTS_DIR": folder}
-    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    return ["--methods", "hl", "--test-episodes", "2", *sets]
+    status, _ = _with_a_killed_worker(folder, "--seeds", "1", "--jobs", "2")
+    return status, folder / "paper-digits"
 
 
 def _wait_for_rounds(folder, name):
@@ -496,16 +524,19 @@ def _writer(folder):
 
 
 def test_a_killed_process_stops_nothing(killed):
-    status, out, folder = killed
-    assert status == 0, out
-    assert "jobs: 0 finished before, 1 started, 1 finished, 0 failed" in out
+    status, folder = killed
+    assert status == 0
+    table = pd.read_csv(folder / "jobs.csv")
+    assert table["state"].tolist() == ["finished"]
     # The killed training was continued by another process.
     config = json.loads((folder / "training-seed0" / "config.json").read_text())
     assert len(config["sessions"]) == 2
 
 
-def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path):
+def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path, monkeypatch, digits, capsys):
     pytest.importorskip("distributed")
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
+    jobs._dataset.cache_clear()
     dask = [sys.executable, "-m", "dask"]
     started = []
 
@@ -514,17 +545,9 @@ def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path):
         started.append(subprocess.Popen([*dask, *arguments], stdout=log, stderr=log))
 
     file = tmp_path / "scheduler.json"
+    at = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     try:
-        spawn(
-            "scheduler",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "0",
-            "--no-dashboard",
-            "--scheduler-file",
-            str(file),
-        )
+        spawn("scheduler", *at, "--scheduler-file", str(file))
         deadline = time.monotonic() + 60
         while not file.exists():
             assert time.monotonic() < deadline
@@ -532,28 +555,18 @@ def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path):
         address = json.loads(file.read_text())["address"]
         for _ in range(2):
             spawn("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-        process = subprocess.Popen(
-            command(
-                *_outside(tmp_path / "b"), "--seeds", "2", "--cluster", address, script="compare.py"
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        _wait_for_rounds(tmp_path / "b", "training-seed0")
-        worker = _writer(tmp_path / "b" / "paper-digits" / "training-seed0")
-        assert worker in [p.pid for p in started[1:]]
-        os.kill(worker, signal.SIGKILL)
-        out, _ = process.communicate(timeout=200)
+        more = ["--seeds", "2", "--cluster", address]
+        status, worker = _with_a_killed_worker(tmp_path / "b", *more)
     finally:
         for each in started:
             each.kill()
             each.wait()
-    assert process.returncode == 0, out
-    assert "jobs: 0 finished before, 2 started, 2 finished, 0 failed" in out
+    assert status == 0
+    assert worker in [process.pid for process in started[1:]]
+    assert "jobs: 0 finished before, 2 started, 2 finished, 0 failed" in capsys.readouterr().out
     found = tables(tmp_path / "b" / "paper-digits")
-    assert {name: found[name] for name in ("hl-seed0", "training-seed0")} == tables(killed[2])
-    assert [len(found[name][0]) for name in ("hl-seed1", "training-seed1")] == [3, 5]
+    assert {name: found[name] for name in ("hl-seed0", "training-seed0")} == tables(killed[1])
+    assert [len(found[name][0]) for name in ("hl-seed1", "training-seed1")] == [3, 11]
 
 
 def test_no_cluster_there(tmp_path, capsys, monkeypatch):

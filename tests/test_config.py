@@ -187,13 +187,6 @@ def test_what_only_the_data_can_tell_is_refused_the_same_way(
     assert not results.exists()
 
 
-def test_a_process_leaves_with_this_status(tmp_path):
-    results = tmp_path / "results"
-    done = run("--dataset", "cifar", "--set", f"RESULTS_DIR={results}", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert not results.exists()
-
-
 def test_a_wrong_constant_in_the_file_is_named(tmp_path):
     for path in PROJECT.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())

@@ -187,14 +187,14 @@ def test_a_goal_that_the_starter_reaches(tmp_path):
 # --- Stopped and continued -------------------------------------------------------------------
 
 
-def stop_in_episode(tmp_path, monkeypatch, episode, error, **overrides):
-    """A run that ``error`` ends after two rounds of an episode."""
+def stop_in_episode(tmp_path, monkeypatch, episode, sent=signal.SIGINT, **overrides):
+    """A run that gets a signal after two rounds of an episode."""
     record_round = Run.record_round
 
     def record(self, number, info, chosen_by):
         record_round(self, number, info, chosen_by)
         if (number, info["round"]) == (episode, 2):
-            raise error
+            os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "record_round", record)
@@ -206,9 +206,7 @@ def stopped_run(tmp_path_factory, few):
     """A run that was interrupted in episode 3."""
     patch = pytest.MonkeyPatch()
     patch.setitem(data.DATASETS, "digits", lambda settings: few)
-    status, folder = stop_in_episode(
-        tmp_path_factory.mktemp("stopped"), patch, 3, KeyboardInterrupt()
-    )
+    status, folder = stop_in_episode(tmp_path_factory.mktemp("stopped"), patch, 3)
     patch.undo()
     assert status == 130
     return folder
@@ -221,14 +219,10 @@ def stopped(tmp_path, stopped_run):
 
 
 @pytest.mark.parametrize("episode", [1, 3])
-@pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (main.Terminated(), 143)]
-)
-def test_an_interrupted_run_continues(
-    tmp_path, monkeypatch, capsys, finished, episode, error, status
-):
-    stopped, folder = stop_in_episode(tmp_path, monkeypatch, episode, error)
-    assert stopped == status
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys, finished, episode, number):
+    status, folder = stop_in_episode(tmp_path, monkeypatch, episode, number)
+    assert status == 128 + number
     assert capsys.readouterr().err == "main.py: interrupted; the same command continues\n"
     assert json.loads((folder / "config.json").read_text())["state"] == "interrupted"
     assert len(pd.read_csv(folder / "episodes.csv")) == episode - 1
@@ -247,9 +241,7 @@ def test_an_interrupted_run_continues(
 def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, capacity):
     """Four transitions an episode: the smaller memory has forgotten the first by episode 4."""
     for episode in (2, 4):
-        status, folder = stop_in_episode(
-            tmp_path, monkeypatch, episode, KeyboardInterrupt(), REPLAY_CAPACITY=capacity
-        )
+        status, folder = stop_in_episode(tmp_path, monkeypatch, episode, REPLAY_CAPACITY=capacity)
         assert status == 130
     assert start(tmp_path, REPLAY_CAPACITY=capacity)[0] == 0
     assert re.findall(r"after episode (\d)", capsys.readouterr().out) == ["1", "3"]
@@ -290,8 +282,7 @@ def whole(tmp_path_factory, digits):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_continues(tmp_path, monkeypatch, capsys, digits, whole, number):
+def test_a_killed_process_continues(tmp_path, monkeypatch, capsys, digits, whole):
     """The real command, killed in the middle, then started again (in this process)."""
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
     settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="killed", **LONGER)
@@ -305,13 +296,9 @@ def test_a_killed_process_continues(tmp_path, monkeypatch, capsys, digits, whole
             if table.exists() and table.read_text().count("\n") >= 3:
                 break
             time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 128 + number
-        assert errors == "main.py: interrupted; the same command continues\n"
+        process.kill()
+        process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
     assert 2 <= len(pd.read_csv(folder / "episodes.csv")) < 6
     assert main.main(settings) == 0
     assert "continuing" in capsys.readouterr().out

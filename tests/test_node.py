@@ -297,8 +297,7 @@ class Corridor(gymnasium.Env):
         return observation, reward, done, self.steps >= 30, {}
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "double"), [(0, False), (1, True)])
 def test_agent_solves_a_problem_with_a_known_best_policy(seed, double):
     env = Corridor()
     settings = make_settings(

@@ -93,7 +93,7 @@ def test_two_nodes_in_a_round_and_two_epochs(few, observation):
     settings = small_settings(
         OBSERVATION=observation, NODES_PER_ROUND=2, LOCAL_EPOCHS=2, MAX_ROUNDS=36
     )
-    compare(settings, few, [[1, 2], [2, 0], [2, 0]], seed=8)
+    compare(settings, few, [[1, 2], [2, 0]], seed=8)
 
 
 @pytest.mark.parametrize(("observation", "per_round"), [("broadcast", 1), ("local", 2)])
@@ -104,6 +104,6 @@ def test_mnist_with_the_default_settings(mnist_path, observation, per_round):
         OBSERVATION=observation,
         NODES_PER_ROUND=per_round,
     )
-    walk = [[0, 3], [5, 0]] if per_round == 2 else [0, 5, 0]
+    walk = [[0, 3]] if per_round == 2 else [0, 5, 0]
     info = compare(settings, data.load(settings), walk, seed=1)
     assert info["accuracy"] > 0.15
