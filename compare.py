@@ -569,7 +569,7 @@ def _plan(
     return "\n".join(lines)
 
 
-# Measured: see the README.
+# Estimated: some 95,000 rounds, at the rate of two runs side by side in results/benchmark.
 FULL_HOURS = "ten hours"
 
 
