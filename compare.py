@@ -367,7 +367,8 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(k, there[k], about[k]) for k in ("comparison", "test_episodes")]
         pairs += [("dataset", there["dataset"]["name"], about["dataset"]["name"])]
-        pairs += [("the data's SHA-256", there["dataset"]["sha256"], about["dataset"]["sha256"])]
+        same_data = there["dataset"]["sha256"] == about["dataset"]["sha256"]
+        pairs += [("the data", "other" if not same_data else "this", "this")]
         pairs += [(k, there["settings"].get(k), v) for k, v in about["settings"].items()]
     except FileNotFoundError:
         others = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
@@ -487,19 +488,32 @@ def compare(parsed: argparse.Namespace) -> int:
     _check_folder(folder, about)
     for job in jobs:
         data.make_shards(dataset, baselines.METHODS[job.method].settings(job.settings))
-    waiting = [job for job in jobs if not is_finished(job)]
+    waiting, damaged = [], []
+    for job in jobs:
+        try:
+            if not is_finished(job):
+                waiting.append(job)
+        except UserError as error:
+            damaged.append(Outcome(job, "failed", 0.0, str(error)))
     check_cluster(parsed.cluster)
     with _claimed(folder, about):
-        return _run(parsed, folder, jobs, waiting, dataset.name)
+        return _run(parsed, folder, jobs, waiting, damaged, dataset.name)
 
 
 def _run(
-    parsed: argparse.Namespace, folder: Path, jobs: list[Job], waiting: list[Job], dataset: str
+    parsed: argparse.Namespace,
+    folder: Path,
+    jobs: list[Job],
+    waiting: list[Job],
+    damaged: list[Outcome],
+    dataset: str,
 ) -> int:
     table = JobTable(folder, parsed.what, parsed.comparison.parameter)
     print(_plan(parsed, folder, jobs, waiting, dataset), flush=True)
     for job in jobs:
         table.set(job, "waiting" if job in waiting else "finished")
+    for outcome in damaged:
+        table.set(outcome.job, outcome.state, None, outcome.error)
     table.write()
 
     total = sum(job.episodes for job in jobs)
@@ -509,7 +523,7 @@ def _run(
         initial=sum(job.episodes_finished() for job in jobs),
         disable=None,
     )
-    done = len(jobs) - len(waiting)
+    done = len(jobs) - len(waiting) - len(damaged)
 
     def show(episodes: int) -> None:
         bar.n = max(bar.n, episodes)
@@ -534,13 +548,13 @@ def _run(
 
     with bar, Watch(jobs, show):
         outcomes = run_all(waiting, parsed.jobs, parsed.cluster, tell)
-    failed = [outcome for outcome in outcomes if outcome.error]
+    failed = [*damaged, *(outcome for outcome in outcomes if outcome.error)]
     if len(failed) < len(jobs):
         plot.draw_comparison(folder)
         print(estimates.report(folder))
     print(
-        f"jobs: {len(jobs) - len(waiting)} finished before, {len(outcomes)} started, "
-        f"{len(outcomes) - len(failed)} finished, {len(failed)} failed"
+        f"jobs: {len(jobs) - len(waiting) - len(damaged)} finished before, {len(outcomes)} "
+        f"started, {sum(not o.error for o in outcomes)} finished, {len(failed)} failed"
     )
     for outcome in failed:
         print(f"failed: {outcome.job.folder}: {outcome.error}")
@@ -556,7 +570,7 @@ def _plan(
         f"{parsed.what} on {dataset}: {methods} methods x {len(parsed.seeds)} seeds"
         f"{f' x {variants} values of {parsed.comparison.parameter}' if variants > 1 else ''}, "
         f"{parsed.test_episodes} test episodes each: {len(jobs)} jobs, "
-        f"{len(jobs) - len(waiting)} finished before; results in {folder}"
+        f"{len(waiting)} to do; results in {folder}"
     ]
     tested = len(parsed.seeds) * parsed.test_episodes
     if "standalone" in parsed.methods and tested % parsed.settings.NUM_NODES:

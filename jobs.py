@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,7 @@ def _side_by_side(
         for job in jobs:
             if not cluster:  # a process is free for it
                 under_way.append(job)
-            yield joblib.delayed(_there())(str(PROJECT), _as_dict(job))
+            yield joblib.delayed(_there())(str(PROJECT), _as_dict(job), os.getpid())
 
     with _backend(processes, cluster):
         parallel = joblib.Parallel(
@@ -451,19 +452,45 @@ def _as_dict(job: Job) -> dict[str, Any]:
     return {**dataclasses.asdict(job), "settings": dataclasses.asdict(job.settings)}
 
 
-def _there() -> Callable[[str, dict[str, Any]], tuple[str, str, float, str]]:
+def _there() -> Callable[[str, dict[str, Any], int], tuple[str, str, float, str]]:
     """What a worker calls. Pickled by value, for a worker does not know this module."""
 
-    def call(project: str, job: dict[str, Any]) -> tuple[str, str, float, str]:
+    def call(project: str, job: dict[str, Any], parent: int) -> tuple[str, str, float, str]:
         if project not in sys.path:
             sys.path.insert(0, project)
-        return importlib.import_module("jobs").attempt(job)
+        jobs = importlib.import_module("jobs")
+        jobs.end_with(parent)
+        return jobs.attempt(job)
 
     return call
 
 
+_watched = 0  # the process without which this one ends; 0: none
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when its parent does, whose next call would find the folders locked.
+
+    Args:
+        parent: process number of compare.py; a process that is no child of it is left alone.
+    """
+    global _watched
+    if os.getppid() != parent or _watched == parent:
+        return
+    _watched = parent
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def attempt(fields: dict[str, Any]) -> tuple[str, str, float, str]:
     """Runs a job, given as plain values, and catches whatever stops it.
+
+    What is none of this project's own errors leaves its traceback in ``error.txt``.
 
     Returns:
         Folder, state, seconds and error of the outcome.
@@ -479,6 +506,8 @@ def attempt(fields: dict[str, Any]) -> tuple[str, str, float, str]:
         state, error = "failed", reason(problem)
     except Exception as problem:
         state, error = "failed", _line(problem)
+        with contextlib.suppress(OSError):
+            (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
     return str(job.folder), state, time.perf_counter() - started, error
 
 

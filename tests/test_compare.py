@@ -233,7 +233,7 @@ def test_other_data_is_refused(finished, few, monkeypatch, capsys):
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: other)
     jobs._dataset.cache_clear()
     assert start(finished.parent, "--seeds", "7,", methods="stay") == 2
-    assert "the data's SHA-256 = " in capsys.readouterr().err
+    assert "(the data = 'other' there, 'this' now)" in capsys.readouterr().err
 
 
 def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
@@ -321,7 +321,34 @@ def test_one_failing_job_stops_no_other(finished, tmp_path, monkeypatch, capsys)
     with (folder / "jobs.csv").open() as file:
         states = {row["folder"]: (row["state"], row["error"]) for row in csv.DictReader(file)}
     assert states["broken-seed0"] == ("failed", "ZeroDivisionError: no such luck")
+    trace = (folder / "broken-seed0" / "error.txt").read_text()
+    assert "in policy\n" in trace
     assert states["stay-seed1"] == ("finished", "")
+
+
+def test_a_damaged_job_stops_no_other(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "paper-digits")
+    (folder / "stay-seed0" / "config.json").write_text("{broken")
+    assert start(tmp_path, "--seeds", "1", methods="stay,random,nearest") == 1
+    out = capsys.readouterr().out
+    assert "jobs: 1 finished before, 1 started, 1 finished, 1 failed" in out
+    assert f"failed: {folder / 'stay-seed0'}: {folder / 'stay-seed0' / 'config.json'}: dam" in out
+    table = pd.read_csv(folder / "jobs.csv", index_col="folder")
+    assert table.loc["stay-seed0", "state"] == "failed"
+    assert table.loc["nearest-seed0", "state"] == "finished"
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    ended = threading.Event()
+    parent = [4711]
+    monkeypatch.setattr(jobs.os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(jobs.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(jobs, "_watched", 0)
+    jobs.end_with(1)  # somebody else's child
+    jobs.end_with(4711)
+    assert not ended.wait(0.7)
+    parent[0] = 1
+    assert ended.wait(5)
 
 
 def test_a_trained_agent_can_be_tested_alone(finished, tmp_path):
