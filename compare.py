@@ -312,8 +312,8 @@ import data
 import estimates
 import plot
 from jobs import Job, Outcome, Watch, check_cluster, dataset_of, is_finished, run_all
-from main import Terminated
-from records import read_table, replacing, stored_state
+from main import exit_status
+from records import read_table, replacing, stored_progress
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -419,7 +419,7 @@ class JobTable:
         self._rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
             for row in read_table(self._path, estimates.JOB_COLUMNS).to_dict("records"):
-                if stored_state(folder / row["folder"]) == "finished":
+                if stored_progress(folder / row["folder"])[0] == "finished":
                     row.update(state="finished", error="")
                 self._rows[row["folder"]] = row
 
@@ -589,31 +589,7 @@ FULL_HOURS = "ten hours"
 
 def main(parsed: argparse.Namespace) -> int:
     """Runs a comparison; returns the exit status, as main.py's, and 1 if a job failed."""
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    previous = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
-    try:
-        return compare(parsed)
-    except UserError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(f"{reason(error)}; mend this, and the same command continues", 1)
-    except KeyboardInterrupt as interrupt:
-        status = 143 if isinstance(interrupt, Terminated) else 130
-        return _fail("interrupted; the same command continues", status)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"compare.py: {message}\n")
-    return status
+    return exit_status("compare.py", lambda: compare(parsed), "mend this")
 
 
 if __name__ == "__main__":

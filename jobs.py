@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import json
 import os
 import sys
 import threading
@@ -41,7 +40,7 @@ from config import (
 )
 from environment import DecentralizedLearning
 from node import DQNAgent
-from records import TEST_TABLES, Run, RunError, read_arrays
+from records import TEST_TABLES, Run, RunError, read_arrays, stored_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,13 +348,12 @@ def run_all(
                 del deaths[outcome.job]
                 add(outcome)
         except _Died as death:
-            suspects = [job for job in under_way if job in deaths]
-            for job in suspects or now[:1]:
-                if job in deaths:
-                    deaths[job] += 1
-                    if len(now) == 1 and deaths[job] > 2:
-                        del deaths[job]
-                        add(Outcome(job, "failed", 0.0, str(death)))
+            left = [job for job in now if job in deaths]
+            for job in [job for job in left if job in under_way] or left[:1]:
+                deaths[job] += 1
+                if len(now) == 1 and deaths[job] > 2:
+                    del deaths[job]
+                    add(Outcome(job, "failed", 0.0, str(death)))
         except UserError as error:  # no cluster any more
             for job in list(deaths):
                 del deaths[job]
@@ -370,10 +368,9 @@ class _Died(Exception):
 def _side_by_side(
     jobs: list[Job], processes: int, cluster: str, under_way: list[Job]
 ) -> Iterator[Outcome]:
-    """The outcomes as they come; after ``_Died``, ``under_way`` has those that were running."""
+    """The outcomes as they come; after ``_Died``, ``under_way`` has those that were started."""
     by_folder = {str(job.folder): job for job in jobs}
-    sessions = {job: _sessions(job.folder) for job in jobs}
-    finished: set[Job] = set()
+    before = {job: stored_progress(job.folder) for job in jobs}
 
     def calls() -> Iterator[Any]:
         for job in jobs:
@@ -396,19 +393,9 @@ def _side_by_side(
                 return
             except Exception as problem:  # ``attempt`` catches whatever a job itself raises
                 if cluster:
-                    under_way += [job for job in jobs if _sessions(job.folder) > sessions[job]]
-                under_way[:] = [job for job in under_way if job not in finished]
+                    under_way += [j for j in jobs if stored_progress(j.folder)[1] > before[j][1]]
                 raise _Died(f"its process died ({_line(problem)})") from problem
-            finished.add(by_folder[folder])
             yield Outcome(by_folder[folder], state, seconds, error)
-
-
-def _sessions(folder: Path) -> int:
-    """How often the run in a folder was started or continued."""
-    try:
-        return len(json.loads((folder / "config.json").read_text(encoding="utf-8"))["sessions"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from config import Settings, UserError, episode_seed, from_command_line, reason
@@ -114,11 +115,8 @@ def main(settings: Settings) -> int:
         The exit status: 0, or 2 after a user's mistake, 1 when the system refuses a file, 130
         after Ctrl-C, 143 after SIGTERM; each with one line on stderr.
     """
-    previous = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
-    try:
+
+    def run_or_continue() -> int:
         threads = models.use_cpu(settings.THREADS)
         dataset = data.load(settings)
         data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
@@ -131,17 +129,39 @@ def main(settings: Settings) -> int:
                 train(DecentralizedLearning(settings, dataset), run)
             print(plot.summary(run.folder))
         return 0
+
+    return exit_status("main.py", run_or_continue, "what was finished is kept: mend this")
+
+
+def exit_status(program: str, work: Callable[[], int], advice: str) -> int:
+    """Does a command's work, ending it in order on Ctrl-C and SIGTERM; one line for what stops it.
+
+    Args:
+        program: its name, in front of the line.
+        work: returns the exit status if nothing stops it.
+        advice: to the user whose system refuses a file.
+
+    Returns:
+        The exit status, as ``main`` has it.
+    """
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    try:
+        return work()
     except UserError as error:
-        return _fail(str(error), 2)
+        message, status = str(error), 2
     except OSError as error:
-        message = f"{reason(error)}; what was finished is kept: mend this, and the same command"
-        return _fail(f"{message} continues", 1)
+        message, status = f"{reason(error)}; {advice}, and the same command continues", 1
     except KeyboardInterrupt as interrupt:
+        message = "interrupted; the same command continues"
         status = 143 if isinstance(interrupt, Terminated) else 130
-        return _fail("interrupted; the same command continues", status)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    sys.stderr.write(f"{program}: {message}\n")
+    return status
 
 
 class Terminated(KeyboardInterrupt):
@@ -150,11 +170,6 @@ class Terminated(KeyboardInterrupt):
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"main.py: {message}\n")
-    return status
 
 
 if __name__ == "__main__":

@@ -274,13 +274,16 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(texts, ""))
 
 
-def stored_state(folder: Path) -> str:
-    """State of a run as its folder tells it, whatever run it is; "" if there is none."""
+def stored_progress(folder: Path) -> tuple[str, int]:
+    """A run's state and number of sessions as its folder tells them, whatever run it is.
+
+    Without a run, or with a damaged one: "" and 0.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(config["state"])
+        return str(config["state"]), len(config["sessions"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return "", 0
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -38,19 +38,20 @@ def test_the_first_two_commands():
     assert found == [run, test]
 
 
-def test_every_command_line_is_understood():
-    lines = [c.partition("#")[0] for c in COMMANDS if c.startswith("python3 main.py")]
-    assert len(lines) >= 4
+@pytest.mark.parametrize(
+    ("script", "count", "parse", "stops"),
+    [
+        ("main.py", 4, config.from_command_line, "--help"),
+        ("compare.py", 6, compare.parse, "--list"),
+    ],
+)
+def test_every_command_line_is_understood(script, count, parse, stops):
+    lines = [c.partition("#")[0] for c in COMMANDS if c.startswith(f"python3 {script}")]
+    assert len(lines) >= count
     for line in lines:
         arguments = shlex.split(line)[2:]
-        if arguments != ["--help"]:
-            config.from_command_line(arguments)
-    lines = [c.partition("#")[0] for c in COMMANDS if c.startswith("python3 compare.py")]
-    assert len(lines) >= 6
-    for line in lines:
-        arguments = shlex.split(line)[2:]
-        if arguments != ["--list"]:
-            compare.parse(arguments)
+        if arguments != [stops]:
+            parse(arguments)
 
 
 def test_examples_run(tmp_path):
