@@ -73,12 +73,14 @@ def check(name: str, settings: Settings) -> None:
         raise ConfigError(f"--methods: got {name!r}, takes some of {', '.join(METHODS)}")
     if settings.NODES_PER_ROUND > 1 and not METHODS[name].several:
         raise ConfigError(
-            f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 with the method {name}"
+            f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 with the method {name}, "
+            "which --methods can leave out"
         )
     if name == "fixed_walk" and max(FIXED_WALK + FIXED_WALK_CYCLE) >= settings.NUM_NODES:
         raise ConfigError(
             f"NUM_NODES: got {settings.NUM_NODES}, takes at least "
-            f"{max(FIXED_WALK + FIXED_WALK_CYCLE) + 1} with the method {name}"
+            f"{max(FIXED_WALK + FIXED_WALK_CYCLE) + 1} with the method {name}, which --methods can "
+            "leave out"
         )
 
 

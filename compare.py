@@ -22,6 +22,7 @@ from typing import Any
 
 from config import (
     DATASET,
+    JOINED_LATER,
     ConfigError,
     Parser,
     Settings,
@@ -106,6 +107,7 @@ _PUBLIC = {
     "TARGET_UPDATE": 0,
     "DOUBLE_Q": False,
     "OBSERVATION": "broadcast",
+    "KEEP_MOMENTS": True,
 }
 
 COMPARISONS: dict[str, Comparison] = {
@@ -136,7 +138,7 @@ COMPARISONS: dict[str, Comparison] = {
         **_vary("OBSERVATION", "broadcast", "local", "last_node", "zeros"),
     ),
     "departures": Comparison(
-        "the public code's DQN, and each option that departs from it",
+        "the public code's settings, and each option that departs from them",
         ("hl", "random"),
         "option",
         {
@@ -145,6 +147,7 @@ COMPARISONS: dict[str, Comparison] = {
             "target-network": {**_PUBLIC, "TARGET_UPDATE": 5},
             "double-q": {**_PUBLIC, "TARGET_UPDATE": 5, "DOUBLE_Q": True},
             "local-observation": {**_PUBLIC, "OBSERVATION": "local"},
+            "fresh-moments": {**_PUBLIC, "KEEP_MOMENTS": False},
         },
     ),
 }
@@ -208,7 +211,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--jobs", type=_count, metavar="N", help=f"processes [{cores}, all cores]")
     add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
-    setting_flags(parser, _FLAGS, {"DATASET": f"{_default_dataset()!r}, or the agent's"})
+    add("--seed", help=argparse.SUPPRESS)  # main.py's, which users try here as well
+    datasets = "digits, mnist, fashion_mnist, auto, or a name of your own"
+    own = {
+        "DATASET": (datasets, f"{_default_dataset()}, or the agent's"),
+        "NAME": ("folder below RESULTS_DIR", "<comparison>-<dataset>"),
+    }
+    setting_flags(parser, _FLAGS, own)
     parsed = parser.parse_args(arguments)
     if parsed.list:
         print(_listing())
@@ -216,6 +225,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.what not in COMPARISONS:
         parser.error(f"comparison: got {parsed.what!r}, takes one of {', '.join(COMPARISONS)}")
     parsed.comparison = COMPARISONS[parsed.what]
+    if parsed.seed is not None:
+        parser.error(f"--seed: got {parsed.seed!r}, takes --seeds in a comparison")
     if parsed.agent and parsed.seeds:
         parser.error("--seeds: got it beside --agent, takes the agents' seeds then")
     if parsed.jobs and parsed.cluster:
@@ -263,7 +274,7 @@ def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:
         path = absolute(text) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            stored, seed = dict(config["settings"]), int(config["seed"])
+            stored, seed = JOINED_LATER | config["settings"], int(config["seed"])
             stored["DATASET"] = config["dataset"]["name"]
             checksums = dict(config["dataset"]["sha256"])
         except OSError as error:
@@ -369,7 +380,8 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
         pairs += [("dataset", there["dataset"]["name"], about["dataset"]["name"])]
         same_data = there["dataset"]["sha256"] == about["dataset"]["sha256"]
         pairs += [("the data", "other" if not same_data else "this", "this")]
-        pairs += [(k, there["settings"].get(k), v) for k, v in about["settings"].items()]
+        before = JOINED_LATER | there["settings"]
+        pairs += [(k, before.get(k), v) for k, v in about["settings"].items()]
     except FileNotFoundError:
         others = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
         if not others:
@@ -493,6 +505,8 @@ def compare(parsed: argparse.Namespace) -> int:
         try:
             if not is_finished(job):
                 waiting.append(job)
+            elif len(estimates.read_job(job.folder)["episodes"]) != job.test_episodes:
+                raise UserError(f"{job.folder}: episodes are missing; delete the job's folder")
         except UserError as error:
             damaged.append(Outcome(job, "failed", 0.0, str(error)))
     check_cluster(parsed.cluster)
@@ -557,19 +571,24 @@ def _run(
         f"started, {sum(not o.error for o in outcomes)} finished, {len(failed)} failed"
     )
     for outcome in failed:
-        print(f"failed: {outcome.job.folder}: {outcome.error}")
+        where = "" if str(outcome.job.folder) in outcome.error else f"{outcome.job.folder}: "
+        print(f"failed: {where}{outcome.error}")
     return 1 if failed else 0
+
+
+def _some(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _plan(
     parsed: argparse.Namespace, folder: Path, jobs: list[Job], waiting: list[Job], dataset: str
 ) -> str:
-    methods = len({job.method for job in jobs})
+    methods = _some(len({job.method for job in jobs}), "method")
     variants = len(parsed.comparison.variants)
     lines = [
-        f"{parsed.what} on {dataset}: {methods} methods x {len(parsed.seeds)} seeds"
+        f"{parsed.what} on {dataset}: {methods} x {_some(len(parsed.seeds), 'seed')}"
         f"{f' x {variants} values of {parsed.comparison.parameter}' if variants > 1 else ''}, "
-        f"{parsed.test_episodes} test episodes each: {len(jobs)} jobs, "
+        f"{_some(parsed.test_episodes, 'test episode')} each: {_some(len(jobs), 'job')}, "
         f"{len(waiting)} to do; results in {folder}"
     ]
     tested = len(parsed.seeds) * parsed.test_episodes
@@ -578,7 +597,8 @@ def _plan(
             f"standalone: {tested} test episodes do not weigh {parsed.settings.NUM_NODES} nodes "
             "alike"
         )
-    if parsed.what == "paper" and dataset == "digits":
+    whole = parsed.what == "paper" and set(parsed.methods) == set(_ALL) and not parsed.agent
+    if whole and dataset == "digits":
         lines.append(f"the full comparison on MNIST ({FULL}) takes about {FULL_HOURS} on 2 cores")
     return "\n".join(lines)
 

@@ -69,6 +69,8 @@ LEARNING_RATE = 0.001
 BATCH_SIZE = 32
 # passes over the shard in a round; an integer >= 1 (public code)
 LOCAL_EPOCHS = 1
+# a node's Adam keeps its moments from visit to visit of an episode; True or False (public code)
+KEEP_MOMENTS = True
 
 # --- Observation -----------------------------------------------------------------------------
 # what the DQN sees; one of broadcast, local, last_node, zeros (public code: broadcast)
@@ -120,6 +122,9 @@ PROJECT = Path(__file__).resolve().parent
 # Settings that say where things lie on one machine: they change no result, so they are neither
 # stored with the results nor compared when a run is continued.
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
+
+# Constants that results made before them do not name, each with the value that they were made with.
+JOINED_LATER = {"KEEP_MOMENTS": True}
 
 
 def absolute(text: str) -> Path:
@@ -245,6 +250,7 @@ class Settings:
     LEARNING_RATE: Annotated[float, _POSITIVE]
     BATCH_SIZE: Annotated[int, _COUNT]
     LOCAL_EPOCHS: Annotated[int, _COUNT]
+    KEEP_MOMENTS: Annotated[bool, _SWITCH]
     OBSERVATION: Annotated[str, Rule(str, choices=("broadcast", "local", "last_node", "zeros"))]
     PCA_COMPONENTS: Annotated[int, _COUNT_OR_NONE]
     HIDDEN_UNITS: Annotated[tuple[int, ...], Rule(tuple, low=1)]
@@ -325,7 +331,7 @@ def make_settings(**overrides: Any) -> Settings:
         ConfigError: an unknown name, here or among the overrides, or an invalid value.
     """
     constants = {k: v for k, v in globals().items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k)}
-    for name in ("PROJECT", "LOCATIONS", "RULES", "STREAMS"):
+    for name in ("PROJECT", "LOCATIONS", "JOINED_LATER", "RULES", "STREAMS"):
         constants.pop(name)
     for name in [*constants, *overrides]:
         if name not in RULES:
@@ -416,14 +422,14 @@ def _value(text: str) -> Any:
 def setting_flags(
     parser: argparse.ArgumentParser,
     flags: dict[str, str],
-    defaults_of: dict[str, str] | None = None,
+    own: dict[str, tuple[str, str]] | None = None,
 ) -> None:
     """Adds flags for settings to a parser, ``--set`` for all of them, and their list to its help.
 
     Args:
         parser: its ``parse_args`` result is for ``overrides``.
         flags: each flag with the name of its constant.
-        defaults_of: what the help calls the default of a constant, if it is not config.py's.
+        own: a constant's meaning and its default in the flags' help, where config.py's do not hold.
 
     Raises:
         SystemExit: with status 2 after one line on stderr if a constant is wrong.
@@ -440,8 +446,9 @@ def setting_flags(
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
-        default = (defaults_of or {}).get(name, repr(getattr(defaults, name)))
-        text = f"{meanings.get(name, '')} [default: {default}]"
+        of_config = meanings.get(name, ""), repr(getattr(defaults, name))
+        meaning, default = (own or {}).get(name, of_config)
+        text = f"{meaning} [default: {default}]"
         parser.add_argument(*names, dest=name, metavar="VALUE", help=text.replace("%", "%%"))
     parser.add_argument(
         "--set",

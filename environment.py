@@ -119,8 +119,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     first node), ``communication_cost`` (sum of the episode's distances), ``reward``,
     ``goal_reached`` and ``diverged`` (some weight is not finite).
 
-    Adam's moments belong to the node and are kept within an episode (public code). A node is a
-    shard, a weight vector and these moments; no node has a Keras model of its own.
+    Adam's moments belong to the node and are kept within an episode (public code), or start anew at
+    each visit without KEEP_MOMENTS (ours). A node is a shard, a weight vector and these moments; no
+    node has a Keras model of its own.
 
     Args:
         settings: by default those of config.py.
@@ -266,7 +267,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
         """The weights after LOCAL_EPOCHS on the node's shard; keeps the node's Adam moments."""
         shard = self.shards[node]
-        moments = self._moments.get(node) or Moments.fresh(self.foundation.network.size)
+        kept = self._moments.get(node) if self.settings.KEEP_MOMENTS else None
+        moments = kept or Moments.fresh(self.foundation.network.size)
         for _ in range(self.settings.LOCAL_EPOCHS):
             order = shard[self._shuffling.permutation(len(shard))]
             weights, moments = self.foundation.train_epoch(weights, moments, tf.constant(order))

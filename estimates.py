@@ -76,24 +76,28 @@ QUANTITIES = (
 def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
     """The tables of a comparison: ``jobs``, and ``episodes`` and ``rounds`` of all finished jobs.
 
-    The latter two have a column ``variant`` in front.
+    The latter two have a column ``variant`` at the end. A finished job whose tables are damaged has
+    failed in ``jobs``, with the reason as its error.
 
     Raises:
         UserError: a file is missing or not what compare.py writes, or no job is finished.
     """
     jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
-    finished = jobs[jobs["state"] == "finished"]
-    if finished.empty:
-        raise UserError(f"{folder}: no job is finished")
-    tables = {"jobs": jobs}
     if jobs["comparison"].nunique() > 1:
         raise UserError(f"{folder / 'jobs.csv'}: is of several comparisons")
-    for name, columns in (("episodes", TEST_EPISODE_COLUMNS), ("rounds", TEST_ROUND_COLUMNS)):
-        parts = []
-        for job in finished.itertuples():
-            part = read_table(folder / job.folder / f"{name}.csv", columns)
-            parts.append(part.assign(variant=job.variant))
-        tables[name] = pd.concat(parts, ignore_index=True)
+    parts: dict[str, list[pd.DataFrame]] = {"episodes": [], "rounds": []}
+    for row, job in jobs[jobs["state"] == "finished"].iterrows():
+        try:
+            of_job = read_job(folder / job["folder"])
+        except UserError as error:
+            jobs.loc[row, ["state", "error"]] = "failed", str(error)
+            continue
+        for name, table in of_job.items():
+            parts[name].append(table.assign(variant=job["variant"]))
+    if not parts["episodes"]:
+        raise UserError(f"{folder}: no job is finished")
+    tables = {"jobs": jobs}
+    tables |= {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
     counts = tables["episodes"].groupby(["variant", "method", "seed"]).size()
     if counts.nunique() > 1:
         raise UserError(
@@ -104,6 +108,24 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
         if (tables["episodes"].groupby("variant")[column].nunique() > 1).any():
             raise UserError(f"{folder}: jobs with several values of {column} can't be compared")
     return tables
+
+
+def read_job(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables ``episodes`` and ``rounds`` of a finished job.
+
+    Raises:
+        UserError: one is missing, not what compare.py writes, or the two do not fit each other.
+    """
+    advice = "delete the job's folder, and the same command makes it again"
+    try:
+        episodes = read_table(folder / "episodes.csv", TEST_EPISODE_COLUMNS)
+        rounds = read_table(folder / "rounds.csv", TEST_ROUND_COLUMNS)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    counted = rounds.groupby("episode").size().to_dict()
+    if episodes.empty or episodes.set_index("episode")["rounds"].to_dict() != counted:
+        raise UserError(f"{folder}: the tables are damaged; {advice}")
+    return {"episodes": episodes, "rounds": rounds}
 
 
 def matrix(episodes: pd.DataFrame, column: str) -> np.ndarray:
@@ -302,7 +324,7 @@ def report(folder: Path) -> str:
         UserError: one of them is missing or something else.
     """
     table = read_table(folder / "estimates.csv", ESTIMATE_COLUMNS)
-    jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
+    jobs = read_comparison(folder)["jobs"]
     cells = table.set_index(["variant", "method", "quantity"])
     groups = list(dict.fromkeys(zip(table["variant"], table["method"], strict=True)))
     varied = table["parameter"].iloc[0]
@@ -355,7 +377,7 @@ def report(folder: Path) -> str:
     )
     if table["comparison"].iloc[0] == "paper":
         published = [f"+{PUBLISHED[c]:.1%}" for c in ("rounds", "communication_cost")]
-        lines.append(f"| *published, HL* |  | {' | '.join(published)} |  |  |")
+        lines.append(f"| *published, HL (MNIST)* |  | {' | '.join(published)} |  |  |")
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Trainings after which the DQN's own training is paid back:", ""]
         lines += rows(
@@ -378,8 +400,8 @@ def _sizes(folder: Path, table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
         diverged += f" and {int(training['diverged'].sum())} of training"
     counts = {name: states.get(name, 0) for name in ("finished", "waiting", "failed")}
     return [
-        "Means over all test episodes, in brackets their 95 % intervals; an episode that missed "
-        "the goal counts with the limit of rounds.",
+        "Means over all test episodes, in brackets their 95 % intervals (none with one seed); an "
+        "episode that missed the goal counts with the limit of rounds.",
         f"Jobs: {len(jobs)}, {', '.join(f'{n} {name}' for name, n in counts.items())}"
         + "".join(f"; {row.folder} failed: {row.error}" for row in failed.itertuples())
         + f"; {diverged} diverged.",

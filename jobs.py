@@ -147,6 +147,11 @@ def run_job(job: Job) -> None:
     Raises:
         UserError, OSError: see ``data``, ``environment`` and ``records``.
     """
+    if job.method not in METHODS:
+        raise UserError(
+            f"{job.folder}: this process does not know the method {job.method}; what a script adds "
+            "to baselines.METHODS runs with --jobs 1"
+        )
     method = METHODS[job.method]
     settings = method.settings(job.settings)
     environment = _environment(settings)

@@ -34,7 +34,8 @@ WINDOW = 20
 
 _COLUMNS = {"episodes": EPISODE_COLUMNS, "rounds": ROUND_COLUMNS, "shards": SHARD_COLUMNS}
 
-# Episodes that an interval needs: with fewer it would be wider than what can happen at all.
+# Episodes or seeds that an interval by Student's t needs: with fewer it would be wider than what
+# can happen at all.
 _FEWEST = 5
 
 # Episodes that stand for the random policy: epsilon is 0.83 or more in the first ten.
@@ -345,7 +346,8 @@ def _range(counts: pd.Series) -> str:
 def _size(estimates_table: pd.DataFrame) -> str:
     """On how many seeds and episodes the estimates rest."""
     rows = estimates_table[estimates_table["quantity"].isin(["rounds", "rounds_reduction"])]
-    return f"{_range(rows['seeds'])} seeds x {_range(rows['episodes'] // rows['seeds'])} episodes"
+    seeds, episodes = _range(rows["seeds"]), _range(rows["episodes"] // rows["seeds"])
+    return f"{seeds} seed{'s' * (seeds != '1')} x {episodes} episode{'s' * (episodes != '1')}"
 
 
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -378,10 +380,22 @@ def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
             rows["mean"], y - 0.08, xerr=_errors(rows), fmt="D", ms=4, color="black", capsize=2.5
         )
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
+        # FedAvg's cost is many times the others': cut off, and said so.
+        highest = rows["high"].fillna(rows["mean"])
+        shown = rows.index[rows["mean"] <= 3 * rows["mean"].nlargest(2).iloc[-1]]
+        right = max(highest[shown].max(), seeds[shown].max(), 1e-3) * 1.06
+        for place, value in enumerate(rows["mean"]):
+            if value > right:
+                text = f"{value:.1f} →"
+                axis.text(right, place, text, ha="right", va="center", fontsize=8)
+        # A little room, for what is at 0 or at the end shall be seen whole.
+        axis.set_xlim(-0.03 * right, right if column != "goal_reached" else 1.06)
     axes[0].set_yticks(y, [METHODS[name].title for name in names])
     axes[0].invert_yaxis()
-    axes[0].axvline(episodes["max_rounds"].iloc[0], color="0.5", lw=0.8, ls=":")
+    limit = episodes["max_rounds"].iloc[0]
+    axes[0].axvline(limit, color="0.5", lw=0.8, ls=":")
+    axes[0].set(xlim=(None, max(axes[0].get_xlim()[1], 1.06 * limit)), ylim=(None, -0.9))
+    axes[0].text(0.98 * limit, -0.6, f"limit, {limit} rounds", ha="right", fontsize=7)
     _title(figure, f"Methods ({_size(table)}; seeds: grey; mean, 95 % interval: black)", tables)
     return figure
 
@@ -420,7 +434,9 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("round")
     size = _size(tables["estimates"])
-    _title(figure, f"Accuracy by round ({size}), 95 % band; grey line: random", tables)
+    _title(figure, f"Accuracy by round ({size}; mean, 95 % band)", tables)
+    random = "grey line: random; " * ("random" in curves)
+    figure.supxlabel(f"{random}an episode that has ended holds its last accuracy", fontsize=8)
     return figure
 
 
@@ -478,6 +494,7 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     styles = [("-", "--", ":", "-.")[place % 4] for place in range(len(variants))]
     colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
+    banded = False
     for axis, (column, label) in zip(
         axes,
         (
@@ -494,11 +511,13 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
             if len(variants) == 1:
                 axis.plot(smooth.index, smooth, color="0.75", lw=0.7)
                 axis.plot([], [], color="0.75", lw=0.7, label="one seed")
-            if smooth.shape[1] > 1:
+            if smooth.shape[1] >= _FEWEST:
                 half = stats.t.ppf(0.975, smooth.shape[1] - 1) * smooth.sem(axis=1)
-                axis.fill_between(
-                    smooth.index, middle - half, middle + half, color=color, alpha=0.15, lw=0
-                )
+                low, high = (middle - half).clip(lower=0), middle + half
+                if column == "rounds":
+                    high = high.clip(upper=tables["episodes"]["max_rounds"].max())
+                axis.fill_between(smooth.index, low, high, color=color, alpha=0.15, lw=0)
+                banded = True
             axis.plot(
                 smooth.index, middle, style, color=color, lw=1.8, label=variant or "mean of seeds"
             )
@@ -510,10 +529,11 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[-1].set_xlabel(f"episode of training (means of {window}, with 95 % band)")
+    band = ", with 95 % band" * banded
+    axes[-1].set_xlabel(f"episode of training (means of {window}{band})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds = training.groupby("variant")["seed"].nunique()
-    _title(figure, f"DQN training, {_range(seeds)} seeds", tables)
+    _title(figure, f"DQN training, {_range(seeds)} seed{'s' * int(seeds.max() > 1)}", tables)
     return figure
 
 
@@ -521,6 +541,10 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
     """Rounds, cost and success by the value of what the comparison varies, a line per method."""
     table = tables["estimates"]
     variants = list(dict.fromkeys(table["variant"]))
+    # Between values without an order a line would mean nothing.
+    unordered = table["parameter"].iloc[0] in ("STARTER_NODE", "DISTANCE_SEED") or not all(
+        _is_number(variant) for variant in variants
+    )
     figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.0), sharex=True)
     panels = (
         ("rounds", "rounds to the goal\n(or the limit)"),
@@ -540,7 +564,7 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
                 x,
                 rows["mean"],
                 yerr=_errors(rows),
-                fmt=f"-{marker}",
+                fmt=marker if unordered else f"-{marker}",
                 ms=4,
                 lw=1,
                 color=color,
@@ -559,6 +583,14 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Draws the runs and comparisons named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -567,6 +599,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="+", type=Path, help="results/<name>")
     try:
         for folder in parser.parse_args(arguments).folder:
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder, takes results/<name>")
+            for parent in folder.absolute().parents[:2]:
+                if (parent / "jobs.csv").exists() and not folder.name.startswith("training-"):
+                    raise UserError(f"{folder}: part of a comparison, takes the whole: {parent}")
             if (folder / "jobs.csv").exists():
                 draw_comparison(folder)
                 print(estimates.report(folder))

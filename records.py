@@ -31,7 +31,7 @@ import filelock
 import numpy as np
 import pandas as pd
 
-from config import PROJECT, Settings, UserError, reason
+from config import JOINED_LATER, PROJECT, Settings, UserError, reason
 from data import Dataset, warn
 
 ROUND_COLUMNS = (
@@ -458,7 +458,7 @@ class Run:
         return config
 
     def _compare(self, config: dict[str, Any]) -> None:
-        stored, present = config["settings"], self.settings.stored()
+        stored, present = JOINED_LATER | config["settings"], self.settings.stored()
         differing = [
             f"{name} = {stored.get(name)!r} there, {present.get(name)!r} now"
             for name in dict.fromkeys([*present, *stored])

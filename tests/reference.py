@@ -24,8 +24,12 @@ def foundation_model():
             layers.Dense(10, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.001), "categorical_crossentropy", metrics=["accuracy"])
+    compile_model(model)
     return model
+
+
+def compile_model(model):
+    model.compile(keras.optimizers.Adam(0.001), "categorical_crossentropy", metrics=["accuracy"])
 
 
 def flat(weights):
@@ -36,10 +40,19 @@ class Reference:
     """One episode; ``round`` is the paper's round, the starter's included."""
 
     def __init__(
-        self, data, initial_weights, orders, nodes=10, main=400, rest=100, local=False, epochs=1
+        self,
+        data,
+        initial_weights,
+        orders,
+        nodes=10,
+        main=400,
+        rest=100,
+        local=False,
+        epochs=1,
+        keep_moments=True,
     ):
         (x_train, y_train), (x_test, y_test) = data
-        self.local, self.epochs = local, epochs
+        self.local, self.epochs, self.keep_moments = local, epochs, keep_moments
         self.orders = orders  # yields the order of a shard's images, an epoch at a time
         self.x_test = x_test.astype("float32")[..., None] / 255
         self.y_test = keras.utils.to_categorical(y_test, 10)
@@ -79,6 +92,8 @@ class Reference:
         self.rounds += 1
         for n in chosen:
             x, y = self.shards[n]
+            if not self.keep_moments:
+                compile_model(self.models[n])
             for _ in range(self.epochs):
                 order = next(self.orders)
                 self.models[n].fit(

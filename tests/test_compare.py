@@ -25,7 +25,7 @@ import jobs
 import main
 import models
 import plot
-from config import episode_seed, make_settings, stream
+from config import JOINED_LATER, episode_seed, make_settings, stream
 from environment import DecentralizedLearning, distance_matrix
 from node import DQNAgent
 from records import read_arrays
@@ -329,13 +329,37 @@ def test_one_failing_job_stops_no_other(finished, tmp_path, monkeypatch, capsys)
 def test_a_damaged_job_stops_no_other(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "paper-digits")
     (folder / "stay-seed0" / "config.json").write_text("{broken")
+    (folder / "random-seed0" / "rounds.csv").unlink()
+    torn = folder / "random-seed1" / "episodes.csv"
+    torn.write_text("".join(torn.read_text().splitlines(keepends=True)[:-1]))
     assert start(tmp_path, "--seeds", "1", methods="stay,random,nearest") == 1
     out = capsys.readouterr().out
-    assert "jobs: 1 finished before, 1 started, 1 finished, 1 failed" in out
-    assert f"failed: {folder / 'stay-seed0'}: {folder / 'stay-seed0' / 'config.json'}: dam" in out
+    assert "jobs: 0 finished before, 1 started, 1 finished, 2 failed" in out
+    assert f"failed: {folder / 'stay-seed0' / 'config.json'}: damaged" in out
+    missing = folder / "random-seed0" / "rounds.csv"
+    assert f"failed: {missing}: can't be read (No such file" in out
     table = pd.read_csv(folder / "jobs.csv", index_col="folder")
-    assert table.loc["stay-seed0", "state"] == "failed"
+    assert table.loc[["stay-seed0", "random-seed0"], "state"].tolist() == ["failed", "failed"]
     assert table.loc["nearest-seed0", "state"] == "finished"
+    # Of those that were not asked for, the report counts and names what is damaged.
+    assert "random-seed1: the tables are damaged; delete the job's folder" in out
+    shutil.rmtree(folder / "random-seed0")
+    assert start(tmp_path, "--seeds", "1", methods="random") == 0
+    assert tables(folder)["random-seed0"] == tables(finished)["random-seed0"]
+
+
+def test_results_from_before_a_constant_joined(finished, tmp_path, capsys):
+    """They are what its first value gives, and nothing else."""
+    folder = shutil.copytree(finished, tmp_path / "paper-digits")
+    for path in [folder / "comparison.json", *folder.glob("*/config.json")]:
+        stored = json.loads(path.read_text())
+        for name in JOINED_LATER:
+            del stored["settings"][name]
+        path.write_text(json.dumps(stored))
+    assert start(tmp_path, "--seeds", "1") == 0
+    assert "0 to do" in capsys.readouterr().out
+    assert start(tmp_path, "--seeds", "1", KEEP_MOMENTS=False) == 2
+    assert "(KEEP_MOMENTS = True there, False now)" in capsys.readouterr().err
 
 
 def test_a_worker_ends_with_its_parent(monkeypatch):
@@ -415,6 +439,7 @@ def test_several_nodes_per_round(tmp_path):
         (["--seeds", "0"], "argument --seeds: got '0', takes a number of seeds"),
         (["--test-episodes", "0"], "argument --test-episodes: got '0', takes an integer >= 1"),
         (["--jobs", "-1"], "argument --jobs: got '-1', takes an integer >= 1"),
+        (["--seed", "3"], "--seed: got '3', takes --seeds in a comparison"),
         (["--set", "SEED=3"], "SEED: got it with --set, takes --seeds in a comparison"),
         (["--set", "MAX_ROUNDS=1"], "MAX_ROUNDS: got 1, takes an integer >= 2"),
         (["--agent", "results/none"], "takes the folder of a run"),

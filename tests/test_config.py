@@ -25,6 +25,7 @@ def test_defaults_are_the_public_codes():
     assert (s.HIDDEN_UNITS, s.Q_LEARNING_RATE, s.DISCOUNT) == ((500, 200), 1e-3, 0.9)
     assert (s.REPLAY_CAPACITY, s.REPLAY_SAMPLE, s.Q_BATCH_SIZE) == (50_000, 128, 16)
     assert (s.NORMALIZE_TARGETS, s.UPDATES_PER_EPISODE) == (True, 1)
+    assert s.KEEP_MOMENTS is True
     assert (s.TARGET_UPDATE, s.DOUBLE_Q) == (0, False)
     assert (s.EPSILON, s.EPSILON_DECAY) == (1.0, 0.02)
 

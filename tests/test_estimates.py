@@ -205,7 +205,7 @@ def test_report(tmp_path):
         "| method | seeds x episodes | rounds | rounds, interquartile mean |"
     )
     assert lines[2].startswith("| hl | 2 x 2 | 20.0 [")
-    assert "| *published, HL* |  | +50.8% | +74.6% |  |  |" in lines
+    assert "| *published, HL (MNIST)* |  | +50.8% | +74.6% |  |  |" in lines
     assert any(line.startswith("| hl | 2 x 2 | 6 [") for line in lines)
     assert any("; 0 test episodes and 0 of training diverged." in line for line in lines)
 

@@ -193,7 +193,7 @@ def test_a_single_episode_can_be_drawn(tmp_path):
 def test_missing_and_foreign_files_are_named(tmp_path):
     done = run(tmp_path / "nowhere", script="plot.py")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "nowhere/episodes.csv" in done.stderr
+    assert "nowhere: no such folder" in done.stderr
     folder = make_run(tmp_path / "x")
     shutil.copy(folder / "episodes.csv", folder / "rounds.csv")
     (folder / "rounds.csv").write_text("a,b\n1,2\n")
@@ -262,16 +262,31 @@ def test_accuracy_stays_where_an_episode_ended():
     np.testing.assert_allclose(high, [0.3, 0.8, 0.8, 0.8])
 
 
-def test_learning_curve_and_its_band(drawn):
+def test_learning_curve(drawn):
     rounds, cost = drawn["training"].axes
     # Windows of two episodes of 30, 29, ..., 25 rounds; both seeds alike.
     mean = next(line for line in rounds.lines if line.get_label() == "mean of seeds")
     np.testing.assert_allclose(mean.get_ydata()[1:], [29.5, 28.5, 27.5, 26.5, 25.5])
-    # Costs of 1 and 2: 1.5, and 12.706 times the standard error of 0.5.
-    band = cost.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((1.5 - 6.353, 1.5 + 6.353), abs=1e-3)
     (random,) = (line for line in rounds.lines if line.get_label() == "random")
     assert random.get_ydata()[0] == pytest.approx(172 / 6)
+    # Two seeds are too few for a band.
+    assert not cost.collections
+    assert "band" not in cost.get_xlabel()
+
+
+def test_band_of_the_learning_curve(tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: figures.update({p.name: draw(t)}))
+    values = {"hl": {seed: [(10, 0.2), (20, 0.4)] for seed in range(5)}}
+    training = {seed: [(30, 5.0 * (seed == 4))] * 6 for seed in range(5)}
+    write_comparison(tmp_path, values, training=training)
+    plot.draw_comparison(tmp_path)
+    cost = figures["training"].axes[1]
+    # Four costs of 0 and one of 5: 1, and 2.776 times the standard error of 1, not below 0.
+    band = cost.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0, 3.776), abs=1e-3)
+    assert "with 95 % band" in cost.get_xlabel()
+    plt.close("all")
 
 
 def test_a_figure_of_variants(tmp_path, monkeypatch):

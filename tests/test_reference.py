@@ -49,6 +49,7 @@ def compare(settings, dataset, walk, seed, skipped=0):
         rest=settings.SAMPLES_PER_NODE - main,
         local=settings.OBSERVATION == "local",
         epochs=settings.LOCAL_EPOCHS,
+        keep_moments=settings.KEEP_MOMENTS,
     )
     images = 1 / len(dataset.y_test)
     done = False
@@ -86,6 +87,10 @@ def test_the_last_round_is_the_same(few):
     info = compare(small_settings(MAX_ROUNDS=36), few, [1, 2], seed=9, skipped=33)
     assert info["round"] == 36
     assert not info["goal_reached"]
+
+
+def test_moments_that_start_anew_at_each_visit(few):
+    compare(small_settings(KEEP_MOMENTS=False), few, [0, 1], seed=6)
 
 
 @pytest.mark.parametrize("observation", ["broadcast", "local"])
