@@ -43,9 +43,12 @@ _AGENTS_OWN = {
     "NUM_NODES",
     "OBSERVATION",
     "PCA_COMPONENTS",
+    "PCA_SIGNS",
     "HIDDEN_UNITS",
+    "Q_NETWORKS",
     "Q_LEARNING_RATE",
     "DISCOUNT",
+    "N_STEP",
     "REPLAY_CAPACITY",
     "REPLAY_SAMPLE",
     "Q_BATCH_SIZE",
@@ -55,6 +58,7 @@ _AGENTS_OWN = {
     "DOUBLE_Q",
     "EPSILON",
     "EPSILON_DECAY",
+    "EXPLORATION_REPEAT",
 }
 
 # Enough to see how it goes within minutes on the bundled digits.
@@ -107,7 +111,11 @@ _PUBLIC = {
     "TARGET_UPDATE": 0,
     "DOUBLE_Q": False,
     "OBSERVATION": "broadcast",
+    "PCA_SIGNS": "loading",
     "KEEP_MOMENTS": True,
+    "Q_NETWORKS": 1,
+    "N_STEP": 1,
+    "EXPLORATION_REPEAT": 0.0,
 }
 
 COMPARISONS: dict[str, Comparison] = {
@@ -135,7 +143,7 @@ COMPARISONS: dict[str, Comparison] = {
     "observation": Comparison(
         "what the DQN sees: does it use the weights at all?",
         ("hl", "random"),
-        **_vary("OBSERVATION", "broadcast", "local", "last_node", "zeros"),
+        **_vary("OBSERVATION", "broadcast", "local", "both", "last_node", "zeros"),
     ),
     "departures": Comparison(
         "the public code's settings, and each option that departs from them",
@@ -147,7 +155,11 @@ COMPARISONS: dict[str, Comparison] = {
             "target-network": {**_PUBLIC, "TARGET_UPDATE": 5},
             "double-q": {**_PUBLIC, "TARGET_UPDATE": 5, "DOUBLE_Q": True},
             "local-observation": {**_PUBLIC, "OBSERVATION": "local"},
+            "holder-signs": {**_PUBLIC, "PCA_SIGNS": "holder"},
             "fresh-moments": {**_PUBLIC, "KEEP_MOMENTS": False},
+            "five-networks": {**_PUBLIC, "Q_NETWORKS": 5},
+            "five-steps": {**_PUBLIC, "N_STEP": 5},
+            "repeating-exploration": {**_PUBLIC, "EXPLORATION_REPEAT": 0.6},
         },
     ),
 }

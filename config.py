@@ -73,18 +73,24 @@ LOCAL_EPOCHS = 1
 KEEP_MOMENTS = True
 
 # --- Observation -----------------------------------------------------------------------------
-# what the DQN sees; one of broadcast, local, last_node, zeros (public code: broadcast)
+# what the DQN sees; one of broadcast, local, both, last_node, zeros (public code: broadcast)
 OBSERVATION = "broadcast"
 # components kept, 0 for NUM_NODES; an integer >= 0, up to NUM_NODES (public code)
 PCA_COMPONENTS = 0
+# sign of a component, scikit-learn's rule or ours; one of loading, holder (public code: loading)
+PCA_SIGNS = "loading"
 
 # --- DQN -------------------------------------------------------------------------------------
 # units of the Q-network's hidden layers; a tuple of integers >= 1 (public code)
 HIDDEN_UNITS = (500, 200)
+# Q-networks that learn the same targets, and whose mean decides; an integer >= 1 (public code: 1)
+Q_NETWORKS = 1
 # Adam's, in the Q-network's training; a number > 0 (public code)
 Q_LEARNING_RATE = 0.001
 # gamma, weight of the next state's value; a number in [0, 1] (public code)
 DISCOUNT = 0.9
+# rewards summed before the next state's value, 0 for all; an integer >= 0 (public code: 1)
+N_STEP = 1
 # transitions that the replay memory holds; an integer >= 1 (public code)
 REPLAY_CAPACITY = 50_000
 # transitions drawn for an update, training waits for them; an integer >= 1 (public code)
@@ -105,6 +111,8 @@ DOUBLE_Q = False
 EPSILON = 1.0
 # epsilon is multiplied by exp(-EPSILON_DECAY) per episode; a number >= 0 (public code)
 EPSILON_DECAY = 0.02
+# probability that a random action repeats the last one; a number in [0, 1] (public code: 0)
+EXPLORATION_REPEAT = 0.0
 
 # --- Run -------------------------------------------------------------------------------------
 # the one seed of everything random but the distances; an integer >= 0 (ours)
@@ -124,7 +132,13 @@ PROJECT = Path(__file__).resolve().parent
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
 
 # Constants that results made before them do not name, each with the value that they were made with.
-JOINED_LATER = {"KEEP_MOMENTS": True}
+JOINED_LATER = {
+    "KEEP_MOMENTS": True,
+    "PCA_SIGNS": "loading",
+    "Q_NETWORKS": 1,
+    "N_STEP": 1,
+    "EXPLORATION_REPEAT": 0.0,
+}
 
 
 def absolute(text: str) -> Path:
@@ -251,11 +265,16 @@ class Settings:
     BATCH_SIZE: Annotated[int, _COUNT]
     LOCAL_EPOCHS: Annotated[int, _COUNT]
     KEEP_MOMENTS: Annotated[bool, _SWITCH]
-    OBSERVATION: Annotated[str, Rule(str, choices=("broadcast", "local", "last_node", "zeros"))]
+    OBSERVATION: Annotated[
+        str, Rule(str, choices=("broadcast", "local", "both", "last_node", "zeros"))
+    ]
     PCA_COMPONENTS: Annotated[int, _COUNT_OR_NONE]
+    PCA_SIGNS: Annotated[str, Rule(str, choices=("loading", "holder"))]
     HIDDEN_UNITS: Annotated[tuple[int, ...], Rule(tuple, low=1)]
+    Q_NETWORKS: Annotated[int, _COUNT]
     Q_LEARNING_RATE: Annotated[float, _POSITIVE]
     DISCOUNT: Annotated[float, _SHARE]
+    N_STEP: Annotated[int, _COUNT_OR_NONE]
     REPLAY_CAPACITY: Annotated[int, _COUNT]
     REPLAY_SAMPLE: Annotated[int, _COUNT]
     Q_BATCH_SIZE: Annotated[int, _COUNT]
@@ -265,6 +284,7 @@ class Settings:
     DOUBLE_Q: Annotated[bool, _SWITCH]
     EPSILON: Annotated[float, _SHARE]
     EPSILON_DECAY: Annotated[float, _NOT_NEGATIVE]
+    EXPLORATION_REPEAT: Annotated[float, _SHARE]
     SEED: Annotated[int, _COUNT_OR_NONE]
     # Not "." or "..": the name is a folder inside RESULTS_DIR and must stay there.
     NAME: Annotated[
@@ -306,6 +326,11 @@ class Settings:
     def components(self) -> int:
         """PCA components of the observation: PCA_COMPONENTS, or NUM_NODES where that is 0."""
         return self.PCA_COMPONENTS or self.NUM_NODES
+
+    @property
+    def sees_weights(self) -> bool:
+        """Whether the observation is made of the nodes' weights."""
+        return self.OBSERVATION in ("broadcast", "local", "both")
 
     @property
     def results_dir(self) -> Path:

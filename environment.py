@@ -37,7 +37,9 @@ def reward(accuracy: float, distance: float, settings: Settings) -> float:
     return progress - distance - settings.STEP_PENALTY
 
 
-def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
+def pca_scores(
+    models: np.ndarray, owners: np.ndarray, components: int, holder: int | None = None
+) -> np.ndarray:
     """The PCA scores of all nodes' weights, as scikit-learn's full PCA gives them.
 
     Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
@@ -50,10 +52,12 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
         models: (M, P) float, the distinct weight vectors.
         owners: (N,) int in [0, M), which of them each node has; each is had by some node.
         components: C, how many components to keep.
+        holder: the node whose scores shall not be negative.
 
     Returns:
-        (N, C) float32. A component's sign is such that its loading of greatest magnitude is
-        positive, which is scikit-learn's rule since 1.5. All 0 if a weight is not finite.
+        (N, C) float32. A component's sign is such that the holder's score is not negative (ours);
+        without a holder such that its loading of greatest magnitude is positive, which is
+        scikit-learn's rule since 1.5. All 0 if a weight is not finite.
     """
     scores = np.zeros((len(owners), components), np.float32)
     if not np.isfinite(models).all():
@@ -73,6 +77,8 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     signs = np.where(loadings.max(axis=1) >= -loadings.min(axis=1), 1.0, -1.0)
     # Row m of the left singular vectors times the singular values, freed of the row's factor.
     rows = signs * np.sqrt(squares) * vectors / roots[:, None]
+    if holder is not None:
+        rows *= np.where(rows[owners[holder]] < 0, -1.0, 1.0)
     scores[:, : len(squares)] = rows[owners]
     return scores
 
@@ -107,8 +113,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Observations: (N * C,) float32, the first C PCA scores of every node's weights, node by node.
     ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the
     nodes just before that, so only the nodes that trained differ. ``local`` (what the paper's
-    figures show): each node keeps the model that it last trained itself. To tell what the weights
-    are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
+    figures show): each node keeps the model that it last trained itself. ``both`` (ours), of shape
+    (2 * N * C,): the former and then the latter. A component's sign has no meaning: by
+    scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS = ``holder``
+    (ours) the node that trained last never has a negative score. To tell what the weights are
+    worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
     last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
@@ -158,8 +167,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         # Scores have no bound of their own; infinite ones are what Gymnasium warns of.
         greatest = np.finfo(np.float32).max
-        with_weights = self.settings.OBSERVATION in ("broadcast", "local")
-        size = n * self.settings.components if with_weights else n
+        size = n * self.settings.components if self.settings.sees_weights else n
+        size *= 2 if self.settings.OBSERVATION == "both" else 1
         self.observation_space = spaces.Box(-greatest, greatest, (size,), np.float32)
         self._over = True
 
@@ -245,13 +254,15 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
         self._over = terminated or truncated
 
-        if settings.OBSERVATION in ("last_node", "zeros"):
-            observation = np.zeros(settings.NUM_NODES, np.float32)
-            observation[nodes] = settings.OBSERVATION == "last_node"
-        elif settings.OBSERVATION == "local":
-            observation = self._observe(self._own, self._initial)
-        else:
-            observation = self._observe(dict(zip(nodes, trained, strict=True)), received)
+        seen = []
+        if settings.OBSERVATION in ("broadcast", "both"):
+            seen.append(self._observe(dict(zip(nodes, trained, strict=True)), received))
+        if settings.OBSERVATION in ("local", "both"):
+            seen.append(self._observe(self._own, self._initial))
+        if not settings.sees_weights:
+            seen.append(np.zeros(settings.NUM_NODES, np.float32))
+            seen[0][nodes] = settings.OBSERVATION == "last_node"
+        observation = np.concatenate(seen)
         info = {
             "round": self._round,
             "node": nodes[0] if len(nodes) == 1 else nodes,
@@ -283,7 +294,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
-        return pca_scores(np.stack(models), owners, self.settings.components).ravel()
+        holder = self._holder if self.settings.PCA_SIGNS == "holder" else None
+        return pca_scores(np.stack(models), owners, self.settings.components, holder).ravel()
 
 
 gymnasium.register(id="HomogeneousLearning-v0", entry_point="environment:DecentralizedLearning")

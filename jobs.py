@@ -205,7 +205,7 @@ def _test_episode(
         done = terminated or truncated
     # What seeing all nodes' weights takes, taken literally: each new model is sent to all others,
     # the next node among them.
-    sees_weights = job.method == "hl" and settings.OBSERVATION in ("broadcast", "local")
+    sees_weights = job.method == "hl" and settings.sees_weights
     run.record_test_episode(
         job.method,
         episode,

@@ -65,12 +65,21 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     )
 
 
-def q_network(inputs: int, hidden: tuple[int, ...], actions: int) -> keras.Model:
-    """The DQN's network: dense ReLU layers, then one linear Q value per action (public code)."""
-    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
-    return keras.Sequential(
-        [keras.Input((inputs,)), *layers, keras.layers.Dense(actions)], name="q_network"
-    )
+def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1) -> keras.Model:
+    """The DQN's network: dense ReLU layers, then one linear Q value per action (public code).
+
+    With several ``networks`` (ours) these stand side by side and share nothing but the input; the
+    outputs of one follow those of the other.
+    """
+    observation = keras.Input((inputs,))
+    outputs = []
+    for _ in range(networks):
+        x = observation
+        for units in hidden:
+            x = keras.layers.Dense(units, activation="relu")(x)
+        outputs.append(keras.layers.Dense(actions)(x))
+    together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
+    return keras.Model(observation, together, name="q_network")
 
 
 class Moments(NamedTuple):
@@ -253,10 +262,14 @@ class FoundationModel:
 class QNetwork:
     """Q values of observations, and their fit to targets.
 
+    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own, together one weight
+    vector, are fitted side by side to the same samples; the values are their mean, which is less
+    noisy than any of them (an ensemble, as Lakshminarayanan et al. 2017 have it for predictions).
+
     Args:
         inputs: length of the flat observation.
-        actions: number of actions.
-        settings: for HIDDEN_UNITS, Q_LEARNING_RATE and Q_BATCH_SIZE.
+        actions: A, number of actions.
+        settings: for HIDDEN_UNITS, Q_NETWORKS, Q_LEARNING_RATE and Q_BATCH_SIZE.
 
     Attributes:
         network: the model as a function of its weight vector.
@@ -264,24 +277,36 @@ class QNetwork:
 
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
         use_cpu(settings.THREADS)
-        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions))
+        networks = settings.Q_NETWORKS
+        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions, networks))
+        self._shape = (-1, networks, actions)
         self._batch_size = settings.Q_BATCH_SIZE
         self._learning_rate = settings.Q_LEARNING_RATE
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
-        targets = tf.TensorSpec([None, actions], tf.float32)
+        targets = tf.TensorSpec([None, networks, actions], tf.float32)
         self._values = tf.function(self.network.apply, [vector, observations])
         self.fit = tf.function(self._fit, [vector, moments, observations, targets])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """(n, actions) float32 Q values of (n, inputs) float32 observations."""
-        return self._values(weights, observations).numpy()
+        """(n, A) float32 Q values of (n, inputs) float32 observations."""
+        return self.all_values(weights, observations).mean(axis=1)
+
+    def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
+        """(n, K, A) float32: each network's Q values of (n, inputs) float32 observations."""
+        return self._values(weights, observations).numpy().reshape(self._shape)
 
     def _fit(
         self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
         """One pass of Adam over the samples in their order; compiled as ``fit``.
+
+        Args:
+            weights: (P,) float32.
+            moments: of the steps before.
+            observations: (n, inputs) float32.
+            targets: (n, K, A) float32, for each network.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
@@ -292,13 +317,16 @@ class QNetwork:
             batch = targets[start : start + self._batch_size]
             with tf.GradientTape() as tape:
                 tape.watch(weights)
-                q_values = self.network.apply(
-                    weights, observations[start : start + self._batch_size]
+                q_values = tf.reshape(
+                    self.network.apply(weights, observations[start : start + self._batch_size]),
+                    self._shape,
                 )
                 loss = tf.reduce_mean(tf.square(q_values - batch))
+                # Each network's gradient is the one that it would have alone.
+                losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
             weights, moments = adam(
-                weights, tape.gradient(loss, weights), moments, self._learning_rate
+                weights, tape.gradient(losses, weights), moments, self._learning_rate
             )
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 

@@ -134,18 +134,55 @@ class DQNAgent:
         self.episode = episode
         self._exploration = stream(self.settings.SEED, "exploration", episode)
         self._replay = stream(self.settings.SEED, "replay", episode)
+        # The present episode's steps that wait for N_STEP rewards: observation, actions, reward.
+        self._recent: list[tuple[np.ndarray, int | list[int], float]] = []
+        self._last = [self.settings.STARTER_NODE] if self.actions_per_step == 1 else []
 
     def act(self, observation: np.ndarray) -> tuple[list[int], str]:
-        """Epsilon-greedy choice: k distinct actions, and ``random`` or ``greedy``."""
+        """Epsilon-greedy choice: k distinct actions, and ``random``, ``repeated`` or ``greedy``.
+
+        With probability EXPLORATION_REPEAT a random choice is that of the step before (ours; after
+        Dabney et al. 2021): what is learned at a node shows after several rounds there, which
+        choices that are independent of each other hardly ever try. Before the first step the
+        choice was STARTER_NODE, if one action is taken in a step.
+        """
         if self._exploration.random() < self.epsilon:
+            repeat = self.settings.EXPLORATION_REPEAT
+            if repeat and self._exploration.random() < repeat and self._last:
+                return self._last, "repeated"
             chosen = self._exploration.permutation(self.actions)[: self.actions_per_step]
-            return chosen.tolist(), "random"
-        return self.best_actions(observation), "greedy"
+            return self._chose(chosen.tolist()), "random"
+        return self._chose(self.best_actions(observation)), "greedy"
+
+    def _chose(self, actions: list[int]) -> list[int]:
+        self._last = actions
+        return actions
 
     def best_actions(self, observation: np.ndarray) -> list[int]:
         """The k actions of greatest Q value, best first; of equal ones the lower number."""
         q_values = self.q.values(self.weights, observation[None])[0]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
+
+    def remember(
+        self,
+        observation: np.ndarray,
+        actions: int | list[int],
+        reward: float,
+        next_observation: np.ndarray,
+        terminal: bool,
+    ) -> None:
+        """Stores a step in the replay memory, once the N_STEP rewards from it on are known (ours).
+
+        The stored reward is their sum, each next one weighted with DISCOUNT once more, and the next
+        observation is that after the last of them. At an episode's end it is the sum of what is
+        left, and with N_STEP = 0 always. With N_STEP = 1 that is the step itself (public code).
+        """
+        count, discount = self.settings.N_STEP, self.settings.DISCOUNT
+        self._recent.append((observation, actions, reward))
+        while self._recent and (terminal or len(self._recent) == count):
+            total = sum(discount**i * r for i, (_, _, r) in enumerate(self._recent))
+            first, chosen, _ = self._recent.pop(0)
+            self.memory.add(first, chosen, total, next_observation, terminal)
 
     def train(self) -> float | None:
         """Trains the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
@@ -172,16 +209,18 @@ class DQNAgent:
         return float(np.mean(losses))
 
     def targets(self, sample: np.ndarray) -> np.ndarray:
-        """(n, actions) float32 that the Q values of a sample are fitted to (public code).
+        """(n, K, actions) float32 that the K networks' Q values are fitted to (public code).
 
-        The network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
-        at an episode's end. With NORMALIZE_TARGETS the whole matrix is divided by its Frobenius
-        norm, as in the public code. The network that gives Q(s') is the trained one, or the
-        target network with TARGET_UPDATE > 0 (Mnih et al. 2015); with DOUBLE_Q the trained
-        network picks the action whose value that one gives (van Hasselt et al. 2016).
+        Each network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
+        at an episode's end, where Q(s') is the networks' mean. With N_STEP = n > 1, r is the sum of
+        n rewards, and the discount is taken to the power of n. With NORMALIZE_TARGETS the whole
+        matrix is divided by its Frobenius norm, as in the public code. The network that gives
+        Q(s') is the trained one, or the target network with TARGET_UPDATE > 0 (Mnih et al. 2015);
+        with DOUBLE_Q the trained network picks the action whose value that one gives (van Hasselt
+        et al. 2016).
         """
         settings = self.settings
-        targets = self.q.values(self.weights, sample["observations"]).astype(np.float64)
+        targets = self.q.all_values(self.weights, sample["observations"]).astype(np.float64)
         # Without a target network, max Q(s') comes from the network as it is at this update.
         bootstrap = self.target_weights if settings.TARGET_UPDATE else self.weights
         future = self.q.values(bootstrap, sample["next_observations"])
@@ -190,8 +229,10 @@ class DQNAgent:
         else:
             picked = future.argmax(axis=1)
         future = np.take_along_axis(future, picked[:, None], axis=1)[:, 0]
-        returns = sample["rewards"] + settings.DISCOUNT * future * ~sample["terminals"]
-        np.put_along_axis(targets, sample["actions"], returns[:, None], axis=1)
+        # What is no end of an episode holds N_STEP rewards, never fewer; with 0 all are ends.
+        discount = settings.DISCOUNT**settings.N_STEP
+        returns = sample["rewards"] + discount * future * ~sample["terminals"]
+        np.put_along_axis(targets, sample["actions"][:, None, :], returns[:, None, None], axis=2)
         norm = np.linalg.norm(targets)
         if settings.NORMALIZE_TARGETS and norm > 0:
             targets /= norm

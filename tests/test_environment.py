@@ -322,6 +322,38 @@ def test_round_1_takes_distinct_nodes(few, nodes):
         environment.reset(seed=3, options={"nodes": nodes})
 
 
+def test_both_observations_side_by_side(few):
+    seen = {}
+    for observation in ("broadcast", "local", "both"):
+        env = DecentralizedLearning(small_settings(OBSERVATION=observation), few)
+        seen[observation] = [env.reset(seed=3)[0], *(env.step(node)[0] for node in (1, 1, 0))]
+        assert all(o.shape == env.observation_space.shape for o in seen[observation])
+    expected = [np.concatenate(pair) for pair in zip(seen["broadcast"], seen["local"], strict=True)]
+    assert seen["both"][0].shape == (32,)
+    np.testing.assert_array_equal(seen["both"], expected)
+
+
+@pytest.mark.parametrize("observation", ["broadcast", "local"])
+def test_the_holder_s_scores_are_not_negative(few, observation):
+    """Nothing but the signs of whole components differs from scikit-learn's rule."""
+    theirs, ours = (
+        DecentralizedLearning(
+            small_settings(OBSERVATION=observation, PCA_SIGNS=signs, MAX_ROUNDS=9), few
+        )
+        for signs in ("loading", "holder")
+    )
+    turned = []
+    for node in (0, 1, 1, 2, 3, 0):
+        scores = [
+            (env.step(node) if turned else env.reset(seed=4))[0].reshape(4, 4)
+            for env in (theirs, ours)
+        ]
+        turned.append(np.where(scores[0][node] < 0, -1, 1))
+        np.testing.assert_array_equal(scores[1], turned[-1] * scores[0])
+        assert (scores[1][node] >= 0).all()
+    assert (np.array(turned) < 0).any()
+
+
 def test_observations_without_weights(few):
     seen = {}
     for name in ("last_node", "zeros"):

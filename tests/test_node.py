@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import gymnasium
@@ -120,6 +121,36 @@ def test_share_of_random_actions():
     assert abs(kinds.count("random") - 300) < 5 * 14.5
 
 
+def test_exploration_that_repeats():
+    agent = make_agent(actions=10, EPSILON=1.0, EXPLORATION_REPEAT=0.6, STARTER_NODE=4)
+    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(2000)]
+    actions = [4, *(a for (a,), _ in chosen)]
+    repeated = [kind == "repeated" for _, kind in chosen]
+    # 1,200 expected, standard deviation 22; a tenth of the others is the last action by chance.
+    assert abs(sum(repeated) - 1200) < 5 * 22
+    same = [a == b for a, b in itertools.pairwise(actions)]
+    assert all(s for s, again in zip(same, repeated, strict=True) if again)
+    assert abs(sum(same) - 1280) < 5 * 22
+
+
+def test_exploration_repeats_a_greedy_choice_as_well():
+    agent = make_agent(actions=10, EPSILON=0.0, EXPLORATION_REPEAT=1.0, STARTER_NODE=4)
+    agent.q.all_values = lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None]
+    assert agent.act(np.ones(4, np.float32)) == ([7], "greedy")
+    agent.epsilon = 1.0
+    assert agent.act(np.ones(4, np.float32)) == ([7], "repeated")
+    agent.decay_epsilon()
+    agent.epsilon = 1.0
+    assert agent.act(np.ones(4, np.float32)) == ([4], "repeated")
+
+
+def test_exploration_with_several_actions_has_nothing_to_repeat_at_first():
+    agent = make_agent(actions=5, actions_per_step=3, EPSILON=1.0, EXPLORATION_REPEAT=1.0)
+    first, kind = agent.act(np.ones(4, np.float32))
+    assert kind == "random"
+    assert [agent.act(np.ones(4, np.float32)) for _ in range(9)] == [(first, "repeated")] * 9
+
+
 def test_several_actions():
     agent = make_agent(actions=5, actions_per_step=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
@@ -132,7 +163,7 @@ def test_several_actions():
 
 def test_equal_q_values_give_the_lower_number():
     agent = make_agent(actions=5, actions_per_step=2)
-    agent.q.values = lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
+    agent.q.all_values = lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
     assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
 
 
@@ -158,11 +189,12 @@ def targets(sample=SAMPLE, **overrides):
     def values(weights, observations):
         if not observations.any():
             assert weights == "online"
-            return Q_NOW.astype(np.float32)
-        return (Q_NEXT if weights == "online" else Q_TARGET).astype(np.float32)
+            return Q_NOW[:, None].astype(np.float32)
+        return (Q_NEXT if weights == "online" else Q_TARGET)[:, None].astype(np.float32)
 
-    agent.q.values = values
-    return agent.targets(sample)
+    agent.q.all_values = values
+    (of_network,) = np.swapaxes(agent.targets(sample), 0, 1)
+    return of_network
 
 
 def test_targets_by_hand():
@@ -191,6 +223,63 @@ def test_targets_of_several_actions_by_hand():
     sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]]))
     expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
+
+
+def test_targets_of_several_steps_by_hand():
+    # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
+    expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
+    np.testing.assert_allclose(targets(N_STEP=3), expected, rtol=1e-6)
+
+
+def test_targets_of_several_networks_by_hand():
+    """The networks' mean is the next state's value; each keeps its own at the other actions."""
+    agent = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=False, Q_NETWORKS=2)
+    now, following = np.stack([Q_NOW, -Q_NOW], 1), np.stack([Q_NEXT, Q_TARGET], 1)
+    agent.q.all_values = lambda weights, x: (following if x.any() else now).astype(np.float32)
+    # Means of the next state: 2.125, 4, 0.5.
+    expected = [[[1, 3.1, 3], [-1, 3.1, -3]], [[0.5, -1, 0.75], [-0.5, 1, 0.75]]]
+    np.testing.assert_allclose(agent.targets(SAMPLE), expected, rtol=1e-6)
+
+
+def remembered(**overrides):
+    """Rewards 1, 2, 3, 4, 5 in an episode of five steps, and the first two of another."""
+    agent = make_agent(**{"DISCOUNT": 0.5, **overrides})
+    for step in (1, 2, 3, 4, 5, 1, 2):
+        agent.remember(np.full(4, step), step % 3, float(step), np.full(4, step + 1), step == 5)
+    stored = agent.memory.latest(9)
+    return [
+        (t["observations"][0], t["actions"][0], t["rewards"], t["next_observations"][0], t[4])
+        for t in stored
+    ]
+
+
+def test_returns_of_several_steps_by_hand():
+    assert remembered(N_STEP=1) == [
+        (s, s % 3, s, s + 1, s == 5) for s in (1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0)
+    ]
+    # 1 + 2 / 2 + 3 / 4, and so on; what is left at the end: 4 + 5 / 2 and 5.
+    assert remembered(N_STEP=3) == [
+        (1, 1, 2.75, 4, False),
+        (2, 2, 4.5, 5, False),
+        (3, 0, 6.25, 6, True),
+        (4, 1, 6.5, 6, True),
+        (5, 2, 5, 6, True),
+    ]
+    assert remembered(N_STEP=0) == [
+        (1, 1, 1 + 1 + 0.75 + 0.5 + 0.3125, 6, True),
+        (2, 2, 2 + 1.5 + 1 + 0.625, 6, True),
+        (3, 0, 6.25, 6, True),
+        (4, 1, 6.5, 6, True),
+        (5, 2, 5, 6, True),
+    ]
+
+
+def test_steps_of_an_episode_that_was_cut_off_are_not_carried_over():
+    agent = make_agent(N_STEP=3)
+    agent.remember(np.zeros(4), 0, 1.0, np.zeros(4), False)
+    agent.decay_epsilon()
+    agent.remember(np.ones(4), 1, 2.0, np.ones(4), True)
+    assert agent.memory.latest(9)["rewards"].tolist() == [2.0]
 
 
 # --- Training --------------------------------------------------------------------------------
