@@ -85,12 +85,18 @@ PCA_SIGNS = "loading"
 HIDDEN_UNITS = (500, 200)
 # Q-networks that learn the same targets, and whose mean decides; an integer >= 1 (public code: 1)
 Q_NETWORKS = 1
+# heads for a state's value and the advantages of actions; True or False (public code: False)
+DUELING = False
 # Adam's, in the Q-network's training; a number > 0 (public code)
 Q_LEARNING_RATE = 0.001
+# share of the Q-network's weights that a step of rate 1 takes; a number >= 0 (public code: 0)
+Q_WEIGHT_DECAY = 0.0
 # gamma, weight of the next state's value; a number in [0, 1] (public code)
 DISCOUNT = 0.9
 # rewards summed before the next state's value, 0 for all; an integer >= 0 (public code: 1)
 N_STEP = 1
+# a target goes on beyond the round limit, which is no end then; True or False (public code: False)
+BOOTSTRAP_AT_LIMIT = False
 # transitions that the replay memory holds; an integer >= 1 (public code)
 REPLAY_CAPACITY = 50_000
 # transitions drawn for an update, training waits for them; an integer >= 1 (public code)
@@ -136,7 +142,10 @@ JOINED_LATER = {
     "KEEP_MOMENTS": True,
     "PCA_SIGNS": "loading",
     "Q_NETWORKS": 1,
+    "DUELING": False,
+    "Q_WEIGHT_DECAY": 0.0,
     "N_STEP": 1,
+    "BOOTSTRAP_AT_LIMIT": False,
     "EXPLORATION_REPEAT": 0.0,
 }
 
@@ -272,9 +281,12 @@ class Settings:
     PCA_SIGNS: Annotated[str, Rule(str, choices=("loading", "holder"))]
     HIDDEN_UNITS: Annotated[tuple[int, ...], Rule(tuple, low=1)]
     Q_NETWORKS: Annotated[int, _COUNT]
+    DUELING: Annotated[bool, _SWITCH]
     Q_LEARNING_RATE: Annotated[float, _POSITIVE]
+    Q_WEIGHT_DECAY: Annotated[float, _NOT_NEGATIVE]
     DISCOUNT: Annotated[float, _SHARE]
     N_STEP: Annotated[int, _COUNT_OR_NONE]
+    BOOTSTRAP_AT_LIMIT: Annotated[bool, _SWITCH]
     REPLAY_CAPACITY: Annotated[int, _COUNT]
     REPLAY_SAMPLE: Annotated[int, _COUNT]
     Q_BATCH_SIZE: Annotated[int, _COUNT]

@@ -65,7 +65,7 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
                 nodes, chosen_by = agent.act(observation)
                 next_observation, reward, terminated, truncated, info = environment.step(nodes)
                 done = terminated or truncated
-                agent.remember(observation, nodes, reward, next_observation, done)
+                agent.remember(observation, nodes, reward, next_observation, terminated, truncated)
                 observation = next_observation
                 episode_reward += reward
                 run.record_round(episode, info, chosen_by)

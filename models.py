@@ -65,11 +65,15 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     )
 
 
-def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1) -> keras.Model:
+def q_network(
+    inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1, dueling: bool = False
+) -> keras.Model:
     """The DQN's network: dense ReLU layers, then one linear Q value per action (public code).
 
     With several ``networks`` (ours) these stand side by side and share nothing but the input; the
-    outputs of one follow those of the other.
+    outputs of one follow those of the other. With ``dueling`` (ours; Wang et al. 2016) a Q value is
+    the state's value plus the action's advantage, less the mean of all actions' advantages: what
+    all actions have in common is learned from all of them.
     """
     observation = keras.Input((inputs,))
     outputs = []
@@ -77,7 +81,11 @@ def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int 
         x = observation
         for units in hidden:
             x = keras.layers.Dense(units, activation="relu")(x)
-        outputs.append(keras.layers.Dense(actions)(x))
+        values = keras.layers.Dense(actions)(x)
+        if dueling:
+            values = values - keras.ops.mean(values, axis=1, keepdims=True)
+            values = values + keras.layers.Dense(1)(x)
+        outputs.append(values)
     together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
     return keras.Model(observation, together, name="q_network")
 
@@ -269,7 +277,8 @@ class QNetwork:
     Args:
         inputs: length of the flat observation.
         actions: A, number of actions.
-        settings: for HIDDEN_UNITS, Q_NETWORKS, Q_LEARNING_RATE and Q_BATCH_SIZE.
+        settings: for HIDDEN_UNITS, Q_NETWORKS, DUELING, Q_LEARNING_RATE, Q_WEIGHT_DECAY and
+            Q_BATCH_SIZE.
 
     Attributes:
         network: the model as a function of its weight vector.
@@ -278,7 +287,10 @@ class QNetwork:
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
         use_cpu(settings.THREADS)
         networks = settings.Q_NETWORKS
-        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions, networks))
+        model = q_network(inputs, settings.HIDDEN_UNITS, actions, networks, settings.DUELING)
+        self.network = FlatNetwork(model)
+        # Decoupled from the gradient (Loshchilov and Hutter 2019).
+        self._decay = settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY
         self._shape = (-1, networks, actions)
         self._batch_size = settings.Q_BATCH_SIZE
         self._learning_rate = settings.Q_LEARNING_RATE
@@ -325,9 +337,10 @@ class QNetwork:
                 # Each network's gradient is the one that it would have alone.
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
-            weights, moments = adam(
-                weights, tape.gradient(losses, weights), moments, self._learning_rate
-            )
+            gradient = tape.gradient(losses, weights)
+            if self._decay:
+                weights -= self._decay * weights
+            weights, moments = adam(weights, gradient, moments, self._learning_rate)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 
 

@@ -42,6 +42,7 @@ class ReplayMemory:
                 ("rewards", np.float64),
                 ("next_observations", np.float32, (observation_size,)),
                 ("terminals", np.bool_),
+                ("steps", np.int32),
             ]
         )
         self._ring = np.zeros(min(capacity, self._FIRST_SIZE), self._transition)
@@ -56,14 +57,15 @@ class ReplayMemory:
         reward: float,
         next_observation: np.ndarray,
         terminal: bool,
+        steps: int = 1,
     ) -> None:
-        """Stores one transition; ``terminal`` if no next step followed."""
+        """Stores one transition of ``steps`` steps; ``terminal`` if no value is to follow."""
         size = len(self._ring)
         if self.added == size < self.capacity:
             more = min(size, self.capacity - size)
             self._ring = np.concatenate([self._ring, np.zeros(more, self._transition)])
         transition = self._ring[self.added % self.capacity]
-        values = (observation, actions, reward, next_observation, terminal)
+        values = (observation, actions, reward, next_observation, terminal, steps)
         for name, value in zip(self._transition.names, values, strict=True):
             transition[name] = value
         self.added += 1
@@ -73,7 +75,8 @@ class ReplayMemory:
 
         Returns:
             (count,) structured: observations, next_observations (count, D) float32; actions
-            (count, k) int32; rewards (count,) float64; terminals (count,) bool.
+            (count, k) int32; rewards (count,) float64; terminals (count,) bool; steps (count,)
+            int32, from an observation to the next.
 
         Raises:
             ValueError: fewer than ``count`` are stored.
@@ -169,20 +172,29 @@ class DQNAgent:
         actions: int | list[int],
         reward: float,
         next_observation: np.ndarray,
-        terminal: bool,
+        terminated: bool,
+        truncated: bool = False,
     ) -> None:
         """Stores a step in the replay memory, once the N_STEP rewards from it on are known (ours).
 
         The stored reward is their sum, each next one weighted with DISCOUNT once more, and the next
         observation is that after the last of them. At an episode's end it is the sum of what is
         left, and with N_STEP = 0 always. With N_STEP = 1 that is the step itself (public code).
+
+        An episode that the limit of rounds truncates ends like one that reached the goal (public
+        code). The observation does not hold the round, so states that are typical of late rounds
+        look good then, for they soon cost nothing any more. With BOOTSTRAP_AT_LIMIT (ours; Pardo et
+        al. 2018) the value of the last observation follows instead.
         """
         count, discount = self.settings.N_STEP, self.settings.DISCOUNT
+        over = terminated or truncated
+        terminal = terminated or (truncated and not self.settings.BOOTSTRAP_AT_LIMIT)
         self._recent.append((observation, actions, reward))
-        while self._recent and (terminal or len(self._recent) == count):
+        while self._recent and (over or len(self._recent) == count):
+            steps = len(self._recent)
             total = sum(discount**i * r for i, (_, _, r) in enumerate(self._recent))
             first, chosen, _ = self._recent.pop(0)
-            self.memory.add(first, chosen, total, next_observation, terminal)
+            self.memory.add(first, chosen, total, next_observation, terminal, steps)
 
     def train(self) -> float | None:
         """Trains the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
@@ -212,10 +224,10 @@ class DQNAgent:
         """(n, K, actions) float32 that the K networks' Q values are fitted to (public code).
 
         Each network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
-        at an episode's end, where Q(s') is the networks' mean. With N_STEP = n > 1, r is the sum of
-        n rewards, and the discount is taken to the power of n. With NORMALIZE_TARGETS the whole
-        matrix is divided by its Frobenius norm, as in the public code. The network that gives
-        Q(s') is the trained one, or the target network with TARGET_UPDATE > 0 (Mnih et al. 2015);
+        at an episode's end, where Q(s') is the networks' mean. With N_STEP > 1, r is the sum of
+        several rewards, and the discount is taken to the power of their number. With
+        NORMALIZE_TARGETS the whole matrix is divided by its Frobenius norm, as in the public code.
+        The network that gives Q(s') is the trained one, or the target network with TARGET_UPDATE > 0 (Mnih et al. 2015);
         with DOUBLE_Q the trained network picks the action whose value that one gives (van Hasselt
         et al. 2016).
         """
@@ -229,8 +241,7 @@ class DQNAgent:
         else:
             picked = future.argmax(axis=1)
         future = np.take_along_axis(future, picked[:, None], axis=1)[:, 0]
-        # What is no end of an episode holds N_STEP rewards, never fewer; with 0 all are ends.
-        discount = settings.DISCOUNT**settings.N_STEP
+        discount = settings.DISCOUNT ** sample["steps"]
         returns = sample["rewards"] + discount * future * ~sample["terminals"]
         np.put_along_axis(targets, sample["actions"][:, None, :], returns[:, None, None], axis=2)
         norm = np.linalg.norm(targets)

@@ -179,6 +179,7 @@ SAMPLE = {
     "actions": np.array([[1], [2]]),
     "rewards": np.array([-0.5, 0.75]),
     "terminals": np.array([False, True]),
+    "steps": np.array([1, 1]),
 }
 
 
@@ -228,7 +229,8 @@ def test_targets_of_several_actions_by_hand():
 def test_targets_of_several_steps_by_hand():
     # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
     expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
-    np.testing.assert_allclose(targets(N_STEP=3), expected, rtol=1e-6)
+    sample = dict(SAMPLE, steps=np.array([3, 1]))
+    np.testing.assert_allclose(targets(sample, N_STEP=3), expected, rtol=1e-6)
 
 
 def test_targets_of_several_networks_by_hand():
@@ -272,6 +274,27 @@ def test_returns_of_several_steps_by_hand():
         (4, 1, 6.5, 6, True),
         (5, 2, 5, 6, True),
     ]
+
+
+@pytest.mark.parametrize(("beyond", "terminals"), [(False, [True] * 3), (True, [False] * 3)])
+def test_an_episode_that_the_limit_ended(beyond, terminals):
+    """What waits at the end holds fewer rewards than N_STEP, and is discounted by their number."""
+    agent = make_agent(N_STEP=3, DISCOUNT=0.5, NORMALIZE_TARGETS=False, BOOTSTRAP_AT_LIMIT=beyond)
+    for step in (1, 2, 3):
+        o, following = np.full(4, step), np.full(4, step + 1)
+        agent.remember(o, 0, float(step), following, False, truncated=step == 3)
+    stored = agent.memory.latest(9)
+    assert stored["steps"].tolist() == [3, 2, 1]
+    assert stored["rewards"].tolist() == [2.75, 3.5, 3]
+    assert stored["terminals"].tolist() == terminals
+    assert (stored["next_observations"] == 4).all()
+    agent.q.all_values = lambda weights, x: np.full((len(x), 1, 3), 8.0)
+    values = [0, 0, 0] if not beyond else [8 / 8, 8 / 4, 8 / 2]
+    expected = stored["rewards"] + values
+    np.testing.assert_allclose(agent.targets(stored)[:, 0, 0], expected, rtol=1e-6)
+    done = make_agent(N_STEP=3, BOOTSTRAP_AT_LIMIT=beyond)
+    done.remember(np.ones(4), 0, 1.0, np.ones(4), True)
+    assert done.memory.latest(1)["terminals"].tolist() == [True]
 
 
 def test_steps_of_an_episode_that_was_cut_off_are_not_carried_over():
