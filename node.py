@@ -227,9 +227,9 @@ class DQNAgent:
         at an episode's end, where Q(s') is the networks' mean. With N_STEP > 1, r is the sum of
         several rewards, and the discount is taken to the power of their number. With
         NORMALIZE_TARGETS the whole matrix is divided by its Frobenius norm, as in the public code.
-        The network that gives Q(s') is the trained one, or the target network with TARGET_UPDATE > 0 (Mnih et al. 2015);
-        with DOUBLE_Q the trained network picks the action whose value that one gives (van Hasselt
-        et al. 2016).
+        The network that gives Q(s') is the trained one, or the target network with TARGET_UPDATE
+        > 0 (Mnih et al. 2015); with DOUBLE_Q the trained network picks the action whose value that
+        one gives (van Hasselt et al. 2016).
         """
         settings = self.settings
         targets = self.q.all_values(self.weights, sample["observations"]).astype(np.float64)
