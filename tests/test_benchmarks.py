@@ -90,9 +90,9 @@ def test_the_pca_sees_no_more_models_than_rounds_made(monkeypatch, few, observat
     seen = []
     pca_scores = environment.pca_scores
 
-    def spy(models, owners, components):
+    def spy(models, owners, components, holder):
         seen.append((len(models), len(owners)))
-        return pca_scores(models, owners, components)
+        return pca_scores(models, owners, components, holder)
 
     monkeypatch.setattr(environment, "pca_scores", spy)
     settings = small_settings(

@@ -411,7 +411,8 @@ def test_a_comparison_of_values(tmp_path, capsys):
     assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
     folder = tmp_path / "observation-digits"
     table = pd.read_csv(folder / "estimates.csv")
-    assert list(dict.fromkeys(table["variant"])) == ["broadcast", "local", "last_node", "zeros"]
+    expected = ["broadcast", "local", "both", "last_node", "zeros"]
+    assert list(dict.fromkeys(table["variant"])) == expected
     for variant in ("broadcast", "zeros"):
         config = json.loads((folder / variant / "hl-seed0" / "config.json").read_text())
         assert config["settings"]["OBSERVATION"] == variant
@@ -447,7 +448,7 @@ def test_several_nodes_per_round(tmp_path):
         (["--agent", "x", "--methods", "random"], "takes methods with hl"),
         (["--agent", "x", "--set", "DISCOUNT=0.5"], "DISCOUNT: got it beside --agent"),
         (["observation", "--agent", "x"], "OBSERVATION: got it beside --agent"),
-        (["departures", "--agent", "x"], "DOUBLE_Q: got it beside --agent"),
+        (["departures", "--agent", "x"], "BOOTSTRAP_AT_LIMIT: got it beside --agent"),
         (["goal", "--set", "GOAL_ACCURACY=0.9"], "GOAL_ACCURACY: got 0.9, takes what the compar"),
         (["--methods", ","], "--methods: got none, takes names"),
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs: got it beside --cluster"),
