@@ -114,14 +114,7 @@ _PUBLIC = {
     "TARGET_UPDATE": 0,
     "DOUBLE_Q": False,
     "OBSERVATION": "broadcast",
-    "PCA_SIGNS": "loading",
-    "KEEP_MOMENTS": True,
-    "Q_NETWORKS": 1,
-    "DUELING": False,
-    "Q_WEIGHT_DECAY": 0.0,
-    "N_STEP": 1,
-    "BOOTSTRAP_AT_LIMIT": False,
-    "EXPLORATION_REPEAT": 0.0,
+    **JOINED_LATER,  # each with the public code's value
 }
 
 COMPARISONS: dict[str, Comparison] = {
@@ -343,6 +336,7 @@ import baselines
 import data
 import estimates
 import plot
+from estimates import counted
 from jobs import Job, Outcome, Watch, check_cluster, dataset_of, is_finished, run_all
 from main import exit_status
 from records import read_table, replacing, stored_progress
@@ -526,8 +520,8 @@ def compare(parsed: argparse.Namespace) -> int:
         try:
             if not is_finished(job):
                 waiting.append(job)
-            elif len(estimates.read_job(job.folder)["episodes"]) != job.test_episodes:
-                raise UserError(f"{job.folder}: episodes are missing; delete the job's folder")
+            else:
+                estimates.read_job(job.folder, job.test_episodes)
         except UserError as error:
             damaged.append(Outcome(job, "failed", 0.0, str(error)))
     check_cluster(parsed.cluster)
@@ -597,19 +591,15 @@ def _run(
     return 1 if failed else 0
 
 
-def _some(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def _plan(
     parsed: argparse.Namespace, folder: Path, jobs: list[Job], waiting: list[Job], dataset: str
 ) -> str:
-    methods = _some(len({job.method for job in jobs}), "method")
+    methods = counted(len({job.method for job in jobs}), "method")
     variants = len(parsed.comparison.variants)
     lines = [
-        f"{parsed.what} on {dataset}: {methods} x {_some(len(parsed.seeds), 'seed')}"
+        f"{parsed.what} on {dataset}: {methods} x {counted(len(parsed.seeds), 'seed')}"
         f"{f' x {variants} values of {parsed.comparison.parameter}' if variants > 1 else ''}, "
-        f"{_some(parsed.test_episodes, 'test episode')} each: {_some(len(jobs), 'job')}, "
+        f"{counted(parsed.test_episodes, 'test episode')} each: {counted(len(jobs), 'job')}, "
         f"{len(waiting)} to do; results in {folder}"
     ]
     tested = len(parsed.seeds) * parsed.test_episodes

@@ -137,7 +137,8 @@ PROJECT = Path(__file__).resolve().parent
 # stored with the results nor compared when a run is continued.
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
 
-# Constants that results made before them do not name, each with the value that they were made with.
+# Constants that results made before them do not name, each with the value that they were made with,
+# which is the public code's.
 JOINED_LATER = {
     "KEEP_MOMENTS": True,
     "PCA_SIGNS": "loading",

@@ -110,8 +110,12 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def read_job(folder: Path) -> dict[str, pd.DataFrame]:
+def read_job(folder: Path, test_episodes: int | None = None) -> dict[str, pd.DataFrame]:
     """The tables ``episodes`` and ``rounds`` of a finished job.
+
+    Args:
+        folder: the job's.
+        test_episodes: how many it has to have, if that is known.
 
     Raises:
         UserError: one is missing, not what compare.py writes, or the two do not fit each other.
@@ -122,8 +126,9 @@ def read_job(folder: Path) -> dict[str, pd.DataFrame]:
         rounds = read_table(folder / "rounds.csv", TEST_ROUND_COLUMNS)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from error
-    counted = rounds.groupby("episode").size().to_dict()
-    if episodes.empty or episodes.set_index("episode")["rounds"].to_dict() != counted:
+    recorded = rounds.groupby("episode").size().to_dict()
+    whole = episodes.set_index("episode")["rounds"].to_dict() == recorded
+    if episodes.empty or not whole or len(episodes) != (test_episodes or len(episodes)):
         raise UserError(f"{folder}: the tables are damaged; {advice}")
     return {"episodes": episodes, "rounds": rounds}
 
@@ -298,20 +303,29 @@ def training_curves(folder: Path, jobs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
+def counted(count: int | str, noun: str) -> str:
+    """A number or a range of numbers with its noun: 1 seed, 5 seeds, 2 to 3 seeds."""
+    return f"{count} {noun}{'s' * (str(count) != '1')}"
+
+
 # --- Report ----------------------------------------------------------------------------------
 
 # Reductions against a random policy that the paper reports.
 PUBLISHED = {"rounds": 0.508, "communication_cost": 0.746}
 
 
-def write(folder: Path) -> pd.DataFrame:
+def write(folder: Path, tables: dict[str, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Estimates a comparison from its CSVs, and writes ``estimates.csv`` beside them.
+
+    Args:
+        folder: the comparison's.
+        tables: what ``read_comparison`` gave, if that was called already.
 
     Raises:
         UserError: as ``read_comparison``.
         OSError: it can't be written.
     """
-    table = estimate(read_comparison(folder), folder)
+    table = estimate(tables or read_comparison(folder), folder)
     with replacing(folder / "estimates.csv") as file:
         file.write(table.to_csv(index=False, lineterminator="\n").encode())
     return table

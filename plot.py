@@ -314,8 +314,8 @@ def draw_comparison(folder: Path) -> None:
         UserError: as ``estimates.read_comparison``.
         OSError: a file can't be written.
     """
-    table = estimates.write(folder)
     tables = estimates.read_comparison(folder)
+    table = estimates.write(folder, tables)
     tables["estimates"] = table
     tables["training"] = estimates.training_curves(folder, tables["jobs"])
     figures: dict[str, Callable[[dict[str, pd.DataFrame]], Figure]] = {}
@@ -347,7 +347,7 @@ def _size(estimates_table: pd.DataFrame) -> str:
     """On how many seeds and episodes the estimates rest."""
     rows = estimates_table[estimates_table["quantity"].isin(["rounds", "rounds_reduction"])]
     seeds, episodes = _range(rows["seeds"]), _range(rows["episodes"] // rows["seeds"])
-    return f"{seeds} seed{'s' * (seeds != '1')} x {episodes} episode{'s' * (episodes != '1')}"
+    return f"{estimates.counted(seeds, 'seed')} x {estimates.counted(episodes, 'episode')}"
 
 
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -532,8 +532,8 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     band = ", with 95 % band" * banded
     axes[-1].set_xlabel(f"episode of training (means of {window}{band})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    seeds = training.groupby("variant")["seed"].nunique()
-    _title(figure, f"DQN training, {_range(seeds)} seed{'s' * int(seeds.max() > 1)}", tables)
+    seeds = _range(training.groupby("variant")["seed"].nunique())
+    _title(figure, f"DQN training, {estimates.counted(seeds, 'seed')}", tables)
     return figure
 
 

@@ -173,11 +173,12 @@ def test_networks_side_by_side_are_networks_alone():
 def test_dueling_network_by_hand():
     """One hidden unit, which doubles the input: advantages 2, 4, 6 and value 10 at the input 1."""
     q = QNetwork(1, 3, small_settings(HIDDEN_UNITS=(1,), DUELING=True))
-    arrays = {name: np.zeros_like(a) for name, a in parts_of(q).items()}
-    arrays["0/kernel"] += 2.0
-    arrays["1/kernel"] += np.array([[1.0, 2.0, 3.0]])
-    arrays["2/kernel"] += 4.0
-    arrays["2/bias"] += 2.0
+    arrays = q.network.named_arrays(tf.zeros(q.network.size)) | {
+        "0/kernel": np.array([[2.0]]),
+        "1/kernel": np.array([[1.0, 2.0, 3.0]]),
+        "2/kernel": np.array([[4.0]]),
+        "2/bias": np.array([2.0]),
+    }
     weights = q.network.from_named_arrays(arrays)
     np.testing.assert_allclose(q.values(weights, np.ones((1, 1), "f4")), [[8.0, 10.0, 12.0]])
 
@@ -190,10 +191,6 @@ def test_weight_decay_by_hand():
     x = np.zeros((16, 6), "f4")
     fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 1, 3), "f4"))
     np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
-
-
-def parts_of(q):
-    return q.network.named_arrays(tf.zeros(q.network.size))
 
 
 def test_weights_by_layer_and_back():

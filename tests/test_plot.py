@@ -205,19 +205,21 @@ def test_missing_and_foreign_files_are_named(tmp_path):
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """A comparison's figures as Matplotlib has them, by name."""
-    figures = {}
+def figures(monkeypatch):
+    """The figures that a test draws, as Matplotlib has them, by name."""
+    kept = {}
+    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: kept.update({p.name: draw(t)}))
+    yield kept
+    plt.close("all")
 
-    def keep(path, draw, tables):
-        figures[path.name] = draw(tables)
 
-    monkeypatch.setattr(plot, "save_figure", keep)
+@pytest.fixture
+def drawn(tmp_path, figures):
+    """A comparison's figures."""
     training = {s: [(30 - e, 1.0 + s) for e in range(6)] for s in (0, 1)}
     write_comparison(tmp_path, VALUES, training=training)
     plot.draw_comparison(tmp_path)
-    yield figures
-    plt.close("all")
+    return figures
 
 
 def test_figures_of_a_comparison(drawn):
@@ -274,9 +276,7 @@ def test_learning_curve(drawn):
     assert "band" not in cost.get_xlabel()
 
 
-def test_band_of_the_learning_curve(tmp_path, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: figures.update({p.name: draw(t)}))
+def test_band_of_the_learning_curve(tmp_path, figures):
     values = {"hl": {seed: [(10, 0.2), (20, 0.4)] for seed in range(5)}}
     training = {seed: [(30, 5.0 * (seed == 4))] * 6 for seed in range(5)}
     write_comparison(tmp_path, values, training=training)
@@ -286,10 +286,9 @@ def test_band_of_the_learning_curve(tmp_path, monkeypatch):
     band = cost.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0, 3.776), abs=1e-3)
     assert "with 95 % band" in cost.get_xlabel()
-    plt.close("all")
 
 
-def test_a_figure_of_variants(tmp_path, monkeypatch):
+def test_a_figure_of_variants(tmp_path, figures):
     jobs = []
     for variant, extra in (("0.7", 0), ("0.8", 4)):
         values = {
@@ -301,15 +300,12 @@ def test_a_figure_of_variants(tmp_path, monkeypatch):
         part["folder"] = f"{variant}/" + part["folder"]
         jobs.append(part.assign(comparison="goal", parameter="GOAL_ACCURACY", variant=variant))
     pd.concat(jobs).to_csv(tmp_path / "jobs.csv", index=False)
-    figures = {}
-    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: figures.update({p.name: draw(t)}))
     plot.draw_comparison(tmp_path)
     assert set(figures) == {"variants"}
     axis = figures["variants"].axes[0]
     for container, mean in zip(axis.containers, (20, 172 / 6), strict=True):
         assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
     assert [t.get_text() for t in figures["variants"].axes[-1].get_xticklabels()] == ["0.7", "0.8"]
-    plt.close("all")
 
 
 def test_the_command_draws_a_comparison_again(tmp_path, capsys):
