@@ -142,7 +142,7 @@ COMPARISONS: dict[str, Comparison] = {
     "observation": Comparison(
         "what the DQN sees: does it use the weights at all?",
         ("hl", "random"),
-        **_vary("OBSERVATION", "broadcast", "local", "both", "last_node", "zeros"),
+        **_vary("OBSERVATION", "broadcast", "local", "both", "fixed", "last_node", "zeros"),
     ),
     "departures": Comparison(
         "the public code's settings, and each option that departs from them",

@@ -73,7 +73,7 @@ LOCAL_EPOCHS = 1
 KEEP_MOMENTS = True
 
 # --- Observation -----------------------------------------------------------------------------
-# what the DQN sees; one of broadcast, local, both, last_node, zeros (public code: broadcast)
+# what the DQN sees; one of broadcast, local, both, fixed, last_node, zeros (public code: broadcast)
 OBSERVATION = "broadcast"
 # components kept, 0 for NUM_NODES; an integer >= 0, up to NUM_NODES (public code)
 PCA_COMPONENTS = 0
@@ -276,7 +276,7 @@ class Settings:
     LOCAL_EPOCHS: Annotated[int, _COUNT]
     KEEP_MOMENTS: Annotated[bool, _SWITCH]
     OBSERVATION: Annotated[
-        str, Rule(str, choices=("broadcast", "local", "both", "last_node", "zeros"))
+        str, Rule(str, choices=("broadcast", "local", "both", "fixed", "last_node", "zeros"))
     ]
     PCA_COMPONENTS: Annotated[int, _COUNT_OR_NONE]
     PCA_SIGNS: Annotated[str, Rule(str, choices=("loading", "holder"))]
@@ -343,7 +343,7 @@ class Settings:
     @property
     def sees_weights(self) -> bool:
         """Whether the observation is made of the nodes' weights."""
-        return self.OBSERVATION in ("broadcast", "local", "both")
+        return self.OBSERVATION in ("broadcast", "local", "both", "fixed")
 
     @property
     def results_dir(self) -> Path:
@@ -399,6 +399,8 @@ STREAMS = {
     "shards": 6,  # who holds which images, for shard rules that draw them
     "test": 7,  # one seed per test episode: the initialisations that no training episode has
     "policy": 8,  # choices of a policy that draws them, in test episodes
+    "basis": 9,  # the pilot episode of the fixed basis
+    "validation": 10,  # one seed per episode that judges a trial of settings
 }
 
 

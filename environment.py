@@ -114,11 +114,13 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the
     nodes just before that, so only the nodes that trained differ. ``local`` (what the paper's
     figures show): each node keeps the model that it last trained itself. ``both`` (ours), of shape
-    (2 * N * C,): the former and then the latter. A component's sign has no meaning: by
-    scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS = ``holder``
-    (ours) the node that trained last never has a negative score. To tell what the weights are
-    worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
-    last and 0 for the others; ``zeros``.
+    (2 * N * C,): the former and then the latter. ``fixed`` (ours): as ``local``, but in a basis
+    that is not fitted to what it shows: the PCA, made once, of how far the models of a pilot
+    episode have moved from their initial one. The sign of a component that is fitted anew has no
+    meaning: by scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS =
+    ``holder`` (ours) the node that trained last never has a negative score. To tell what the
+    weights are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that
+    trained last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
     at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS rounds.
@@ -171,6 +173,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         size *= 2 if self.settings.OBSERVATION == "both" else 1
         self.observation_space = spaces.Box(-greatest, greatest, (size,), np.float32)
         self._over = True
+        if self.settings.OBSERVATION == "fixed":
+            self._basis, self._basis_mean = self._pilot_basis()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -254,15 +258,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
         self._over = terminated or truncated
 
-        seen = []
-        if settings.OBSERVATION in ("broadcast", "both"):
-            seen.append(self._observe(dict(zip(nodes, trained, strict=True)), received))
-        if settings.OBSERVATION in ("local", "both"):
-            seen.append(self._observe(self._own, self._initial))
-        if not settings.sees_weights:
-            seen.append(np.zeros(settings.NUM_NODES, np.float32))
-            seen[0][nodes] = settings.OBSERVATION == "last_node"
-        observation = np.concatenate(seen)
+        self._received, self._trained = received, dict(zip(nodes, trained, strict=True))
         info = {
             "round": self._round,
             "node": nodes[0] if len(nodes) == 1 else nodes,
@@ -273,7 +269,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "goal_reached": terminated,
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
-        return observation, value, terminated, truncated, info
+        return self.observe(settings.OBSERVATION), value, terminated, truncated, info
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
         """The weights after LOCAL_EPOCHS on the node's shard; keeps the node's Adam moments."""
@@ -286,16 +282,61 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._moments[node] = moments
         return weights
 
-    def _observe(self, differing: dict[int, tf.Tensor], rest: tf.Tensor) -> np.ndarray:
-        """The flat observation: some nodes' own models, and the model that all others have."""
-        n = self.settings.NUM_NODES
+    def observe(self, kind: str) -> np.ndarray:
+        """What the nodes hold after the last round, as one of the values of OBSERVATION shows it.
+
+        Args:
+            kind: any of them; ``fixed`` only if it is that of the settings.
+
+        Returns:
+            Float32, of the shape that the class describes.
+        """
+        n, components = self.settings.NUM_NODES, self.settings.components
+        if kind == "both":
+            return np.concatenate([self.observe("broadcast"), self.observe("local")])
+        if kind in ("last_node", "zeros"):
+            seen = np.zeros(n, np.float32)
+            seen[list(self._trained)] = kind == "last_node"
+            return seen
+        if kind == "fixed":
+            moved = np.zeros((n, self.foundation.network.size))
+            for node, model in self._own.items():
+                moved[node] = model - self._initial
+            if not np.isfinite(moved).all():
+                return np.zeros(n * components, np.float32)
+            return np.float32((moved - self._basis_mean) @ self._basis.T).ravel()
+        differing, rest = {
+            "broadcast": (self._trained, self._received),
+            "local": (self._own, self._initial),
+        }[kind]
         models = [model.numpy() for model in differing.values()]
         owners = np.full(n, len(models))
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
         holder = self._holder if self.settings.PCA_SIGNS == "holder" else None
-        return pca_scores(np.stack(models), owners, self.settings.components, holder).ravel()
+        return pca_scores(np.stack(models), owners, components, holder).ravel()
+
+    def _pilot_basis(self) -> tuple[np.ndarray, np.ndarray]:
+        """(C, P) and (P,): components and mean of how the models of a pilot episode have moved.
+
+        Its nodes are random; model, order and nodes are of a stream of their own, so the same seed
+        gives the same basis, and nothing is evaluated: the agent learns nothing from it.
+        """
+        from sklearn.decomposition import PCA
+
+        settings = self.settings
+        rng = self._shuffling = stream(settings.SEED, "basis")
+        self._moments = {}
+        initial = model = self.foundation.network.initial_weights(rng)
+        moved = []
+        for _ in range(max(settings.MAX_ROUNDS, settings.components)):
+            model = self._train_locally(int(rng.integers(settings.NUM_NODES)), model)
+            moved.append((model - initial).numpy())
+        if not np.isfinite(moved).all():  # diverged: as with the other kinds, nothing to see
+            return np.zeros((settings.components, initial.shape[0])), np.zeros(initial.shape[0])
+        pca = PCA(settings.components, svd_solver="full").fit(moved)
+        return pca.components_, pca.mean_
 
 
 gymnasium.register(id="HomogeneousLearning-v0", entry_point="environment:DecentralizedLearning")

@@ -281,8 +281,9 @@ def test_moments_are_fresh_in_a_new_episode(few):
     assert float(env._moments[0].step) == 4.0
 
 
-def test_a_diverged_model_is_told(few):
-    settings = small_settings(LEARNING_RATE=1e30, OBSERVATION="local")
+@pytest.mark.parametrize("observation", ["local", "fixed"])
+def test_a_diverged_model_is_told(few, observation):
+    settings = small_settings(LEARNING_RATE=1e30, OBSERVATION=observation)
     env = DecentralizedLearning(settings, few)
     observation, info = env.reset(seed=0)
     for node in (1, 2):
@@ -331,6 +332,29 @@ def test_both_observations_side_by_side(few):
     expected = [np.concatenate(pair) for pair in zip(seen["broadcast"], seen["local"], strict=True)]
     assert seen["both"][0].shape == (32,)
     np.testing.assert_array_equal(seen["both"], expected)
+
+
+def test_the_fixed_basis_by_hand(few):
+    """Scores of the nodes' own movements in a basis that neither rounds nor episodes change."""
+    env = DecentralizedLearning(small_settings(OBSERVATION="fixed", PCA_COMPONENTS=2), few)
+    basis = env._basis
+    assert basis.shape == (2, env.foundation.network.size)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(2), atol=1e-5)
+    for seed in (3, 4):
+        first = env.reset(seed=seed)[0].reshape(4, 2)
+        initial, one = env._initial.numpy(), env._model.numpy()
+        second = env.step(2)[0].reshape(4, 2)
+        for node, model in ((1, initial), (0, one), (2, env._model.numpy())):
+            expected = [sum((model - initial - env._basis_mean) * row) for row in basis]
+            np.testing.assert_allclose(second[node], expected, atol=1e-4)
+        np.testing.assert_array_equal(second[[0, 1, 3]], first[[0, 1, 3]])
+        assert (second[2] != first[2]).all()
+    again, other = (
+        DecentralizedLearning(small_settings(OBSERVATION="fixed", PCA_COMPONENTS=2, SEED=s), few)
+        for s in (0, 1)
+    )
+    np.testing.assert_array_equal(again._basis, basis)
+    assert (other._basis != basis).any()
 
 
 @pytest.mark.parametrize("observation", ["broadcast", "local"])
