@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import ConfigError, Settings
+from config import AGENTS, ConfigError, Settings
 
 if TYPE_CHECKING:  # plot.py takes the methods' titles from here, and needs no TensorFlow
     from environment import DecentralizedLearning
@@ -45,8 +45,8 @@ class Method:
 
     Attributes:
         title: for tables and figures.
-        policy: makes the policy for an environment, once for all its episodes. None for HL, whose
-            policy is trained.
+        policy: makes the policy for an environment, once for all its episodes. None for HL: its
+            policy is a DQN that is trained first.
         settings: the environment's settings, from those of the comparison.
         first_nodes: who trains round 1, by settings and the number of the test episode, from 0 and
             counted on from seed to seed.
@@ -61,6 +61,16 @@ class Method:
     first_nodes: Callable[[Settings, int], list[int]] = _starter
     prepare: Callable[[DecentralizedLearning], tuple[int, float, float]] = _nothing
     several: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether its policy is a trained DQN."""
+        return self.policy is None
+
+
+def training_name(method: str, seed: int) -> str:
+    """The folder, beside that of its test, of the run that trains a method's DQN."""
+    return f"training-seed{seed}" if method == "hl" else f"training-{method}-seed{seed}"
 
 
 def check(name: str, settings: Settings) -> None:
@@ -231,6 +241,12 @@ def _pool_shards(environment: DecentralizedLearning) -> tuple[int, float, float]
 
 METHODS: dict[str, Method] = {
     "hl": Method("HL (DQN)", None, several=True),
+    "tuned": Method(
+        "HL (tuned DQN)",
+        None,
+        settings=lambda settings: dataclasses.replace(settings, **AGENTS["tuned"]),
+        several=True,
+    ),
     "random": Method("random", random_policy, several=True),
     "standalone": Method("standalone (each node)", stay_policy, first_nodes=_each_in_turn),
     "stay": Method("staying at the starter", stay_policy),

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -21,48 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from config import (
-    DATASET,
+    AGENTS,
     JOINED_LATER,
     ConfigError,
     Parser,
     Settings,
     UserError,
     absolute,
+    count_of,
+    default_dataset,
     make_settings,
+    named_settings,
     overrides,
     reason,
+    seeds_of,
     setting_flags,
 )
 
 # Short flags for the settings that a comparison changes most.
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
 
-# What an agent was trained with: a test of it takes these as they are.
-_AGENTS_OWN = {
-    "EPISODES",
-    "NUM_NODES",
-    "OBSERVATION",
-    "PCA_COMPONENTS",
-    "PCA_SIGNS",
-    "HIDDEN_UNITS",
-    "Q_NETWORKS",
-    "DUELING",
-    "Q_LEARNING_RATE",
-    "Q_WEIGHT_DECAY",
-    "DISCOUNT",
-    "N_STEP",
-    "BOOTSTRAP_AT_LIMIT",
-    "REPLAY_CAPACITY",
-    "REPLAY_SAMPLE",
-    "Q_BATCH_SIZE",
-    "UPDATES_PER_EPISODE",
-    "NORMALIZE_TARGETS",
-    "TARGET_UPDATE",
-    "DOUBLE_Q",
-    "EPSILON",
-    "EPSILON_DECAY",
-    "EXPLORATION_REPEAT",
-}
+# What an agent was trained with: a test of it takes these as they are. The reward is the world's.
+_AGENTS_OWN = {"EPISODES", "NUM_NODES", *AGENTS["paper"]} - {"REWARD_BASE", "STEP_PENALTY"}
 
 # Enough to see how it goes within minutes on the bundled digits.
 _SEEDS, _TEST_EPISODES = "2", 5
@@ -92,6 +71,7 @@ def _vary(name: str, *values: Any, **fixed: Any) -> dict[str, Any]:
     return {"parameter": name, "variants": {str(v): {**fixed, name: v} for v in values}}
 
 
+_TOURS = ("round_robin", "nearest", "shortest", "nearest_twice", "shortest_twice", "fixed_walk")
 _ALL = (
     "hl",
     "random",
@@ -99,23 +79,13 @@ _ALL = (
     "stay",
     "centralized",
     "fedavg",
-    "round_robin",
-    "nearest",
-    "shortest",
-    "nearest_twice",
-    "shortest_twice",
-    "fixed_walk",
+    *_TOURS,
 )
 _FEW = ("hl", "random", "nearest_twice")
 
-# The DQN's options as the public code has them, whatever config.py says.
-_PUBLIC = {
-    "NORMALIZE_TARGETS": True,
-    "TARGET_UPDATE": 0,
-    "DOUBLE_Q": False,
-    "OBSERVATION": "broadcast",
-    **JOINED_LATER,  # each with the public code's value
-}
+# The public code's settings, whatever config.py says.
+_PUBLIC = {**AGENTS["paper"], "KEEP_MOMENTS": True}
+_TUNED = AGENTS["tuned"]
 
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison("the paper's: HL against random and standalone, and other rivals", _ALL),
@@ -141,12 +111,12 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     "observation": Comparison(
         "what the DQN sees: does it use the weights at all?",
-        ("hl", "random"),
+        ("hl",),
         **_vary("OBSERVATION", "broadcast", "local", "both", "fixed", "last_node", "zeros"),
     ),
     "departures": Comparison(
         "the public code's settings, and each option that departs from them",
-        ("hl", "random"),
+        ("hl",),
         "option",
         {
             "public-code": _PUBLIC,
@@ -164,31 +134,31 @@ COMPARISONS: dict[str, Comparison] = {
             "repeating-exploration": {**_PUBLIC, "EXPLORATION_REPEAT": 0.6},
         },
     ),
+    "headline": Comparison(
+        "the tuned settings and the public code's, against random and fixed walks",
+        ("hl", "tuned", "random", *_TOURS),
+    ),
+    "worlds": Comparison(
+        "the tuned settings with other distances and starters",
+        ("tuned", "random", "nearest_twice"),
+        "world",
+        {
+            **{f"distances-{seed}": {"DISTANCE_SEED": seed} for seed in (1, 2, 3)},
+            **{f"starter-{node}": {"STARTER_NODE": node} for node in (4, 8)},
+        },
+    ),
+    "changes": Comparison(
+        "the tuned settings, and each of them taken back to the public code's",
+        ("hl",),
+        "taken back",
+        {"nothing": _TUNED}
+        | {
+            name: {**_TUNED, name: value}
+            for name, value in AGENTS["paper"].items()
+            if _TUNED[name] != value
+        },
+    ),
 }
-
-
-def _seeds(text: str) -> list[int]:
-    """Seeds from "5" (0 to 4) or a list as "0,3,7-9"."""
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        seeds = list(range(int(text)))
-    elif re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*,?", text):
-        seeds = []
-        for part in filter(None, text.split(",")):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), min(int(last or first), int(first) + 10**6) + 1)
-    else:
-        seeds = []
-    if not seeds:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
-        )
-    return sorted(set(seeds))
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
-    return int(text)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -207,11 +177,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("what", nargs="?", default="paper", help="name of a comparison, see --list [paper]")
     add("--list", action="store_true", help="list comparisons and methods, and stop")
-    add("--seeds", type=_seeds, help=f"a number (5 is 0 to 4) or a list (0,3,7-9) [{_SEEDS}]")
+    add("--seeds", type=seeds_of, help=f"a number (5 is 0 to 4) or a list (0,3,7-9) [{_SEEDS}]")
     add("--methods", help="some of them, joined by commas [the comparison's]")
     add(
         "--test-episodes",
-        type=_count,
+        type=count_of,
         default=_TEST_EPISODES,
         metavar="N",
         help=f"episodes on which each policy is tested, per seed [{_TEST_EPISODES}]",
@@ -223,12 +193,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="test this trained agent, with its settings and its seed; repeatable",
     )
-    add("--jobs", type=_count, metavar="N", help=f"processes [{cores}, all cores]")
+    add("--jobs", type=count_of, metavar="N", help=f"processes [{cores}, all cores]")
     add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
     add("--seed", help=argparse.SUPPRESS)  # main.py's, which users try here as well
     datasets = "digits, mnist, fashion_mnist, auto, or a name of your own"
     own = {
-        "DATASET": (datasets, f"{_default_dataset()}, or the agent's"),
+        "DATASET": (datasets, f"{default_dataset()}, or the agent's"),
         "NAME": ("folder below RESULTS_DIR", "<comparison>-<dataset>"),
     }
     setting_flags(parser, _FLAGS, own)
@@ -241,6 +211,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.comparison = COMPARISONS[parsed.what]
     if parsed.seed is not None:
         parser.error(f"--seed: got {parsed.seed!r}, takes --seeds in a comparison")
+    if parsed.agent and parsed.agent_settings:
+        parser.error("--settings: got it beside --agent, takes what the agent was trained with")
     if parsed.agent and parsed.seeds:
         parser.error("--seeds: got it beside --agent, takes the agents' seeds then")
     if parsed.jobs and parsed.cluster:
@@ -252,7 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--methods: got none, takes names joined by commas, see --list")
     if parsed.agent and "hl" not in parsed.methods:
         parser.error(f"--agent: takes methods with hl, got {','.join(parsed.methods)}")
-    parsed.seeds = parsed.seeds or _seeds(_SEEDS)
+    parsed.seeds = parsed.seeds or seeds_of(_SEEDS)
     changes = overrides(parser, parsed)
     if "SEED" in changes:
         parser.error("SEED: got it with --set, takes --seeds in a comparison")
@@ -263,18 +235,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         for name in sorted(_AGENTS_OWN & (varied | set(changes))):
             parser.error(f"{name}: got it beside --agent, takes what the agent was trained with")
     elif "DATASET" not in changes:
-        changes["DATASET"] = _default_dataset()
+        changes["DATASET"] = default_dataset()
     parsed.own_data = bool(parsed.agent) and not {"DATASET", "DATA_FILE"} & set(changes)
     try:
-        parsed.settings = make_settings(**_agents_settings(parsed) | changes)
+        named = named_settings(parser, parsed)
+        parsed.settings = make_settings(**named | _agents_settings(parsed) | changes)
     except UserError as error:
         parser.error(str(error))
     return parsed
-
-
-def _default_dataset() -> str:
-    """What config.py names; the bundled digits if that leaves it open, for they take minutes."""
-    return "digits" if DATASET == "auto" else DATASET
 
 
 def _agents_settings(parsed: argparse.Namespace) -> dict[str, Any]:

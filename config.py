@@ -137,6 +137,56 @@ PROJECT = Path(__file__).resolve().parent
 # stored with the results nor compared when a run is continued.
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
 
+# Named settings of the agent, for --settings and for comparisons. "paper" is the public code's,
+# whatever the constants above were changed to; "tuned" is ours, and README.md tells what each
+# change is worth.
+AGENTS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "REWARD_BASE": 32.0,
+        "STEP_PENALTY": 1.0,
+        "OBSERVATION": "broadcast",
+        "PCA_COMPONENTS": 0,
+        "PCA_SIGNS": "loading",
+        "HIDDEN_UNITS": (500, 200),
+        "Q_NETWORKS": 1,
+        "DUELING": False,
+        "Q_LEARNING_RATE": 0.001,
+        "Q_WEIGHT_DECAY": 0.0,
+        "DISCOUNT": 0.9,
+        "N_STEP": 1,
+        "BOOTSTRAP_AT_LIMIT": False,
+        "REPLAY_CAPACITY": 50_000,
+        "REPLAY_SAMPLE": 128,
+        "Q_BATCH_SIZE": 16,
+        "UPDATES_PER_EPISODE": 1,
+        "NORMALIZE_TARGETS": True,
+        "TARGET_UPDATE": 0,
+        "DOUBLE_Q": False,
+        "EPSILON": 1.0,
+        "EPSILON_DECAY": 0.02,
+        "EXPLORATION_REPEAT": 0.0,
+    },
+}
+AGENTS["tuned"] = AGENTS["paper"] | {
+    "REWARD_BASE": 1e12,
+    "OBSERVATION": "both",
+    "PCA_COMPONENTS": 1,
+    "PCA_SIGNS": "holder",
+    "HIDDEN_UNITS": (64, 64),
+    "Q_NETWORKS": 5,
+    "DUELING": True,
+    "Q_WEIGHT_DECAY": 0.2,
+    "DISCOUNT": 0.96,
+    "N_STEP": 6,
+    "BOOTSTRAP_AT_LIMIT": True,
+    "Q_BATCH_SIZE": 128,
+    "UPDATES_PER_EPISODE": 150,
+    "NORMALIZE_TARGETS": False,
+    "TARGET_UPDATE": 1,
+    "EPSILON_DECAY": 0.025,
+    "EXPLORATION_REPEAT": 0.8,
+}
+
 # Constants that results made before them do not name, each with the value that they were made with,
 # which is the public code's.
 JOINED_LATER = {
@@ -369,7 +419,7 @@ def make_settings(**overrides: Any) -> Settings:
         ConfigError: an unknown name, here or among the overrides, or an invalid value.
     """
     constants = {k: v for k, v in globals().items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k)}
-    for name in ("PROJECT", "LOCATIONS", "JOINED_LATER", "RULES", "STREAMS"):
+    for name in ("PROJECT", "LOCATIONS", "AGENTS", "JOINED_LATER", "RULES", "STREAMS"):
         constants.pop(name)
     for name in [*constants, *overrides]:
         if name not in RULES:
@@ -409,15 +459,15 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS[name], index)))
 
 
-def episode_seed(seed: int, episode: int, test: bool = False) -> int:
+def episode_seed(seed: int, episode: int, kind: str = "episode") -> int:
     """The seed in [0, 2**63) with which the environment is reset for an episode (ours).
 
     Args:
         seed: SEED.
         episode: its number, from 1.
-        test: whether it is an episode of a comparison's test, or one of training.
+        kind: of which stream: ``episode`` for one of training, ``test`` or ``validation``.
     """
-    return int(stream(seed, "test" if test else "episode", episode).integers(2**63))
+    return int(stream(seed, kind, episode).integers(2**63))
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -464,10 +514,12 @@ def setting_flags(
     flags: dict[str, str],
     own: dict[str, tuple[str, str]] | None = None,
 ) -> None:
-    """Adds flags for settings to a parser, ``--set`` for all of them, and their list to its help.
+    """Adds flags for settings to a parser, and the list of all constants to its help.
+
+    ``--set`` takes any of them, ``--settings`` the name of some of ``AGENTS``.
 
     Args:
-        parser: its ``parse_args`` result is for ``overrides``.
+        parser: its ``parse_args`` result is for ``named_settings`` and ``overrides``.
         flags: each flag with the name of its constant.
         own: a constant's meaning and its default in the flags' help, where config.py's do not hold.
 
@@ -497,6 +549,25 @@ def setting_flags(
         metavar="NAME=VALUE",
         help="override any constant of config.py, listed below; repeatable",
     )
+    parser.add_argument(
+        "--settings",
+        dest="agent_settings",
+        default="",
+        metavar="NAME",
+        help=f"named settings of the agent, before --set: {' or '.join(AGENTS)}",
+    )
+
+
+def named_settings(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The constants that ``--settings`` names; a wrong name ends the program.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr.
+    """
+    name = parsed.agent_settings
+    if name and name not in AGENTS:
+        parser.error(f"--settings: got {name!r}, takes {' or '.join(AGENTS)}")
+    return AGENTS.get(name, {})
 
 
 def overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> dict[str, Any]:
@@ -519,6 +590,36 @@ def overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> di
     }
 
 
+def seeds_of(text: str) -> list[int]:
+    """A command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        seeds = list(range(int(text)))
+    elif re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*,?", text):
+        seeds = []
+        for part in filter(None, text.split(",")):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), min(int(last or first), int(first) + 10**6) + 1)
+    else:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
+        )
+    return sorted(set(seeds))
+
+
+def count_of(text: str) -> int:
+    """A command line's count, an integer >= 1."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
+    return int(text)
+
+
+def default_dataset() -> str:
+    """What config.py names; the bundled digits if that leaves it open, for they take minutes."""
+    return "digits" if DATASET == "auto" else DATASET
+
+
 def from_command_line(arguments: list[str] | None = None) -> Settings:
     """Settings of this file's constants and the overrides on main.py's command line.
 
@@ -535,7 +636,8 @@ def from_command_line(arguments: list[str] | None = None) -> Settings:
         allow_abbrev=False,
     )
     setting_flags(parser, _FLAGS)
+    parsed = parser.parse_args(arguments)
     try:
-        return make_settings(**overrides(parser, parser.parse_args(arguments)))
+        return make_settings(**named_settings(parser, parsed) | overrides(parser, parsed))
     except ConfigError as error:
         parser.error(str(error))

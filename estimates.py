@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from baselines import training_name
 from config import UserError
 from records import (
     EPISODE_COLUMNS,
@@ -252,7 +253,7 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
             theirs = matrix(rival[rival["seed"].isin(seeds)], column)
             add(f"{column}_reduction", reduction, ours, theirs)
             add(f"{column}_improvement", improvement, ours, theirs)
-            spent = _training(jobs, folder, variant, seeds, column) if method == "hl" else None
+            spent = _training(jobs, folder, variant, method, seeds, column)
             if spent is not None:
                 spent = np.broadcast_to(spent[:, None], ours.shape)
                 add(f"{column}_break_even", break_even, spent, ours, theirs)
@@ -263,13 +264,13 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
 
 
 def _training(
-    jobs: pd.DataFrame, folder: Path, variant: str, seeds: list[int], column: str
+    jobs: pd.DataFrame, folder: Path, variant: str, method: str, seeds: list[int], column: str
 ) -> np.ndarray | None:
     """(S,) what all episodes of training took on each seed; None if they are not at hand."""
     totals = []
-    chosen = jobs[(jobs["variant"] == variant) & (jobs["method"] == "hl")].set_index("seed")
+    chosen = jobs[(jobs["variant"] == variant) & (jobs["method"] == method)].set_index("seed")
     for seed in seeds:
-        path = (folder / chosen.loc[seed, "folder"]).parent / f"training-seed{seed}"
+        path = (folder / chosen.loc[seed, "folder"]).parent / training_name(method, seed)
         if not (path / "episodes.csv").exists():
             return None
         if column == "communication_cost" and several_nodes(path):
@@ -288,18 +289,22 @@ def several_nodes(training: Path) -> bool:
 
 
 def training_curves(folder: Path, jobs: pd.DataFrame) -> pd.DataFrame:
-    """The training episodes of all finished HL jobs.
+    """The training episodes of all finished jobs that trained a DQN.
 
-    Columns ``variant``, ``seed`` and ``several_nodes`` (whether rounds had more than one) beside
-    those of a run.
+    Columns ``variant``, ``method``, ``seed`` and ``several_nodes`` (whether rounds had more than
+    one) beside those of a run.
     """
     parts = []
-    for job in jobs[(jobs["method"] == "hl") & (jobs["state"] == "finished")].itertuples():
-        path = (folder / job.folder).parent / f"training-seed{job.seed}" / "episodes.csv"
+    for job in jobs[jobs["state"] == "finished"].itertuples():
+        path = (folder / job.folder).parent / training_name(job.method, job.seed) / "episodes.csv"
         if path.exists():
             part = read_table(path, EPISODE_COLUMNS)
             several = several_nodes(path.parent)
-            parts.append(part.assign(variant=job.variant, seed=job.seed, several_nodes=several))
+            parts.append(
+                part.assign(
+                    variant=job.variant, method=job.method, seed=job.seed, several_nodes=several
+                )
+            )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

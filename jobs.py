@@ -27,7 +27,7 @@ import numpy as np
 import data
 import main
 import models
-from baselines import METHODS, Policy
+from baselines import METHODS, Policy, training_name
 from config import (
     PROJECT,
     Settings,
@@ -54,6 +54,7 @@ class Job:
         variant: value of what the comparison varies; "" if nothing.
         test_episodes: how many.
         agent: folder of a run of main.py whose agent is tested, or "" to train one (HL only).
+        kind: the stream of the episodes' seeds, ``test`` or ``validation``.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Job:
     variant: str
     test_episodes: int
     agent: str = ""
+    kind: str = "test"
 
     @property
     def name(self) -> str:
@@ -75,9 +77,11 @@ class Job:
     @property
     def training(self) -> Settings | None:
         """The settings of the run that trains the agent, or None if there is nothing to train."""
-        if self.method != "hl" or self.agent:
+        method = METHODS.get(self.method)
+        if method is None or not method.learns or self.agent:
             return None
-        return dataclasses.replace(self.settings, NAME=f"training-seed{self.settings.SEED}")
+        name = training_name(self.method, self.settings.SEED)
+        return dataclasses.replace(method.settings(self.settings), NAME=name)
 
     @property
     def episodes(self) -> int:
@@ -94,6 +98,8 @@ class Job:
     def about(self) -> dict[str, Any]:
         """What makes it this job, beside its settings: for ``config.json``."""
         about = {"method": self.method, "test_episodes": self.test_episodes}
+        if self.kind != "test":
+            about["episodes"] = self.kind
         if self.agent:
             weights = (absolute(self.agent) / "agent.npz").read_bytes()
             about["agent_sha256"] = hashlib.sha256(weights).hexdigest()
@@ -186,7 +192,7 @@ def _test_episode(
     nodes = METHODS[job.method].first_nodes(settings, number)
     holder, episode_reward, done = nodes[0], 0.0, False
     observation, info = environment.reset(
-        seed=episode_seed(settings.SEED, episode, test=True), options={"nodes": nodes}
+        seed=episode_seed(settings.SEED, episode, job.kind), options={"nodes": nodes}
     )
     while True:
         run.record_test_round(job.method, episode, info)
@@ -205,7 +211,7 @@ def _test_episode(
         done = terminated or truncated
     # What seeing all nodes' weights takes, taken literally: each new model is sent to all others,
     # the next node among them.
-    sees_weights = job.method == "hl" and settings.sees_weights
+    sees_weights = METHODS[job.method].learns and settings.sees_weights
     run.record_test_episode(
         job.method,
         episode,
@@ -300,11 +306,15 @@ def _run_of(job: Job, dataset: data.Dataset, threads: int) -> Run:
     return Run(settings, dataset, threads, TEST_TABLES, job.about())
 
 
+class NoCluster(UserError):
+    """No Dask scheduler answers, or Dask is not installed."""
+
+
 def check_cluster(address: str) -> None:
     """Whether a Dask scheduler answers there; "" is none, and all right.
 
     Raises:
-        UserError: it does not, or Dask is not installed.
+        NoCluster: it does not, or Dask is not installed.
     """
     if address:
         with contextlib.redirect_stdout(None), _backend(1, address):
@@ -359,7 +369,7 @@ def run_all(
                 if len(now) == 1 and deaths[job] > 2:
                     del deaths[job]
                     add(Outcome(job, "failed", 0.0, str(death)))
-        except UserError as error:  # no cluster any more
+        except NoCluster as error:  # any more
             for job in list(deaths):
                 del deaths[job]
                 add(Outcome(job, "failed", 0.0, str(error)))
@@ -420,11 +430,11 @@ def _backend(processes: int, cluster: str) -> Iterator[None]:
         from distributed import Client
         from joblib._dask import DaskDistributedBackend
     except ImportError as error:
-        raise UserError("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
+        raise NoCluster("--cluster: needs Dask: pip install -r requirements-cluster.txt") from error
     try:
         client = Client(cluster, timeout=_CLUSTER_TIMEOUT)
     except (OSError, ValueError, TimeoutError) as error:
-        raise UserError(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
+        raise NoCluster(f"--cluster: no Dask scheduler at {cluster} ({_line(error)})") from error
 
     class Cluster(DaskDistributedBackend):
         """joblib's, which would run everything here while the cluster has one thread or none."""

@@ -489,6 +489,9 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
 def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     """Rounds and cost over the DQN's training: moving average of each seed, mean and band."""
     training, table = tables["training"], tables["estimates"]
+    if training["method"].nunique() > 1:
+        titles = training["method"].map(lambda name: METHODS[name].title)
+        training = training.assign(variant=(titles + " " + training["variant"]).str.strip())
     variants = list(dict.fromkeys(training["variant"]))
     window = min(WINDOW, max(1, training["episode"].max() // 3))
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)

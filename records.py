@@ -94,7 +94,7 @@ TRAINING_TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
 TEST_TABLES = {"rounds.csv": TEST_ROUND_COLUMNS, "episodes.csv": TEST_EPISODE_COLUMNS}
 # Columns of text, where all else is numbers. A single node reads as a number, "3+5" does not.
 _TEXTS = {"dataset", "node", "chosen_by", "method", "comparison", "parameter", "variant"}
-_TEXTS |= {"folder", "state", "error", "quantity"}
+_TEXTS |= {"folder", "state", "error", "quantity", "trial", "settings", "git_revision"}
 
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 
@@ -507,7 +507,7 @@ class Run:
             "started": _now(),
             "ended": None,
             "first_episode": self.episodes_finished + 1,
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "versions": _versions(),
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
@@ -725,7 +725,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """The project's commit, with "+changes" if its files differ; None outside a clone."""
 
     def git(*arguments: str) -> str:

@@ -19,13 +19,14 @@ from conftest import SMALL, small_settings, without_times
 
 import baselines
 import compare
+import config
 import data
 import estimates
 import jobs
 import main
 import models
 import plot
-from config import JOINED_LATER, episode_seed, make_settings, stream
+from config import JOINED_LATER, UserError, episode_seed, make_settings, seeds_of, stream
 from environment import DecentralizedLearning, distance_matrix
 from node import DQNAgent
 from records import read_arrays
@@ -115,7 +116,7 @@ def test_seeds_are_paired_and_training_has_others(finished):
     assert accuracies[1].tolist() != accuracies[2].tolist()
     for seed in range(10):
         training = {episode_seed(seed, episode) for episode in range(1, 121)}
-        test = {episode_seed(seed, episode, test=True) for episode in range(1, 121)}
+        test = {episode_seed(seed, episode, "test") for episode in range(1, 121)}
         assert len(training | test) == 240
 
 
@@ -133,7 +134,7 @@ def test_the_test_of_a_trained_agent_step_by_step(finished, few):
     agent.weights = agent.q.network.from_named_arrays(arrays)
     rows, model_megabytes = [], environment.foundation.network.size * 4 / 1e6
     for episode in (1, 2):
-        observation, info = environment.reset(seed=episode_seed(1, episode, test=True))
+        observation, info = environment.reset(seed=episode_seed(1, episode, "test"))
         rewards, hops, node = [info["reward"]], 0, 0
         done = info["goal_reached"]
         while not done:
@@ -476,7 +477,7 @@ def test_the_dataset_is_the_one_that_is_named(monkeypatch):
     assert compare.parse([]).settings.DATASET == "digits"
     assert compare.parse(["--dataset", "mnist"]).settings.DATASET == "mnist"
     assert compare.parse(["--set", "DATASET=mnist"]).settings.DATASET == "mnist"
-    monkeypatch.setattr(compare, "DATASET", "fashion_mnist")  # the constant in config.py
+    monkeypatch.setattr(config, "DATASET", "fashion_mnist")  # the constant in config.py
     assert compare.parse([]).settings.DATASET == "fashion_mnist"
 
 
@@ -488,10 +489,52 @@ def test_departures_are_the_public_codes_but_for_one_option():
         assert len(changed) == 1 + (name == "double-q")
 
 
+def test_the_tuned_settings_and_their_changes_taken_back():
+    variants = compare.COMPARISONS["changes"].variants
+    tuned, paper = config.AGENTS["tuned"], config.AGENTS["paper"]
+    assert variants["nothing"] == tuned
+    assert set(variants) == {"nothing"} | {n for n in paper if paper[n] != tuned[n]}
+    for name, settings in variants.items():
+        differing = {k for k in paper if settings[k] != tuned[k]}
+        assert differing == ({name} if name != "nothing" else set())
+        assert name == "nothing" or settings[name] == paper[name]
+
+
+def test_hl_with_the_tuned_settings_is_a_method_of_its_own(finished, tmp_path):
+    """It trains in its own folder, on the same episodes, and changes nothing of the others."""
+    assert start(tmp_path, "--seeds", "1,", methods="hl,tuned", EPISODES=2) == 0
+    folder = tmp_path / "paper-digits"
+    stored = {
+        name: json.loads((folder / name / "config.json").read_text())["settings"]
+        for name in ("training-seed1", "training-tuned-seed1", "tuned-seed1")
+    }
+    for name, value in config.AGENTS["tuned"].items():
+        expected = list(value) if isinstance(value, tuple) else value
+        assert stored["training-tuned-seed1"][name] == stored["tuned-seed1"][name] == expected
+    assert stored["training-seed1"]["Q_NETWORKS"] == 1
+    rounds = [pd.read_csv(folder / n / "rounds.csv") for n in ("hl-seed1", "tuned-seed1")]
+    assert rounds[0]["accuracy"][0] == rounds[1]["accuracy"][0]
+    table = estimates.read_comparison(folder)
+    curves = estimates.training_curves(folder, table["jobs"])
+    assert curves.groupby("method").size().to_dict() == {"hl": 2, "tuned": 2}
+
+
+def test_what_the_teller_raises_ends_all(tmp_path):
+    parsed = compare.parse(flags(tmp_path, "--seeds", "2", methods="stay"))
+    todo = compare.make_jobs(parsed, tmp_path / "jobs")
+
+    def tell(outcome):
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        jobs.run_all(todo, 1, tell=tell)
+    assert not todo[1].folder.exists()
+
+
 def test_seeds():
-    assert compare._seeds("3") == [0, 1, 2]
-    assert compare._seeds("3,") == [3]
-    assert compare._seeds("0,7-9,8") == [0, 7, 8, 9]
+    assert seeds_of("3") == [0, 1, 2]
+    assert seeds_of("3,") == [3]
+    assert seeds_of("0,7-9,8") == [0, 7, 8, 9]
 
 
 def test_every_comparison_is_made_of_settings_that_exist():

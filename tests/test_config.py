@@ -206,6 +206,24 @@ def test_help_shows_default_and_meaning_of_each():
         assert meaning in done.stdout
 
 
+def test_named_settings_of_the_agent():
+    """The first are the defaults, so that nobody has to name them; --set comes after them."""
+    defaults = make_settings()
+    assert make_settings(**config.AGENTS["paper"]) == defaults
+    assert set(config.AGENTS["tuned"]) == set(config.AGENTS["paper"])
+    tuned = config.from_command_line(["--settings", "tuned", "--set", "DISCOUNT=0.5"])
+    assert tuned == make_settings(**{**config.AGENTS["tuned"], "DISCOUNT": 0.5})
+    assert tuned.DUELING
+    assert not defaults.DUELING
+
+
+def test_an_unknown_name_of_settings(capsys):
+    with pytest.raises(SystemExit) as end:
+        config.from_command_line(["--settings", "best"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "main.py: --settings: got 'best', takes paper or tuned\n"
+
+
 def test_streams_are_named_and_independent():
     draws = {
         (seed, name, index): config.stream(seed, name, index).integers(2**63)

@@ -20,6 +20,7 @@ import data
 import estimates
 import plot
 import records
+import tune
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).splitlines()
@@ -43,6 +44,7 @@ def test_the_first_two_commands():
     [
         ("main.py", 4, config.from_command_line, "--help"),
         ("compare.py", 6, compare.parse, "--list"),
+        ("tune.py", 1, tune.parse, "--help"),
     ],
 )
 def test_every_command_line_is_understood(script, count, parse, stops):
@@ -88,6 +90,7 @@ def test_every_column_is_documented():
     assert documented("episodes.csv") == set(records.EPISODE_COLUMNS)
     assert documented("rounds.csv") == set(records.ROUND_COLUMNS)
     assert documented("a test's `episodes.csv") == set(records.TEST_EPISODE_COLUMNS)
+    assert documented("tuning.csv") == set(tune.LOG_COLUMNS)
     assert documented("a test's `rounds.csv") == set(records.TEST_ROUND_COLUMNS)
     for file, columns in (
         ("jobs.csv", estimates.JOB_COLUMNS),
