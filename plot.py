@@ -1,4 +1,4 @@
-"""Figures and summary of a run or a comparison, from its CSVs alone.
+"""Figures and summary of a run, a comparison or an audit, from its CSVs alone.
 
 Usage: python3 plot.py results/<name> [results/<name> ...]
 """
@@ -304,6 +304,67 @@ def draw_shards(tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+# --- Audits ----------------------------------------------------------------------------------
+
+AUDIT_COLUMNS = ("dataset", "observation", "target", "r2", "low", "high", "episodes", "rounds")
+
+# What accuracies are predicted from, in the order of the figure; the last two are references.
+OBSERVATIONS = {
+    "zeros": "nothing",
+    "last_node": "last node",
+    "last_node_moved": "last node and how far the model moved",
+    "broadcast": "broadcast (public code)",
+    "local": "local",
+    "local_holder": "local, steady signs",
+    "fixed": "fixed basis",
+    "first_both": "first component of both, steady signs",
+    "last_node_round": "last node and round *",
+    "history": "all nodes' visits and the round *",
+}
+TARGETS = {"accuracy": "accuracy now", "next_accuracy": "accuracy after the next node"}
+
+
+def draw_audit(folder: Path) -> None:
+    """Draws an audit's figure from ``audit.csv``, as PNG and PDF.
+
+    Raises:
+        UserError: the table is missing or something else.
+        OSError: a file can't be written.
+    """
+    tables = {"episodes": read_table(folder / "audit.csv", AUDIT_COLUMNS)}
+    save_figure(folder / "audit", draw_explained, tables)
+
+
+def draw_explained(tables: dict[str, pd.DataFrame]) -> Figure:
+    """R2 of each observation, a bar per target, with intervals."""
+    table = tables["episodes"]
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for place, (target, label) in enumerate(TARGETS.items()):
+        rows = table[table["target"] == target].set_index("observation").loc[list(OBSERVATIONS)]
+        y = np.arange(len(rows)) + (place - 0.5) * 0.36
+        errors = np.array([rows["r2"] - rows["low"], rows["high"] - rows["r2"]])
+        axis.barh(y, rows["r2"], 0.36, xerr=errors, color=("0.75", "0.35")[place], label=label)
+    axis.set_yticks(range(len(OBSERVATIONS)), list(OBSERVATIONS.values()))
+    axis.invert_yaxis()
+    axis.set_xlabel("R2 on walks that were not learned from (95 % interval over walks)")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    episodes, rounds = table["episodes"].iloc[0], table["rounds"].iloc[0]
+    figure.text(0.99, 0.005, "* not shown to the agent", ha="right", fontsize=7)
+    _title(figure, f"What observations tell, {episodes} walks, {rounds} rounds", tables)
+    return figure
+
+
+def audit_report(folder: Path) -> str:
+    """The audit's table, as Markdown."""
+    table = read_table(folder / "audit.csv", AUDIT_COLUMNS)
+    lines = [f"| observation | {' | '.join(TARGETS.values())} |", "|---" * (1 + len(TARGETS)) + "|"]
+    for name, label in OBSERVATIONS.items():
+        rows = table[table["observation"] == name].set_index("target").loc[list(TARGETS)]
+        cells = [f"{r.r2:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows.itertuples()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # --- Comparisons -----------------------------------------------------------------------------
 
 
@@ -595,9 +656,10 @@ def _is_number(text: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws the runs and comparisons named on the command line; returns the exit status."""
+    """Draws the runs, comparisons and audits named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="plot.py", description="Draw all figures of runs and comparisons again, from CSVs."
+        prog="plot.py",
+        description="Draw all figures of runs, comparisons and audits again, from CSVs.",
     )
     parser.add_argument("folder", nargs="+", type=Path, help="results/<name>")
     try:
@@ -610,6 +672,9 @@ def main(arguments: list[str] | None = None) -> int:
             if (folder / "jobs.csv").exists():
                 draw_comparison(folder)
                 print(estimates.report(folder))
+            elif (folder / "audit.csv").exists():
+                draw_audit(folder)
+                print(audit_report(folder))
             else:
                 draw_run(folder)
                 print(summary(folder))

@@ -95,6 +95,7 @@ TEST_TABLES = {"rounds.csv": TEST_ROUND_COLUMNS, "episodes.csv": TEST_EPISODE_CO
 # Columns of text, where all else is numbers. A single node reads as a number, "3+5" does not.
 _TEXTS = {"dataset", "node", "chosen_by", "method", "comparison", "parameter", "variant"}
 _TEXTS |= {"folder", "state", "error", "quantity", "trial", "settings", "git_revision"}
+_TEXTS |= {"observation", "target"}
 
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from conftest import PROJECT
 
+import audit
 import baselines
 import compare
 import config
@@ -44,6 +45,7 @@ def test_the_first_two_commands():
     [
         ("main.py", 4, config.from_command_line, "--help"),
         ("compare.py", 6, compare.parse, "--list"),
+        ("audit.py", 1, audit.parse, "--help"),
         ("tune.py", 1, tune.parse, "--help"),
     ],
 )
@@ -95,6 +97,7 @@ def test_every_column_is_documented():
     for file, columns in (
         ("jobs.csv", estimates.JOB_COLUMNS),
         ("estimates.csv", estimates.ESTIMATE_COLUMNS),
+        ("audit.csv", plot.AUDIT_COLUMNS),
     ):
         line = next(line for line in README.splitlines() if line.startswith(f"| `{file}` |"))
         assert set(columns) <= set(re.findall(r"`(\w+)`", line))

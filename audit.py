@@ -1,0 +1,273 @@
+"""What the observations tell: how well accuracies can be predicted from what the agent sees.
+
+Usage: python3 audit.py [--help]. Walks of random choices are recorded, with every kind of
+observation after each round; a regression that never saw a walk predicts from an observation the
+accuracy after that round, and, told which node trains next, the one after the next round. What
+trees can't find in an observation, the DQN will hardly find with its fewer and noisier data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from config import (
+    Parser,
+    Settings,
+    UserError,
+    count_of,
+    default_dataset,
+    make_settings,
+    overrides,
+    setting_flags,
+)
+
+_EPISODES = 60
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with ``settings`` made from it.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr if something is wrong; 0 after
+            ``--help``.
+    """
+    parser = Parser(
+        prog="audit.py",
+        description="Audit the observations; results go to results/<name>/.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--walks",
+        type=count_of,
+        default=_EPISODES,
+        metavar="N",
+        help=f"recorded episodes of random choices [{_EPISODES}]",
+    )
+    own = {
+        "DATASET": ("as compare.py's", default_dataset()),
+        "NAME": ("folder below RESULTS_DIR", "audit-<dataset>"),
+    }
+    setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"}, own)
+    parsed = parser.parse_args(arguments)
+    if parsed.agent_settings:
+        parser.error("--settings: got it in an audit, which has no agent")
+    changes = overrides(parser, parsed)
+    fixed = {"OBSERVATION": "fixed", "PCA_SIGNS": "loading", "NODES_PER_ROUND": 1}
+    for name in fixed.keys() & changes.keys():
+        parser.error(f"{name}: got {changes[name]!r}, takes {fixed[name]!r} in an audit")
+    changes.setdefault("DATASET", default_dataset())
+    # Choices that often repeat the last one show what staying does as well.
+    changes.setdefault("EXPLORATION_REPEAT", 0.6)
+    try:
+        parsed.settings = make_settings(**changes, **fixed)
+        if parsed.walks < _FOLDS:
+            raise UserError(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
+    except UserError as error:
+        parser.error(str(error))
+    return parsed
+
+
+# Parts into which the walks are divided: each is predicted by what the others taught.
+_FOLDS = 6
+_RESAMPLES = 2000
+
+
+if __name__ == "__main__":
+    # Before TensorFlow, which takes seconds to import: a typo is reported at once, and Ctrl-C
+    # ends the program without a traceback.
+    PARSED = parse()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import filelock
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.model_selection import GroupKFold
+from tqdm import tqdm
+
+import data
+import plot
+from config import episode_seed, stream
+from environment import DecentralizedLearning
+from main import exit_status
+from models import use_cpu
+from records import read_arrays, replacing, write_arrays
+
+
+def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, np.ndarray]:
+    """One episode of random choices, which repeat the last one with EXPLORATION_REPEAT.
+
+    Returns:
+        For its R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and a float32 matrix
+        of R rows for each of ``plot.OBSERVATIONS`` but those that ``references`` gives.
+    """
+    settings = environment.settings
+    rng = stream(settings.SEED, "exploration", episode)
+    observation, info = environment.reset(seed=episode_seed(settings.SEED, episode))
+    rows: dict[str, list[Any]] = {"nodes": [], "accuracies": []}
+    done = info["goal_reached"]
+    while True:
+        node = info["node"]
+        seen = {k: environment.observe(k) for k in ("zeros", "last_node", "broadcast", "local")}
+        moved = np.linalg.norm(seen["broadcast"].reshape(settings.NUM_NODES, -1))
+        steady = {k: _steady(seen[k], node, settings) for k in ("broadcast", "local")}
+        seen |= {
+            "last_node_moved": np.append(seen["last_node"], np.float32(moved)),
+            "local_holder": steady["local"].ravel(),
+            "fixed": observation,
+            "first_both": np.concatenate([steady["broadcast"][:, 0], steady["local"][:, 0]]),
+            "nodes": node,
+            "accuracies": info["accuracy"],
+        }
+        for name, value in seen.items():
+            rows.setdefault(name, []).append(value)
+        if done:
+            return {name: np.array(values) for name, values in rows.items()}
+        if rng.random() >= settings.EXPLORATION_REPEAT:
+            node = int(rng.integers(settings.NUM_NODES))
+        observation, _, terminated, truncated, info = environment.step(node)
+        done = terminated or truncated
+
+
+def _steady(scores: np.ndarray, holder: int, settings: Settings) -> np.ndarray:
+    """Components turned as PCA_SIGNS = ``holder`` has them."""
+    scores = scores.reshape(settings.NUM_NODES, -1)
+    return scores * np.where(scores[holder] < 0, -1, 1).astype(np.float32)
+
+
+def references(nodes: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    """What the agent is not told: a walk's round and history, float32 with a row per round."""
+    visited = np.eye(n, dtype=np.float32)[nodes]
+    rounds = np.arange(1, len(nodes) + 1, dtype=np.float32)[:, None]
+    ago = np.full((len(nodes), n), 2.0 * len(nodes), np.float32)  # never: longer than any walk
+    for row, node in enumerate(nodes):
+        ago[row:, node] = np.arange(len(nodes) - row)
+    return {
+        "last_node_round": np.hstack([visited, rounds]),
+        "history": np.hstack([visited.cumsum(axis=0), ago, rounds]),
+    }
+
+
+def predicted(features: np.ndarray, values: np.ndarray, walks: np.ndarray) -> np.ndarray:
+    """(n,) float64: each value as predicted by extremely randomised trees from other walks.
+
+    Args:
+        features: (n, D) float32.
+        values: (n,) float64.
+        walks: (n,) int, the walk that a row belongs to.
+    """
+    found = np.empty(len(values))
+    for train, test in GroupKFold(_FOLDS).split(features, values, walks):
+        trees = ExtraTreesRegressor(150, min_samples_leaf=3, random_state=0, n_jobs=1)
+        found[test] = trees.fit(features[train], values[train]).predict(features[test])
+    return found
+
+
+def explained(
+    values: np.ndarray, found: np.ndarray, walks: np.ndarray, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """R2, the share of the values' variance that is predicted, and its 95 % interval.
+
+    The interval is that of percentiles when walks are drawn with replacement.
+    """
+    numbers, index = np.unique(walks, return_inverse=True)
+    sums = np.zeros((len(numbers), 4))
+    for column, part in enumerate(((values - found) ** 2, values**2, values, np.ones(len(values)))):
+        sums[:, column] = np.bincount(index, part)
+
+    def r2(total: np.ndarray) -> np.ndarray:
+        error, squares, value, count = np.moveaxis(total, -1, 0)
+        return 1 - error / (squares - value**2 / count)
+
+    draws = rng.integers(len(numbers), size=(_RESAMPLES, len(numbers)))
+    low, high = np.percentile(r2(sums[draws].sum(axis=1)), [2.5, 97.5])
+    return float(r2(sums.sum(axis=0))), float(low), float(high)
+
+
+def table_of(walks: list[dict[str, np.ndarray]], dataset: str, settings: Settings) -> pd.DataFrame:
+    """A row of ``plot.AUDIT_COLUMNS`` for each observation and target."""
+    n = settings.NUM_NODES
+    for walk in walks:
+        walk.update(references(walk["nodes"], n))
+    number = np.concatenate([np.full(len(w["nodes"]) - 1, i) for i, w in enumerate(walks)])
+    action = np.concatenate([np.eye(n, dtype=np.float32)[w["nodes"][1:]] for w in walks])
+    values = {
+        "accuracy": np.concatenate([w["accuracies"][:-1] for w in walks]),
+        "next_accuracy": np.concatenate([w["accuracies"][1:] for w in walks]),
+    }
+    rows = []
+    for name in plot.OBSERVATIONS:
+        seen = np.concatenate([w[name][:-1] for w in walks])
+        for target in plot.TARGETS:
+            features = np.hstack([seen, action]) if target == "next_accuracy" else seen
+            found = predicted(features, values[target], number)
+            rng = stream(settings.SEED, "policy")  # the same draws for all
+            r2 = explained(values[target], found, number, rng)
+            rows.append((dataset, name, target, *r2, len(walks), len(number)))
+    return pd.DataFrame(rows, columns=list(plot.AUDIT_COLUMNS))
+
+
+def audit(parsed: argparse.Namespace) -> int:
+    """Records what walks are missing, writes ``audit.csv`` and its figure, and prints the table.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: the folder holds another audit, or something is damaged.
+        OSError: a file can't be written.
+    """
+    settings: Settings = parsed.settings
+    use_cpu(settings.THREADS)
+    dataset = data.load(settings)
+    data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
+    folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
+    about = json.loads(json.dumps({"sha256": dataset.sha256, "settings": settings.stored()}))
+    for name in ("NAME", "THREADS", "DATASET"):
+        del about["settings"][name]
+    _claim(folder, about)
+    with filelock.FileLock(folder / ".lock"):
+        environment = DecentralizedLearning(settings, dataset)
+        walks = []
+        for episode in tqdm(range(1, parsed.walks + 1), desc="walks", disable=None):
+            path = folder / f"walk-{episode}.npz"
+            if not path.exists():
+                write_arrays(path, record_walk(environment, episode))
+            walks.append(read_arrays(path))
+        table = table_of(walks, dataset.name, settings)
+        with replacing(folder / "audit.csv") as file:
+            file.write(table.to_csv(index=False, lineterminator="\n").encode())
+        plot.draw_audit(folder)
+    print(plot.audit_report(folder))
+    return 0
+
+
+def _claim(folder: Path, about: dict[str, Any]) -> None:
+    path = folder / "audit.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
+            raise UserError(f"{folder}: holds no audit; choose another --name") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(about, indent=2).encode() + b"\n")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
+    else:
+        if there != about:
+            raise UserError(f"{folder}: holds an audit of other settings or data; choose a --name")
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Runs an audit; returns the exit status, as main.py's."""
+    return exit_status("audit.py", lambda: audit(parsed), "mend this")
+
+
+if __name__ == "__main__":
+    sys.exit(main(PARSED))
