@@ -83,7 +83,6 @@ if __name__ == "__main__":
     PARSED = parse()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import filelock
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import ExtraTreesRegressor
@@ -96,7 +95,7 @@ from config import episode_seed, stream
 from environment import DecentralizedLearning
 from main import exit_status
 from models import use_cpu
-from records import read_arrays, replacing, write_arrays
+from records import claimed, read_arrays, replacing, write_arrays
 
 
 def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, np.ndarray]:
@@ -230,8 +229,8 @@ def audit(parsed: argparse.Namespace) -> int:
     about = json.loads(json.dumps({"sha256": dataset.sha256, "settings": settings.stored()}))
     for name in ("NAME", "THREADS", "DATASET"):
         del about["settings"][name]
-    _claim(folder, about)
-    with filelock.FileLock(folder / ".lock"):
+    _check_folder(folder, about)
+    with claimed(folder, "audit.json", about, "audit.py"):
         environment = DecentralizedLearning(settings, dataset)
         walks = []
         for episode in tqdm(range(1, parsed.walks + 1), desc="walks", disable=None):
@@ -247,16 +246,13 @@ def audit(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> None:
+def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     path = folder / "audit.json"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
             raise UserError(f"{folder}: holds no audit; choose another --name") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(about, indent=2).encode() + b"\n")
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); choose another --name") from error
     else:

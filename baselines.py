@@ -1,4 +1,4 @@
-"""What the learned policy is compared with: methods that learn no policy.
+"""The methods of a comparison: HL, and what it is compared with, which learns no policy.
 
 A method has a policy: a function of the observation, the environment's info and a random
 generator of its own, that names the node to train next. All methods run in the same environment;

@@ -6,7 +6,6 @@ Usage: python3 compare.py [--help]; ``--list`` names the comparisons and the met
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import io
@@ -15,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from config import (
     Settings,
     UserError,
     absolute,
+    available_cores,
     count_of,
     default_dataset,
     make_settings,
@@ -39,6 +39,20 @@ from config import (
 
 # Short flags for the settings that a comparison changes most.
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
+
+# What does not change the basis that an agent with OBSERVATION = "fixed" has learned in.
+_NOT_THE_BASIS = {
+    "GOAL_ACCURACY",
+    "STARTER_NODE",
+    "DISTANCE_SCALE",
+    "DISTANCE_SEED",
+    "REWARD_BASE",
+    "STEP_PENALTY",
+    "NAME",
+    "DATA_FILE",
+    "RESULTS_DIR",
+    "THREADS",
+}
 
 # What an agent was trained with: a test of it takes these as they are. The reward is the world's.
 _AGENTS_OWN = {"EPISODES", "NUM_NODES", *AGENTS["paper"]} - {"REWARD_BASE", "STEP_PENALTY"}
@@ -83,7 +97,7 @@ _ALL = (
 )
 _FEW = ("hl", "random", "nearest_twice")
 
-# The public code's settings, whatever config.py says.
+# The public code's agent and moments, whatever config.py says of them.
 _PUBLIC = {**AGENTS["paper"], "KEEP_MOMENTS": True}
 _TUNED = AGENTS["tuned"]
 
@@ -135,7 +149,7 @@ COMPARISONS: dict[str, Comparison] = {
         },
     ),
     "headline": Comparison(
-        "the tuned settings and the public code's, against random and fixed walks",
+        "HL with config.py's and with the tuned settings, against random and fixed walks",
         ("hl", "tuned", "random", *_TOURS),
     ),
     "worlds": Comparison(
@@ -173,7 +187,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Compare methods over many seeds; results go to results/<name>/.",
         allow_abbrev=False,
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     add = parser.add_argument
     add("what", nargs="?", default="paper", help="name of a comparison, see --list [paper]")
     add("--list", action="store_true", help="list comparisons and methods, and stop")
@@ -231,15 +245,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     varied = {name for variant in parsed.comparison.variants.values() for name in variant}
     for name in varied & set(changes):
         parser.error(f"{name}: got {changes[name]!r}, takes what the comparison sets it to")
+    if parsed.agent_settings and varied >= set(AGENTS["paper"]):
+        parser.error(f"--settings: got it in {parsed.what}, which sets all of the agent's itself")
     if parsed.agent:
         for name in sorted(_AGENTS_OWN & (varied | set(changes))):
             parser.error(f"{name}: got it beside --agent, takes what the agent was trained with")
     elif "DATASET" not in changes:
         changes["DATASET"] = default_dataset()
+    parsed.changes = set(changes)
     parsed.own_data = bool(parsed.agent) and not {"DATASET", "DATA_FILE"} & set(changes)
     try:
         named = named_settings(parser, parsed)
         parsed.settings = make_settings(**named | _agents_settings(parsed) | changes)
+        others = sorted((varied | set(changes)) - _NOT_THE_BASIS)
+        if parsed.agent and parsed.settings.OBSERVATION == "fixed" and others:
+            parser.error(f"{others[0]}: got it beside --agent, whose basis depends on it")
     except UserError as error:
         parser.error(str(error))
     return parsed
@@ -297,7 +317,6 @@ if __name__ == "__main__":
     PARSED = parse()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import filelock
 from tqdm import tqdm
 
 import baselines
@@ -307,7 +326,7 @@ import plot
 from estimates import counted
 from jobs import Job, Outcome, Watch, check_cluster, dataset_of, is_finished, run_all
 from main import exit_status
-from records import read_table, replacing, stored_progress
+from records import OtherRun, claimed, read_table, replacing, stored_progress
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -330,6 +349,14 @@ def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
                     THREADS=parsed.settings.THREADS or 1,
                 )
                 baselines.check(name, settings)
+                own = baselines.METHODS[name].settings(settings)
+                for constant in sorted({*changes, *parsed.changes}):
+                    asked, taken = getattr(settings, constant), getattr(own, constant)
+                    if asked != taken:
+                        raise ConfigError(
+                            f"{constant}: got {asked!r}, takes {taken!r} with the method {name}, "
+                            "which --methods can leave out"
+                        )
                 agent = parsed.agents.get(seed, "") if name == "hl" else ""
                 jobs.append(Job(name, settings, variant, parsed.test_episodes, agent))
     return sorted(jobs, key=lambda job: -job.episodes)
@@ -382,24 +409,28 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
         )
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, about: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder this comparison's, and keeps other processes out while it lasts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"{folder}: another compare.py is writing there; wait for it, or choose another --name"
-        ) from None
-    try:
-        if not (folder / "comparison.json").exists():
-            with replacing(folder / "comparison.json") as file:
-                file.write(json.dumps(about, indent=2).encode() + b"\n")
-        yield
-    finally:
-        lock.release()
+def _check_other_seeds(parsed: argparse.Namespace, folder: Path) -> None:
+    """Refuses to add seeds to jobs of other settings, as after a change of a method's.
+
+    Raises:
+        UserError: a finished job of one of the methods, with another seed, has other settings.
+    """
+    if not (folder / "jobs.csv").exists():
+        return
+    there = read_table(folder / "jobs.csv", estimates.JOB_COLUMNS)
+    others = argparse.Namespace(**vars(parsed))
+    others.seeds = sorted(set(there["seed"]) - set(parsed.seeds))
+    for job in make_jobs(others, folder):
+        # Agents that were given are told apart by their weights, and are others for each seed.
+        given = parsed.agents and job.method == "hl"
+        if given or not (job.folder / "config.json").exists():
+            continue
+        try:
+            is_finished(job)
+        except OtherRun:
+            raise
+        except UserError:  # a damaged one is told of by the report
+            continue
 
 
 class JobTable:
@@ -483,6 +514,7 @@ def compare(parsed: argparse.Namespace) -> int:
     _check_folder(folder, about)
     for job in jobs:
         data.make_shards(dataset, baselines.METHODS[job.method].settings(job.settings))
+    _check_other_seeds(parsed, folder)
     waiting, damaged = [], []
     for job in jobs:
         try:
@@ -492,8 +524,10 @@ def compare(parsed: argparse.Namespace) -> int:
                 estimates.read_job(job.folder, job.test_episodes)
         except UserError as error:
             damaged.append(Outcome(job, "failed", 0.0, str(error)))
+        except OSError as error:
+            damaged.append(Outcome(job, "failed", 0.0, reason(error)))
     check_cluster(parsed.cluster)
-    with _claimed(folder, about):
+    with claimed(folder, "comparison.json", about, "compare.py"):
         return _run(parsed, folder, jobs, waiting, damaged, dataset.name)
 
 
@@ -520,7 +554,7 @@ def _run(
         initial=sum(job.episodes_finished() for job in jobs),
         disable=None,
     )
-    done = len(jobs) - len(waiting) - len(damaged)
+    done = len(jobs) - len(waiting)
 
     def show(episodes: int) -> None:
         bar.n = max(bar.n, episodes)
@@ -546,16 +580,17 @@ def _run(
     with bar, Watch(jobs, show):
         outcomes = run_all(waiting, parsed.jobs, parsed.cluster, tell)
     failed = [*damaged, *(outcome for outcome in outcomes if outcome.error)]
-    if len(failed) < len(jobs):
-        plot.draw_comparison(folder)
-        print(estimates.report(folder))
-    print(
-        f"jobs: {len(jobs) - len(waiting) - len(damaged)} finished before, {len(outcomes)} "
-        f"started, {sum(not o.error for o in outcomes)} finished, {len(failed)} failed"
-    )
-    for outcome in failed:
-        where = "" if str(outcome.job.folder) in outcome.error else f"{outcome.job.folder}: "
-        print(f"failed: {where}{outcome.error}")
+    try:
+        if len(failed) < len(jobs):
+            print(estimates.report(folder, plot.draw_comparison(folder)))
+    finally:  # whatever is wrong with a table or a figure
+        print(
+            f"jobs: {len(jobs) - len(waiting) - len(damaged)} finished before, {len(outcomes)} "
+            f"started, {sum(not o.error for o in outcomes)} finished, {len(failed)} failed"
+        )
+        for outcome in failed:
+            where = "" if str(outcome.job.folder) in outcome.error else f"{outcome.job.folder}: "
+            print(f"failed: {where}{outcome.error}")
     return 1 if failed else 0
 
 
@@ -570,12 +605,15 @@ def _plan(
         f"{counted(parsed.test_episodes, 'test episode')} each: {counted(len(jobs), 'job')}, "
         f"{len(waiting)} to do; results in {folder}"
     ]
-    tested = len(parsed.seeds) * parsed.test_episodes
-    if "standalone" in parsed.methods and tested % parsed.settings.NUM_NODES:
-        lines.append(
-            f"standalone: {tested} test episodes do not weigh {parsed.settings.NUM_NODES} nodes "
-            "alike"
-        )
+    for variant in sorted({job.variant for job in jobs if job.method == "standalone"}):
+        alone = [job for job in jobs if (job.method, job.variant) == ("standalone", variant)]
+        n = alone[0].settings.NUM_NODES
+        tests = Counter(node for job in alone for node in job.first_nodes())
+        if len({tests[node] for node in range(n)}) > 1:
+            lines.append(
+                f"standalone{f' {variant}' * bool(variant)}: the test episodes do not weigh the "
+                f"{n} nodes alike"
+            )
     whole = parsed.what == "paper" and set(parsed.methods) == set(_ALL) and not parsed.agent
     if whole and dataset == "digits":
         lines.append(f"the full comparison on MNIST ({FULL}) takes about {FULL_HOURS} on 2 cores")

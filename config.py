@@ -138,8 +138,7 @@ PROJECT = Path(__file__).resolve().parent
 LOCATIONS = ("DATA_FILE", "RESULTS_DIR")
 
 # Named settings of the agent, for --settings and for comparisons. "paper" is the public code's,
-# whatever the constants above were changed to; "tuned" is ours, and README.md tells what each
-# change is worth.
+# whatever the constants above were changed to; "tuned" is ours.
 AGENTS: dict[str, dict[str, Any]] = {
     "paper": {
         "REWARD_BASE": 32.0,
@@ -189,15 +188,17 @@ AGENTS["tuned"] = AGENTS["paper"] | {
 
 # Constants that results made before them do not name, each with the value that they were made with,
 # which is the public code's.
-JOINED_LATER = {
-    "KEEP_MOMENTS": True,
-    "PCA_SIGNS": "loading",
-    "Q_NETWORKS": 1,
-    "DUELING": False,
-    "Q_WEIGHT_DECAY": 0.0,
-    "N_STEP": 1,
-    "BOOTSTRAP_AT_LIMIT": False,
-    "EXPLORATION_REPEAT": 0.0,
+JOINED_LATER = {"KEEP_MOMENTS": True} | {
+    name: AGENTS["paper"][name]
+    for name in (
+        "PCA_SIGNS",
+        "Q_NETWORKS",
+        "DUELING",
+        "Q_WEIGHT_DECAY",
+        "N_STEP",
+        "BOOTSTRAP_AT_LIMIT",
+        "EXPLORATION_REPEAT",
+    )
 }
 
 
@@ -590,6 +591,12 @@ def overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> di
     }
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def seeds_of(text: str) -> list[int]:
     """A command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
     if re.fullmatch(r"[0-9]{1,6}", text):
@@ -598,7 +605,11 @@ def seeds_of(text: str) -> list[int]:
         seeds = []
         for part in filter(None, text.split(",")):
             first, _, last = part.partition("-")
-            seeds += range(int(first), min(int(last or first), int(first) + 10**6) + 1)
+            some = range(int(first), min(int(last or first), int(first) + 10**6) + 1)
+            if not some:  # 5-3
+                seeds = []
+                break
+            seeds += some
     else:
         seeds = []
     if not seeds:

@@ -16,6 +16,7 @@ all episodes, restricted to the limit.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,28 +76,39 @@ QUANTITIES = (
 
 
 def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a comparison: ``jobs``, and ``episodes`` and ``rounds`` of all finished jobs.
+    """The tables of a comparison, after ``jobs`` of all its finished jobs.
 
-    The latter two have a column ``variant`` at the end. A finished job whose tables are damaged has
-    failed in ``jobs``, with the reason as its error.
+    ``episodes`` and ``rounds`` have a column ``variant`` at the end; a finished job whose tables
+    are damaged has failed in ``jobs``, with the reason as its error. ``training`` has the episodes
+    of the trainings of DQNs, as their runs wrote them, and ``variant``, ``method``, ``seed`` and
+    ``several_nodes`` (whether rounds had more than one, whose communication a run counts
+    otherwise); of a damaged one nothing, and the reason is its finished job's error.
 
     Raises:
         UserError: a file is missing or not what compare.py writes, or no job is finished.
     """
     jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
+    test_episodes = _test_episodes(folder)
     if jobs["comparison"].nunique() > 1:
         raise UserError(f"{folder / 'jobs.csv'}: is of several comparisons")
-    parts: dict[str, list[pd.DataFrame]] = {"episodes": [], "rounds": []}
+    parts: dict[str, list[pd.DataFrame]] = {"episodes": [], "rounds": [], "training": []}
     for row, job in jobs[jobs["state"] == "finished"].iterrows():
         try:
-            of_job = read_job(folder / job["folder"])
+            of_job = read_job(folder / job["folder"], test_episodes)
         except UserError as error:
             jobs.loc[row, ["state", "error"]] = "failed", str(error)
             continue
         for name, table in of_job.items():
             parts[name].append(table.assign(variant=job["variant"]))
+        try:
+            parts["training"].append(_read_training(folder, job))
+        except FileNotFoundError:
+            continue  # a method that trains none, or an agent that was trained before
+        except UserError as error:
+            jobs.loc[row, "error"] = f"of its training: {error}"
     if not parts["episodes"]:
         raise UserError(f"{folder}: no job is finished")
+    parts["training"] = parts["training"] or [pd.DataFrame(columns=_TRAINING_COLUMNS)]
     tables = {"jobs": jobs}
     tables |= {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
     counts = tables["episodes"].groupby(["variant", "method", "seed"]).size()
@@ -109,6 +121,30 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
         if (tables["episodes"].groupby("variant")[column].nunique() > 1).any():
             raise UserError(f"{folder}: jobs with several values of {column} can't be compared")
     return tables
+
+
+_TRAINING_COLUMNS = [*EPISODE_COLUMNS, "variant", "method", "seed", "several_nodes"]
+
+
+def _read_training(folder: Path, job: pd.Series) -> pd.DataFrame:
+    path = (folder / job["folder"]).parent / training_name(job["method"], job["seed"])
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    nodes = read_table(path / "rounds.csv", ROUND_COLUMNS)["node"]
+    return read_table(path / "episodes.csv", EPISODE_COLUMNS).assign(
+        variant=job["variant"],
+        method=job["method"],
+        seed=job["seed"],
+        several_nodes=nodes.str.contains("+", regex=False).any(),
+    )
+
+
+def _test_episodes(folder: Path) -> int | None:
+    """How many each job has, as ``comparison.json`` tells; None if it does not."""
+    try:
+        return int(json.loads((folder / "comparison.json").read_text())["test_episodes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_job(folder: Path, test_episodes: int | None = None) -> dict[str, pd.DataFrame]:
@@ -207,17 +243,18 @@ def improvement(method: np.ndarray, rival: np.ndarray) -> np.ndarray:
     return ((difference < 0) + 0.5 * (difference == 0)).mean(axis=(-3, -2, -1))
 
 
-def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
+def estimate(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """All estimates of a comparison, a row per variant, method and quantity.
 
     Quantities: those of ``QUANTITIES``, means over all episodes; ``rounds_iqm`` and
     ``communication_cost_iqm``, interquartile means; against random, over the seeds that both
     have: ``rounds_reduction`` and ``communication_cost_reduction``, shares of random's mean;
     ``rounds_improvement`` and ``communication_cost_improvement``, probabilities that an episode
-    has less; of HL ``rounds_break_even`` and ``communication_cost_break_even``, the number of
-    trainings of the foundation model after which what the DQN's training took is saved against
-    random (infinite if nothing is saved). With several nodes per round the latter is left out: a
-    training's cost, as main.py's, holds the way to a round's first node alone.
+    has less; of methods that learn ``rounds_break_even`` and ``communication_cost_break_even``, the
+    number of trainings of the foundation model after which what the DQN's training took is saved
+    against random (infinite if nothing is saved), unless the policy misses the goal more often than
+    random: what it saves it does not save for the same result. With several nodes per round that of
+    the cost is left out: a training's, as main.py's, holds the way to a round's first node alone.
 
     Returns:
         Columns ``ESTIMATE_COLUMNS``; ``low`` and ``high`` bound the 95 % interval, empty with one
@@ -253,8 +290,9 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
             theirs = matrix(rival[rival["seed"].isin(seeds)], column)
             add(f"{column}_reduction", reduction, ours, theirs)
             add(f"{column}_improvement", improvement, ours, theirs)
-            spent = _training(jobs, folder, variant, method, seeds, column)
-            if spent is not None:
+            spent = _spent(tables["training"], variant, method, seeds, column)
+            success = [mean(matrix(t[t["seed"].isin(seeds)], "goal_reached")) for t in (own, rival)]
+            if spent is not None and success[0] >= success[1]:
                 spent = np.broadcast_to(spent[:, None], ours.shape)
                 add(f"{column}_break_even", break_even, spent, ours, theirs)
     table = pd.DataFrame(rows, columns=ESTIMATE_COLUMNS[2:])
@@ -263,49 +301,16 @@ def estimate(tables: dict[str, pd.DataFrame], folder: Path) -> pd.DataFrame:
     return table
 
 
-def _training(
-    jobs: pd.DataFrame, folder: Path, variant: str, method: str, seeds: list[int], column: str
+def _spent(
+    training: pd.DataFrame, variant: str, method: str, seeds: list[int], column: str
 ) -> np.ndarray | None:
     """(S,) what all episodes of training took on each seed; None if they are not at hand."""
-    totals = []
-    chosen = jobs[(jobs["variant"] == variant) & (jobs["method"] == method)].set_index("seed")
-    for seed in seeds:
-        path = (folder / chosen.loc[seed, "folder"]).parent / training_name(method, seed)
-        if not (path / "episodes.csv").exists():
-            return None
-        if column == "communication_cost" and several_nodes(path):
-            return None
-        totals.append(read_table(path / "episodes.csv", EPISODE_COLUMNS)[column].sum())
-    return np.array(totals, float)
-
-
-def several_nodes(training: Path) -> bool:
-    """Whether rounds of a run had more than one node, whose communication is counted otherwise."""
-    return (
-        read_table(training / "rounds.csv", ROUND_COLUMNS)["node"]
-        .str.contains("+", regex=False)
-        .any()
-    )
-
-
-def training_curves(folder: Path, jobs: pd.DataFrame) -> pd.DataFrame:
-    """The training episodes of all finished jobs that trained a DQN.
-
-    Columns ``variant``, ``method``, ``seed`` and ``several_nodes`` (whether rounds had more than
-    one) beside those of a run.
-    """
-    parts = []
-    for job in jobs[jobs["state"] == "finished"].itertuples():
-        path = (folder / job.folder).parent / training_name(job.method, job.seed) / "episodes.csv"
-        if path.exists():
-            part = read_table(path, EPISODE_COLUMNS)
-            several = several_nodes(path.parent)
-            parts.append(
-                part.assign(
-                    variant=job.variant, method=job.method, seed=job.seed, several_nodes=several
-                )
-            )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    training = training[(training["variant"] == variant) & (training["method"] == method)]
+    if not set(seeds) <= set(training["seed"]):
+        return None
+    if column == "communication_cost" and training["several_nodes"].any():
+        return None
+    return training.groupby("seed")[column].sum()[seeds].to_numpy(float)
 
 
 def counted(count: int | str, noun: str) -> str:
@@ -330,20 +335,24 @@ def write(folder: Path, tables: dict[str, pd.DataFrame] | None = None) -> pd.Dat
         UserError: as ``read_comparison``.
         OSError: it can't be written.
     """
-    table = estimate(tables or read_comparison(folder), folder)
+    table = estimate(tables or read_comparison(folder))
     with replacing(folder / "estimates.csv") as file:
         file.write(table.to_csv(index=False, lineterminator="\n").encode())
     return table
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, tables: dict[str, pd.DataFrame] | None = None) -> str:
     """What ``estimates.csv`` and ``jobs.csv`` of a comparison say, as Markdown tables.
+
+    Args:
+        folder: the comparison's.
+        tables: what ``read_comparison`` gave, if that was called already.
 
     Raises:
         UserError: one of them is missing or something else.
     """
     table = read_table(folder / "estimates.csv", ESTIMATE_COLUMNS)
-    jobs = read_comparison(folder)["jobs"]
+    tables = tables or read_comparison(folder)
     cells = table.set_index(["variant", "method", "quantity"])
     groups = list(dict.fromkeys(zip(table["variant"], table["method"], strict=True)))
     varied = table["parameter"].iloc[0]
@@ -378,25 +387,28 @@ def report(folder: Path) -> str:
             "rounds, interquartile mean": ("rounds_iqm", ".1f"),
             "goal reached": ("goal_reached", ".0%"),
             "communication cost": ("communication_cost", ".3f"),
+            "cost, interquartile mean": ("communication_cost_iqm", ".3f"),
             "MB sent": ("megabytes", ".2f"),
             "MB to observe": ("observation_megabytes", ".1f"),
             "seconds": ("seconds", ".1f"),
         },
         of="rounds",
     )
-    lines += ["", *_sizes(folder, table, jobs), "", "Against random, with the same seeds:", ""]
-    lines += rows(
-        {
-            "fewer rounds": ("rounds_reduction", "+.1%"),
-            "less communication cost": ("communication_cost_reduction", "+.1%"),
-            "P(fewer rounds)": ("rounds_improvement", ".2f"),
-            "P(less cost)": ("communication_cost_improvement", ".2f"),
-        },
-        of="rounds_reduction",
-    )
-    if table["comparison"].iloc[0] == "paper":
-        published = [f"+{PUBLISHED[c]:.1%}" for c in ("rounds", "communication_cost")]
-        lines.append(f"| *published, HL (MNIST)* |  | {' | '.join(published)} |  |  |")
+    lines += ["", *_sizes(table, tables)]
+    if table["quantity"].eq("rounds_reduction").any():
+        lines += ["", "Against random, with the same seeds:", ""]
+        lines += rows(
+            {
+                "fewer rounds": ("rounds_reduction", "+.1%"),
+                "less communication cost": ("communication_cost_reduction", "+.1%"),
+                "P(fewer rounds)": ("rounds_improvement", ".2f"),
+                "P(less cost)": ("communication_cost_improvement", ".2f"),
+            },
+            of="rounds_reduction",
+        )
+        if not varied:  # the paper's settings
+            published = [f"+{PUBLISHED[c]:.1%}" for c in ("rounds", "communication_cost")]
+            lines.append(f"| *published, HL (MNIST)* |  | {' | '.join(published)} |  |  |")
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Trainings after which the DQN's own training is paid back:", ""]
         lines += rows(
@@ -409,11 +421,17 @@ def report(folder: Path) -> str:
     return "\n".join([*lines, "", f"results and figures: {folder}"])
 
 
-def _sizes(folder: Path, table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
+def _sizes(table: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[str]:
     """What the numbers rest on, in sentences."""
+    jobs, training = tables["jobs"], tables["training"]
     states = jobs["state"].value_counts()
-    failed = jobs[jobs["state"] == "failed"]
-    training = training_curves(folder, jobs)
+    wrong = jobs[jobs["error"] != ""]
+    wrong = (
+        wrong["folder"]
+        + np.where(wrong["state"] == "failed", " failed", "")
+        + ": "
+        + wrong["error"]
+    )
     diverged = f"{int(_total(table, 'diverged'))} test episodes"
     if not training.empty:
         diverged += f" and {int(training['diverged'].sum())} of training"
@@ -422,7 +440,7 @@ def _sizes(folder: Path, table: pd.DataFrame, jobs: pd.DataFrame) -> list[str]:
         "Means over all test episodes, in brackets their 95 % intervals (none with one seed); an "
         "episode that missed the goal counts with the limit of rounds.",
         f"Jobs: {len(jobs)}, {', '.join(f'{n} {name}' for name, n in counts.items())}"
-        + "".join(f"; {row.folder} failed: {row.error}" for row in failed.itertuples())
+        + "".join(f"; {text}" for text in wrong)
         + f"; {diverged} diverged.",
     ]
 

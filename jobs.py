@@ -53,7 +53,8 @@ class Job:
             comparison's variant.
         variant: value of what the comparison varies; "" if nothing.
         test_episodes: how many.
-        agent: folder of a run of main.py whose agent is tested, or "" to train one (HL only).
+        agent: folder of a run of main.py whose agent is tested, or "" to train one, if the method
+            learns.
         kind: the stream of the episodes' seeds, ``test`` or ``validation``.
     """
 
@@ -94,6 +95,16 @@ class Job:
         if self.training:
             folders.append(self.settings.results_dir / self.training.NAME)
         return sum(max(0, _lines(folder / "episodes.csv") - 1) for folder in folders)
+
+    def first_nodes(self) -> list[int]:
+        """Who trains round 1, first of several, in each test episode."""
+        return [self.nodes_of(episode)[0] for episode in range(1, self.test_episodes + 1)]
+
+    def nodes_of(self, episode: int) -> list[int]:
+        """Who trains round 1 of a test episode, numbered from 1."""
+        method = METHODS[self.method]
+        number = self.settings.SEED * self.test_episodes + episode - 1
+        return method.first_nodes(method.settings(self.settings), number)
 
     def about(self) -> dict[str, Any]:
         """What makes it this job, beside its settings: for ``config.json``."""
@@ -188,8 +199,7 @@ def _test_episode(
     transfers, cost, megabytes = sent
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
 
-    number = settings.SEED * job.test_episodes + episode - 1
-    nodes = METHODS[job.method].first_nodes(settings, number)
+    nodes = job.nodes_of(episode)
     holder, episode_reward, done = nodes[0], 0.0, False
     observation, info = environment.reset(
         seed=episode_seed(settings.SEED, episode, job.kind), options={"nodes": nodes}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import ConfigError, Settings
+from config import ConfigError, Settings, available_cores
 from data import Dataset
 
 
@@ -363,8 +363,7 @@ def use_cpu(threads: int) -> int:
         ConfigError: TensorFlow computes with another number in this process already.
     """
     global _threads
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = available_cores()
     wanted = threads or cores
     if _threads == 0:
         try:

@@ -1,7 +1,8 @@
 """The DQN agent that every node holds: it looks at an observation and picks who is next.
 
-It knows actions by their number alone, so it learns on any Gymnasium environment with a flat
-observation and discrete actions.
+It knows actions by their number alone (and STARTER_NODE as the one before the first, if random
+choices repeat), so it learns on any Gymnasium environment with a flat observation and discrete
+actions.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class ReplayMemory:
         """
         kept = min(added, self.capacity)
         if transitions.dtype != self._transition or len(transitions) < kept:
-            raise ValueError(f"replay memory: {len(transitions)} transitions, or of another kind")
+            raise ValueError(
+                f"replay memory: {len(transitions)} transitions, or of another kind or version"
+            )
         ring = np.zeros(max(len(self._ring), kept), self._transition)
         ring[np.arange(added - kept, added) % self.capacity] = transitions[
             len(transitions) - kept :
@@ -226,7 +229,8 @@ class DQNAgent:
         Each network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
         at an episode's end, where Q(s') is the networks' mean. With N_STEP > 1, r is the sum of
         several rewards, and the discount is taken to the power of their number. With
-        NORMALIZE_TARGETS the whole matrix is divided by its Frobenius norm, as in the public code.
+        NORMALIZE_TARGETS each network's (n, actions) is divided by its Frobenius norm, as in the
+        public code.
         The network that gives Q(s') is the trained one, or the target network with TARGET_UPDATE
         > 0 (Mnih et al. 2015); with DOUBLE_Q the trained network picks the action whose value that
         one gives (van Hasselt et al. 2016).
@@ -244,9 +248,10 @@ class DQNAgent:
         discount = settings.DISCOUNT ** sample["steps"]
         returns = sample["rewards"] + discount * future * ~sample["terminals"]
         np.put_along_axis(targets, sample["actions"][:, None, :], returns[:, None, None], axis=2)
-        norm = np.linalg.norm(targets)
-        if settings.NORMALIZE_TARGETS and norm > 0:
-            targets /= norm
+        if settings.NORMALIZE_TARGETS:
+            for network in range(settings.Q_NETWORKS):
+                norm = np.linalg.norm(targets[:, network])
+                targets[:, network] /= norm or 1.0
         return targets.astype(np.float32)
 
     def decay_epsilon(self) -> None:

@@ -368,17 +368,18 @@ def audit_report(folder: Path) -> str:
 # --- Comparisons -----------------------------------------------------------------------------
 
 
-def draw_comparison(folder: Path) -> None:
+def draw_comparison(folder: Path) -> dict[str, pd.DataFrame]:
     """Estimates a comparison from its CSVs and draws its figures, each as PNG and PDF.
+
+    Returns:
+        Its tables, as ``estimates.read_comparison`` does, and ``estimates``.
 
     Raises:
         UserError: as ``estimates.read_comparison``.
         OSError: a file can't be written.
     """
     tables = estimates.read_comparison(folder)
-    table = estimates.write(folder, tables)
-    tables["estimates"] = table
-    tables["training"] = estimates.training_curves(folder, tables["jobs"])
+    table = tables["estimates"] = estimates.write(folder, tables)
     figures: dict[str, Callable[[dict[str, pd.DataFrame]], Figure]] = {}
     if table["variant"].nunique() > 1:
         figures["variants"] = draw_variants
@@ -391,12 +392,17 @@ def draw_comparison(folder: Path) -> None:
         figures["training"] = draw_training
     for name, draw in figures.items():
         save_figure(folder / name, draw, tables)
+    return tables
 
 
 def _methods(table: pd.DataFrame) -> list[str]:
-    """The methods of a table in their usual order."""
-    present = set(table["method"])
-    return [name for name in METHODS if name in present]
+    """The methods of a table in their usual order, and at the end those that a script added."""
+    present = list(dict.fromkeys(table["method"]))
+    return [*(n for n in METHODS if n in present), *(n for n in present if n not in METHODS)]
+
+
+def _method_title(name: str) -> str:
+    return METHODS[name].title if name in METHODS else name
 
 
 def _range(counts: pd.Series) -> str:
@@ -441,17 +447,21 @@ def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
             rows["mean"], y - 0.08, xerr=_errors(rows), fmt="D", ms=4, color="black", capsize=2.5
         )
         axis.set_xlabel(label)
-        # FedAvg's cost is many times the others': cut off, and said so.
         highest = rows["high"].fillna(rows["mean"])
-        shown = rows.index[rows["mean"] <= 3 * rows["mean"].nlargest(2).iloc[-1]]
+        shown = rows.index
+        if column == "communication_cost" and "random" in names:
+            # FedAvg's cost is many times random's: cut off, and said so.
+            shown = rows.index[rows["mean"] <= 3 * rows.loc["random", "mean"]]
         right = max(highest[shown].max(), seeds[shown].max(), 1e-3) * 1.06
+        if column == "goal_reached":
+            right = 1.06
         for place, value in enumerate(rows["mean"]):
             if value > right:
                 text = f"{value:.1f} →"
                 axis.text(right, place, text, ha="right", va="center", fontsize=8)
         # A little room, for what is at 0 or at the end shall be seen whole.
-        axis.set_xlim(-0.03 * right, right if column != "goal_reached" else 1.06)
-    axes[0].set_yticks(y, [METHODS[name].title for name in names])
+        axis.set_xlim(-0.03 * right, right)
+    axes[0].set_yticks(y, [_method_title(name) for name in names])
     axes[0].invert_yaxis()
     limit = episodes["max_rounds"].iloc[0]
     axes[0].axvline(limit, color="0.5", lw=0.8, ls=":")
@@ -489,7 +499,7 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.plot(x, middle, color="black", lw=1.5)
         axis.axhline(goal, color="black", lw=0.8, ls="--")
         axis.set(xlim=(1, max(limit, 2)), ylim=(0, 1))
-        axis.set_title(METHODS[name].title, fontsize=9)
+        axis.set_title(_method_title(name), fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy")
     for axis in axes[-1]:
@@ -530,7 +540,9 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.axvline(0, color="0.4", lw=0.8)
         published = PUBLISHED[column]
         axis.axvline(published, color="black", lw=1, ls="--")
-        axis.text(published - 0.02, -0.75, f"published {published:.1%}", ha="right", fontsize=7.5)
+        axis.text(
+            published - 0.02, -0.75, f"published (MNIST) {published:.1%}", ha="right", fontsize=7.5
+        )
         axis.set_xlabel(f"{label}: reduction against random")
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PercentFormatter(1))
@@ -540,7 +552,7 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
         for place, value in enumerate(rows["mean"]):
             if value < low - 0.1:
                 axis.text(low - 0.08, place, f"\N{LEFTWARDS ARROW} {value:+.0%}", va="center")
-    axes[0].set_yticks(y, [METHODS[name].title for name in names])
+    axes[0].set_yticks(y, [_method_title(name) for name in names])
     axes[0].set_ylim(len(names) - 0.5, -1)
     size = _size(table[table["quantity"] == "rounds_reduction"])
     _title(figure, f"Against random ({size}; mean, 95 % interval)", tables)
@@ -551,7 +563,7 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     """Rounds and cost over the DQN's training: moving average of each seed, mean and band."""
     training, table = tables["training"], tables["estimates"]
     if training["method"].nunique() > 1:
-        titles = training["method"].map(lambda name: METHODS[name].title)
+        titles = training["method"].map(_method_title)
         training = training.assign(variant=(titles + " " + training["variant"]).str.strip())
     variants = list(dict.fromkeys(training["variant"]))
     window = min(WINDOW, max(1, training["episode"].max() // 3))
@@ -619,7 +631,7 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
     names = _methods(table)
     colors = [str(c) for c in np.linspace(0, 0.65, len(names))]
     for axis, (column, label) in zip(axes, panels, strict=True):
-        for place, (name, marker, color) in enumerate(zip(names, markers, colors, strict=False)):
+        for place, (name, color) in enumerate(zip(names, colors, strict=True)):
             rows = table[(table["quantity"] == column) & (table["method"] == name)]
             rows = rows.set_index("variant").reindex(variants)
             # Side by side, that intervals don't cover each other.
@@ -628,12 +640,12 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
                 x,
                 rows["mean"],
                 yerr=_errors(rows),
-                fmt=marker if unordered else f"-{marker}",
+                fmt=("" if unordered else "-") + markers[place % len(markers)],
                 ms=4,
                 lw=1,
                 color=color,
                 capsize=2,
-                label=METHODS[name].title,
+                label=_method_title(name),
             )
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
@@ -670,8 +682,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if (parent / "jobs.csv").exists() and not folder.name.startswith("training-"):
                     raise UserError(f"{folder}: part of a comparison, takes the whole: {parent}")
             if (folder / "jobs.csv").exists():
-                draw_comparison(folder)
-                print(estimates.report(folder))
+                print(estimates.report(folder, draw_comparison(folder)))
             elif (folder / "audit.csv").exists():
                 draw_audit(folder)
                 print(audit_report(folder))

@@ -244,6 +244,36 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Iterator[None]:
+    """Makes a folder a program's for what it is about, and keeps other processes out meanwhile.
+
+    Args:
+        folder: is made if it is not there.
+        name: of the JSON file that says what it is about; left as it is if it is there.
+        about: the file's content.
+        program: that writes there.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another {program} is writing there; wait for it, or choose another --name"
+        ) from None
+    try:
+        if not (folder / name).exists():
+            with replacing(folder / name) as file:
+                file.write(json.dumps(about, indent=2).encode() + b"\n")
+        yield
+    finally:
+        lock.release()
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename last through a power cut, where the system can open folders."""
     if os.name == "posix":
@@ -306,6 +336,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise RunError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 
+class OtherRun(RunError):
+    """A folder that holds a run with other settings or data than the present ones."""
+
+
 class Run:
     """The folder ``results/<name>/`` of one run; a context manager that holds its lock.
 
@@ -323,8 +357,8 @@ class Run:
         continued: whether this run continues an earlier one.
 
     Raises:
-        RunError: the folder can't be written, or holds another run, a damaged one, one that is
-            running, or something else.
+        RunError: the folder can't be written, or holds another run (``OtherRun``), a damaged one,
+            one that is running, or something else.
     """
 
     def __init__(
@@ -476,7 +510,7 @@ class Run:
             there = config["dataset"]["name"]
             differing.append(f"data = {there!r} there, {self.dataset.name!r} now")
         if differing:
-            raise RunError(
+            raise OtherRun(
                 f"{self.folder}: holds a run with other settings ({'; '.join(differing)}); choose "
                 "another --name, or move that folder away"
             )
@@ -727,7 +761,10 @@ def _versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The project's commit, with "+changes" if its files differ; None outside a clone."""
+    """The project's commit, with "+changes" if its files differ; None outside a clone.
+
+    Results don't count: those of a run would mark the revision of the next one.
+    """
 
     def git(*arguments: str) -> str:
         # Under sudo the clone is another user's; git needs to be told that this is meant.
@@ -740,7 +777,7 @@ def git_revision() -> str | None:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != PROJECT:
             return None
         revision = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     except (OSError, subprocess.SubprocessError):
         return None
     return revision + ("+changes" if changed else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from config import (
     RULES,
     Parser,
     UserError,
+    available_cores,
     count_of,
     default_dataset,
     make_settings,
@@ -73,7 +75,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"episodes on which each agent is tested, per seed [{_EPISODES}]",
     )
-    add("--jobs", type=count_of, default=2, metavar="N", help="processes [2]")
+    cores = available_cores()
+    add("--jobs", type=count_of, default=cores, metavar="N", help=f"processes [{cores}, all cores]")
     setting_flags(parser, _FLAGS, {"DATASET": ("as compare.py's", default_dataset())})
     parsed = parser.parse_args(arguments)
     explicit = overrides(parser, parsed)
@@ -87,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             **AGENTS["paper"] | named_settings(parser, parsed) | explicit, NAME=parsed.trial
         )
     except UserError as error:
-        parser.error(str(error).replace("NAME:", "trial:", 1))
+        parser.error(re.sub("^NAME:", "trial:", str(error)))
     values = dataclasses.asdict(parsed.settings)
     asked = set(explicit) - {"DATASET", "DATA_FILE", "RESULTS_DIR", "THREADS"}
     parsed.changes = {
@@ -170,7 +173,7 @@ def tune(parsed: argparse.Namespace) -> int:
         0, or 1 if a seed's job failed.
 
     Raises:
-        UserError: the log or a table is damaged.
+        UserError: the log or a table is damaged, or the trial was made with other settings.
     """
     settings = parsed.settings
     dataset = dataset_of(dataclasses.replace(settings, THREADS=settings.THREADS or 1)).name
@@ -203,18 +206,13 @@ def tune(parsed: argparse.Namespace) -> int:
         note(log, row)
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
-    waiting, failed = [], False
+    # Refuses other settings under the same name before anything is run or noted.
+    waiting = [job for job in jobs if not is_finished(job)]
     for job in jobs:
-        try:
-            if not is_finished(job):
-                waiting.append(job)
-            elif job.settings.SEED not in noted:
-                tell(Outcome(job, "finished", 0.0))
-        except UserError as error:
-            tell(Outcome(job, "failed", 0.0, str(error)))
-            failed = True
+        if job not in waiting and job.settings.SEED not in noted:
+            tell(Outcome(job, "finished", 0.0))
     outcomes = run_all(waiting, parsed.jobs, tell=tell)
-    return int(failed or any(outcome.error for outcome in outcomes))
+    return int(any(outcome.error for outcome in outcomes))
 
 
 def main(parsed: argparse.Namespace) -> int:

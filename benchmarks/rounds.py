@@ -108,7 +108,7 @@ class Bench:
 
     def observe(self) -> None:
         """The observation in which every node that was visited has a model of its own."""
-        self.env._observe(self.env._own, self.env._initial)
+        self.env.observe("local")
 
     def decision(self) -> None:
         """The Q-network's choice."""

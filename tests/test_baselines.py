@@ -135,10 +135,10 @@ def test_fedavg_averages_all_nodes_models(few):
     trained = np.stack([environment._own[node].numpy() for node in nodes])
     assert len(np.unique(trained[:, 0])) == 4
     np.testing.assert_allclose(environment._model, trained.mean(axis=0), rtol=0, atol=1e-7)
-    # The second round starts on every node from the mean.
-    policy = METHODS["fedavg"].policy(environment)
+    mean, policy = environment._model, METHODS["fedavg"].policy(environment)
     _, _, _, _, info = environment.step(policy(None, info, None))
     assert info["node"] == nodes
+    np.testing.assert_array_equal(environment._received, mean)  # what every node started from
 
 
 def test_communication_by_hand():
@@ -154,7 +154,7 @@ def test_communication_by_hand():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("rnadom", {}, "--methods: got 'rnadom', takes some of hl, random"),
+        ("rnadom", {}, "--methods: got 'rnadom', takes some of hl, tuned, random"),
         ("nearest", {"NODES_PER_ROUND": 2}, "NODES_PER_ROUND: got 2, takes 1 with the method near"),
         ("fixed_walk", {}, "NUM_NODES: got 4, takes at least 6 with the method fixed_walk"),
     ],

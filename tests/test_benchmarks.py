@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from conftest import PROJECT, small_settings
 
+import data
 import environment
 import models
 import plot
@@ -106,6 +107,20 @@ def test_the_pca_sees_no_more_models_than_rounds_made(monkeypatch, few, observat
     for rounds_made, (distinct, nodes) in enumerate(seen, start=1):
         assert distinct <= rounds_made + 1
         assert nodes == 50
+
+
+def test_what_is_timed_of_a_round(tmp_path, few, monkeypatch):
+    """Each part does its work on an environment as main.py has it."""
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
+    settings = small_settings(
+        RESULTS_DIR=str(tmp_path), THREADS=models.use_cpu(0), GOAL_ACCURACY=1.0, EPISODES=2
+    )
+    bench = rounds.Bench(settings)
+    parts = bench.rest(1)
+    bench.run.__exit__(None, None, None)
+    assert set(parts) == {"observation", "decision", "records", "agent's training"}
+    assert all(value > 0 for value in parts.values())
+    assert len(bench.agent.memory) == 2 * (settings.MAX_ROUNDS - 1)
 
 
 def test_the_plot_shows_the_table():

@@ -1,5 +1,6 @@
 """Comparisons as users start, stop, continue and spoil them."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -412,12 +413,14 @@ def test_a_comparison_of_values(tmp_path, capsys):
     assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
     folder = tmp_path / "observation-digits"
     table = pd.read_csv(folder / "estimates.csv")
-    expected = ["broadcast", "local", "both", "last_node", "zeros"]
+    expected = list(config.RULES["OBSERVATION"].choices)
     assert list(dict.fromkeys(table["variant"])) == expected
     for variant in ("broadcast", "zeros"):
-        config = json.loads((folder / variant / "hl-seed0" / "config.json").read_text())
-        assert config["settings"]["OBSERVATION"] == variant
-    assert "| OBSERVATION | method |" in capsys.readouterr().out
+        stored = json.loads((folder / variant / "hl-seed0" / "config.json").read_text())
+        assert stored["settings"]["OBSERVATION"] == variant
+    out = capsys.readouterr().out
+    assert "| OBSERVATION | method |" in out
+    assert "Against random" not in out
 
 
 def test_several_nodes_per_round(tmp_path):
@@ -453,6 +456,9 @@ def test_several_nodes_per_round(tmp_path):
         (["goal", "--set", "GOAL_ACCURACY=0.9"], "GOAL_ACCURACY: got 0.9, takes what the compar"),
         (["--methods", ","], "--methods: got none, takes names"),
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs: got it beside --cluster"),
+        (["--settings", "best"], "--settings: got 'best', takes paper or tuned"),
+        (["departures", "--settings", "tuned"], "--settings: got it in departures, which sets all"),
+        (["--agent", "x", "--settings", "tuned"], "--settings: got it beside --agent"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -467,7 +473,9 @@ def test_wrong_arguments(arguments, message, capsys):
 
 def test_wrong_methods_and_settings_write_nothing(tmp_path, capsys):
     assert start(tmp_path, methods="hl,rnadom") == 2
-    assert "--methods: got 'rnadom', takes some of hl, random, stand" in capsys.readouterr().err
+    assert (
+        "--methods: got 'rnadom', takes some of hl, tuned, random, stand" in capsys.readouterr().err
+    )
     assert start(tmp_path, SAMPLES_PER_NODE=100_000) == 2
     assert "SAMPLES_PER_NODE: got 100000" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -490,18 +498,21 @@ def test_departures_are_the_public_codes_but_for_one_option():
 
 
 def test_the_tuned_settings_and_their_changes_taken_back():
+    """What takes back all of them at once is the public code's agent."""
     variants = compare.COMPARISONS["changes"].variants
-    tuned, paper = config.AGENTS["tuned"], config.AGENTS["paper"]
-    assert variants["nothing"] == tuned
-    assert set(variants) == {"nothing"} | {n for n in paper if paper[n] != tuned[n]}
-    for name, settings in variants.items():
-        differing = {k for k in paper if settings[k] != tuned[k]}
-        assert differing == ({name} if name != "nothing" else set())
-        assert name == "nothing" or settings[name] == paper[name]
+    tuned = make_settings(**variants["nothing"])
+    assert tuned == baselines.METHODS["tuned"].settings(make_settings())
+    taken_back = {name: variants[name][name] for name in variants if name != "nothing"}
+    assert dataclasses.replace(tuned, **taken_back) == make_settings()
+    for name in taken_back:
+        one = make_settings(**variants[name])
+        assert one == dataclasses.replace(tuned, **{name: taken_back[name]}) != tuned
 
 
-def test_hl_with_the_tuned_settings_is_a_method_of_its_own(finished, tmp_path):
-    """It trains in its own folder, on the same episodes, and changes nothing of the others."""
+def test_hl_with_the_tuned_settings_is_a_method_of_its_own(tmp_path, monkeypatch, capsys):
+    """It trains in its own folder and is tested on the same episodes."""
+    monkeypatch.setitem(config.AGENTS["tuned"], "REPLAY_SAMPLE", 8)
+    monkeypatch.setitem(config.AGENTS["tuned"], "UPDATES_PER_EPISODE", 3)
     assert start(tmp_path, "--seeds", "1,", methods="hl,tuned", EPISODES=2) == 0
     folder = tmp_path / "paper-digits"
     stored = {
@@ -514,9 +525,85 @@ def test_hl_with_the_tuned_settings_is_a_method_of_its_own(finished, tmp_path):
     assert stored["training-seed1"]["Q_NETWORKS"] == 1
     rounds = [pd.read_csv(folder / n / "rounds.csv") for n in ("hl-seed1", "tuned-seed1")]
     assert rounds[0]["accuracy"][0] == rounds[1]["accuracy"][0]
-    table = estimates.read_comparison(folder)
-    curves = estimates.training_curves(folder, table["jobs"])
-    assert curves.groupby("method").size().to_dict() == {"hl": 2, "tuned": 2}
+    training = estimates.read_comparison(folder)["training"]
+    assert training.groupby("method").size().to_dict() == {"hl": 2, "tuned": 2}
+    assert training["q_loss"].notna().sum() >= 2
+    # Settings that changed meanwhile are not mixed with those of seeds that are there.
+    monkeypatch.setitem(config.AGENTS["tuned"], "DISCOUNT", 0.5)
+    before = tables(folder)
+    assert start(tmp_path, "--seeds", "2,", methods="tuned", EPISODES=2) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / 'tuned-seed1'}: holds a run with other settings (DISCOUNT = 0.96" in error
+    assert tables(folder) == before
+    # A training whose table is lost ends nothing, and is named.
+    monkeypatch.undo()
+    (folder / "training-seed1" / "rounds.csv").unlink()
+    assert plot.main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "; hl-seed1: of its training: " in out
+    assert "| tuned | 1 x 2 | " in out
+    assert set(estimates.read_comparison(folder)["training"]["method"]) == {"tuned"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["observation"], "OBSERVATION: got 'broadcast', takes 'both' with the method tuned"),
+        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes 0.96 with the method tuned"),
+    ],
+)
+def test_what_a_method_sets_itself_cannot_be_set(tmp_path, capsys, arguments, words):
+    assert start(tmp_path, *arguments, methods="hl,tuned") == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nodes_of_standalone_that_do_not_come_up_alike(tmp_path, capsys):
+    def warns(seeds, episodes):
+        parsed = compare.parse(
+            flags(tmp_path, "--seeds", seeds, "--test-episodes", episodes, methods="standalone")
+        )
+        return "do not weigh the 4 nodes" in compare._plan(
+            parsed, tmp_path, compare.make_jobs(parsed, tmp_path), [], "digits"
+        )
+
+    assert not warns("2", "2")  # nodes 0 1, 2 3
+    assert warns("0,2", "2")  # 0 1, 0 1
+    assert not warns("0,3", "2")  # 0 1, 2 3
+    assert warns("1", "2")
+
+
+def test_the_counts_are_printed_whatever_happens_to_a_figure(
+    finished, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(finished, tmp_path / "paper-digits")
+
+    def refuse(path, draw, tables):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(plot, "save_figure", refuse)
+    assert start(tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "jobs: 8 finished before, 0 started, 0 finished, 0 failed" in captured.out
+    assert "No space left on device" in captured.err
+    assert (folder / "jobs.csv").exists()
+
+
+def test_an_agent_with_a_basis_of_its_own(finished, tmp_path, capsys):
+    """It is trained and tested in the same basis, and not where the basis would be another."""
+    shared = ["--methods", "hl", "--test-episodes", "1", "--jobs", "1"]
+    shared += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
+    settings = {**QUICK, "OBSERVATION": "fixed", "EPISODES": 1}
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    assert compare.main(compare.parse([*shared, "--seeds", "1", *sets])) == 0
+    folder = tmp_path / "paper-digits"
+    agent = ["--agent", str(folder / "training-seed0"), *shared]
+    assert compare.main(compare.parse([*agent, "--name", "again"])) == 0
+    assert tables(tmp_path / "again")["hl-seed0"] == tables(folder)["hl-seed0"]
+    compare.parse([*agent, "--set", "GOAL_ACCURACY=0.5"])
+    with pytest.raises(SystemExit):
+        compare.parse([*agent, "--set", "MAX_ROUNDS=7"])
+    assert "MAX_ROUNDS: got it beside --agent, whose basis depends on it" in capsys.readouterr().err
 
 
 def test_what_the_teller_raises_ends_all(tmp_path):
@@ -535,6 +622,9 @@ def test_seeds():
     assert seeds_of("3") == [0, 1, 2]
     assert seeds_of("3,") == [3]
     assert seeds_of("0,7-9,8") == [0, 7, 8, 9]
+    for wrong in ("", "x", "0,5-3", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="takes a number of seeds"):
+            seeds_of(wrong)
 
 
 def test_every_comparison_is_made_of_settings_that_exist():
@@ -619,7 +709,15 @@ def _writer(folder):
     raise AssertionError("nobody holds the lock")
 
 
-def test_a_killed_process_stops_nothing(killed):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, outside):
+    """The same jobs in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder, methods="hl", **OUTSIDE) == 0
+    return tables(folder / "paper-digits")
+
+
+def test_a_killed_process_stops_nothing(killed, undisturbed):
     status, folder = killed
     assert status == 0
     table = pd.read_csv(folder / "jobs.csv")
@@ -627,9 +725,10 @@ def test_a_killed_process_stops_nothing(killed):
     # The killed training was continued by another process.
     config = json.loads((folder / "training-seed0" / "config.json").read_text())
     assert len(config["sessions"]) == 2
+    assert tables(folder) == {n: undisturbed[n] for n in ("hl-seed0", "training-seed0")}
 
 
-def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path, monkeypatch, digits, capsys):
+def test_a_dask_cluster_that_loses_a_worker(undisturbed, tmp_path, monkeypatch, digits, capsys):
     pytest.importorskip("distributed")
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
     jobs._dataset.cache_clear()
@@ -660,9 +759,7 @@ def test_a_dask_cluster_that_loses_a_worker(killed, tmp_path, monkeypatch, digit
     assert status == 0
     assert worker in [process.pid for process in started[1:]]
     assert "jobs: 0 finished before, 2 started, 2 finished, 0 failed" in capsys.readouterr().out
-    found = tables(tmp_path / "b" / "paper-digits")
-    assert {name: found[name] for name in ("hl-seed0", "training-seed0")} == tables(killed[1])
-    assert [len(found[name][0]) for name in ("hl-seed1", "training-seed1")] == [3, 11]
+    assert tables(tmp_path / "b" / "paper-digits") == undisturbed
 
 
 def test_no_cluster_there(tmp_path, capsys, monkeypatch):

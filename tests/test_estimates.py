@@ -130,6 +130,15 @@ def test_no_break_even_between_costs_that_are_counted_otherwise(tmp_path):
     assert "communication_cost_break_even" not in set(table["quantity"])
 
 
+def test_no_break_even_of_a_policy_that_misses_the_goal_more_often(tmp_path):
+    """It is cheaper, but not for the same result."""
+    values = {"hl": {0: [(LIMIT, 0.0), (20, 0.1)]}, "random": {0: [(30, 1.0), (34, 1.0)]}}
+    write_comparison(tmp_path, values, training={0: [(30, 1.0)]})
+    table = estimates.write(tmp_path)
+    assert of(table, "hl", "communication_cost_reduction").mean == pytest.approx(0.95)
+    assert not table["quantity"].str.contains("break_even").any()
+
+
 def test_what_saves_nothing_is_never_paid_back():
     ones = np.ones((2, 3))
     mean, low, high = estimates.bootstrap(estimates.break_even, 5 * ones, 2 * ones, ones)
@@ -208,6 +217,23 @@ def test_report(tmp_path):
     assert "| *published, HL (MNIST)* |  | +50.8% | +74.6% |  |  |" in lines
     assert any(line.startswith("| hl | 2 x 2 | 6 [") for line in lines)
     assert any("; 0 test episodes and 0 of training diverged." in line for line in lines)
+
+
+def test_without_random_nothing_is_set_against_it(tmp_path):
+    write_comparison(tmp_path, {"hl": VALUES["hl"]})
+    estimates.write(tmp_path)
+    report = estimates.report(tmp_path)
+    assert "| hl | 2 x 2 | 20.0 [" in report
+    assert "Against random" not in report
+    assert "published" not in report
+
+
+def test_a_job_with_fewer_episodes_than_the_comparison_has_is_damaged(tmp_path):
+    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}, "random": {0: [(10, 0.2), (30, 1.0)]}})
+    (tmp_path / "comparison.json").write_text('{"test_episodes": 2}')
+    jobs = estimates.read_comparison(tmp_path)["jobs"].set_index("folder")
+    assert jobs["state"].to_dict() == {"hl-seed0": "failed", "random-seed0": "finished"}
+    assert "the tables are damaged" in jobs["error"]["hl-seed0"]
 
 
 def test_nothing_to_estimate(tmp_path):

@@ -184,7 +184,7 @@ def test_dueling_network_by_hand():
 
 
 def test_weight_decay_by_hand():
-    """With its own values as targets the gradient is 0, and decay alone is left, step by step."""
+    """With its own values as targets the gradient is 0, and decay alone is left."""
     settings = small_settings(HIDDEN_UNITS=(5,), Q_BATCH_SIZE=16, Q_LEARNING_RATE=0.01)
     q = QNetwork(6, 3, dataclasses.replace(settings, Q_WEIGHT_DECAY=0.5))
     weights = q.network.initial_weights(stream(0, "network"))

@@ -241,6 +241,10 @@ def test_targets_of_several_networks_by_hand():
     # Means of the next state: 2.125, 4, 0.5.
     expected = [[[1, 3.1, 3], [-1, 3.1, -3]], [[0.5, -1, 0.75], [-0.5, 1, 0.75]]]
     np.testing.assert_allclose(agent.targets(SAMPLE), expected, rtol=1e-6)
+    # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
+    scaled = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=True, Q_NETWORKS=2)
+    scaled.q.all_values = agent.q.all_values
+    np.testing.assert_allclose(scaled.targets(SAMPLE), np.array(expected) / 4.628445, rtol=1e-6)
 
 
 def remembered(**overrides):

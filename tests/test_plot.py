@@ -239,6 +239,53 @@ def test_points_are_the_seeds_and_their_mean(drawn):
     assert list(limit.get_xdata()) == [36, 36]
 
 
+def test_only_a_cost_far_beyond_random_s_is_cut_off(tmp_path, figures):
+    values = {
+        "random": {0: [(30, 1.0), (36, 1.4)], 1: [(28, 1.2), (30, 1.2)]},
+        "stay": {0: [(36, 0.0), (36, 0.0)], 1: [(36, 0.0), (20, 0.0)]},
+        "centralized": {0: [(1, 0.5), (1, 0.5)], 1: [(1, 0.5), (1, 0.5)]},
+        "fedavg": {0: [(7, 7.2), (7, 7.2)], 1: [(7, 7.2), (7, 7.2)]},
+    }
+    write_comparison(tmp_path, values)
+    plot.draw_comparison(tmp_path)
+    rounds, cost, goal = figures["methods"].axes
+    texts = [
+        [t.get_text() for t in axis.texts if "→" in t.get_text()] for axis in (rounds, cost, goal)
+    ]
+    assert texts == [[], ["7.2 →"], []]
+    assert 1.3 < cost.get_xlim()[1] < 2
+    assert rounds.get_xlim()[1] > 36
+    assert goal.get_xlim()[1] == 1.06
+
+
+def test_all_methods_have_a_mark(tmp_path, figures):
+    """Of a comparison of values, and what a script added as well."""
+    names = [*plot.METHODS, "mine"]
+    jobs = []
+    for variant in ("0.7", "0.8"):
+        write_comparison(tmp_path / variant, {name: {0: [(10, 0.2)]} for name in names})
+        part = pd.read_csv(tmp_path / variant / "jobs.csv", keep_default_na=False)
+        part["folder"] = f"{variant}/" + part["folder"]
+        jobs.append(part.assign(comparison="goal", parameter="GOAL_ACCURACY", variant=variant))
+    pd.concat(jobs).to_csv(tmp_path / "jobs.csv", index=False)
+    plot.draw_comparison(tmp_path)
+    legend = figures["variants"].axes[0].get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == [*(method.title for method in plot.METHODS.values()), "mine"]
+
+
+def test_trainings_of_two_methods(tmp_path, figures):
+    values = {name: {0: [(10, 0.2), (20, 0.4)]} for name in ("hl", "tuned")}
+    write_comparison(tmp_path, values, training={0: [(30, 1.0)] * 6})
+    shutil.copytree(tmp_path / "training-seed0", tmp_path / "training-tuned-seed0")
+    path = tmp_path / "training-tuned-seed0" / "episodes.csv"
+    pd.read_csv(path).assign(rounds=12).to_csv(path, index=False)
+    plot.draw_comparison(tmp_path)
+    axis = figures["training"].axes[0]
+    lines = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+    assert lines == {"HL (DQN)": 30, "HL (tuned DQN)": 12}
+
+
 def test_reductions_stand_beside_the_published_ones(drawn):
     for axis, published, expected in zip(
         drawn["reduction"].axes, (0.508, 0.746), (1 - 80 / 120, 1 - 0.8 / 4), strict=True
@@ -246,7 +293,7 @@ def test_reductions_stand_beside_the_published_ones(drawn):
         (line,) = (line for line in axis.lines if line.get_linestyle() == "--")
         assert list(line.get_xdata()) == [published, published]
         assert axis.containers[0].lines[0].get_xdata() == pytest.approx([expected])
-        assert f"published {published:.1%}" in [text.get_text() for text in axis.texts]
+        assert f"published (MNIST) {published:.1%}" in [text.get_text() for text in axis.texts]
 
 
 def test_accuracy_stays_where_an_episode_ended():

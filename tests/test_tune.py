@@ -37,10 +37,10 @@ def rows(folder):
 
 
 def test_a_trial_s_rows_are_means_of_its_tables(tmp_path, capsys):
-    assert start(tmp_path, "wide", "--seeds", "0,2", "--set", "DISCOUNT=0.5") == 0
+    assert start(tmp_path, "wide", "--seeds", "2,", "--set", "DISCOUNT=0.5") == 0
     assert "trial=wide dataset=digits seed=2" in capsys.readouterr().out
     found = rows(tmp_path)
-    assert [row["seed"] for row in found] == ["0", "2"]
+    assert [row["seed"] for row in found] == ["2"]
     for row in found:
         folder = tmp_path / "tuning" / "wide-digits"
         training = pd.read_csv(folder / f"training-seed{row['seed']}" / "episodes.csv")
@@ -86,7 +86,8 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path):
     assert accuracies["test"] != accuracies["validation"] != accuracies["episode"]
 
 
-def test_a_second_call_adds_seeds_and_repeats_nothing(tmp_path):
+def test_a_second_call_adds_seeds_and_repeats_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(config.AGENTS["tuned"], "UPDATES_PER_EPISODE", 2)
     assert start(tmp_path, "one", "--seeds", "1,") == 0
     training = tmp_path / "tuning" / "one-digits" / "training-seed1" / "rounds.csv"
     before, first = training.stat().st_mtime_ns, rows(tmp_path)[0]
@@ -104,13 +105,31 @@ def test_a_second_call_adds_seeds_and_repeats_nothing(tmp_path):
     read_table(tmp_path / "tuning.csv", tune.LOG_COLUMNS)
 
 
-def test_other_settings_under_the_same_name_fail_and_are_shown(tmp_path, capsys):
+def test_other_settings_under_the_same_name_change_nothing(tmp_path, capsys):
     assert start(tmp_path, "one", "--seeds", "1,") == 0
-    assert start(tmp_path, "one", "--seeds", "1,", "--set", "DISCOUNT=0.1") == 1
-    assert "error=" in capsys.readouterr().out
+    before = rows(tmp_path)
+    assert start(tmp_path, "one", "--seeds", "2", "--set", "DISCOUNT=0.1") == 2
+    assert "holds a run with other settings (DISCOUNT = 0.9 there" in capsys.readouterr().err
+    assert rows(tmp_path) == before
+    assert not (tmp_path / "tuning" / "one-digits" / "training-seed0").exists()
+
+
+def test_a_seed_that_fails_is_noted_and_tried_again(tmp_path, monkeypatch):
+    def fail(environment, run, quiet):
+        raise OSError(28, "No space left on device", "rounds.csv")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.main, "train", fail)
+        assert start(tmp_path, "one", "--seeds", "1,") == 1
     (row,) = rows(tmp_path)
-    assert "DISCOUNT" in row["error"]
-    assert row["rounds"] == ""
+    assert (row["error"], row["rounds"]) == ("rounds.csv: No space left on device", "")
+    monkeypatch.setattr(tune, "_LAST", 2)
+    assert start(tmp_path, "one", "--seeds", "1,") == 0
+    (row,) = rows(tmp_path)
+    assert row["error"] == ""
+    training = pd.read_csv(tmp_path / "tuning" / "one-digits" / "training-seed1" / "episodes.csv")
+    # The mean is that of the last episodes, here two of three.
+    assert float(row["training_rounds"]) == training["rounds"][1:].mean()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +141,7 @@ def test_other_settings_under_the_same_name_fail_and_are_shown(tmp_path, capsys)
         (["one", "--set", "DISCOUNT=2"], "DISCOUNT: got 2, takes a number in [0, 1]"),
         (["one", "--settings", "best"], "--settings: got 'best', takes paper or tuned"),
         (["one", "--seeds", "x"], "argument --seeds: got 'x'"),
+        (["one", "--set", "FILENAME=1"], "tune.py: FILENAME: unknown"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, words, capsys):
