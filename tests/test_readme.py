@@ -135,7 +135,7 @@ def test_tables_of_comparisons_are_their_reports():
         assert len(text.splitlines()) > 5
         assert estimates.report(PROJECT / folder).startswith(text)
         # And what it is made from is what is committed.
-        table = estimates.estimate(estimates.read_comparison(PROJECT / folder), PROJECT / folder)
+        table = estimates.estimate(estimates.read_comparison(PROJECT / folder))
         stored = pd.read_csv(PROJECT / folder / "estimates.csv", keep_default_na=False)
         assert stored["quantity"].tolist() == table["quantity"].tolist()
         means = stored["mean"].astype(float)
