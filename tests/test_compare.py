@@ -640,7 +640,14 @@ def test_every_comparison_is_made_of_settings_that_exist():
 # --- Other processes -------------------------------------------------------------------------
 
 # Long enough to be killed in the middle.
-OUTSIDE = {**SMALL, "EPISODES": 10, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 10}
+OUTSIDE = {**SMALL, "EPISODES": 7, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
+
+
+def _outside(folder, *more):
+    # With the threads that this process has, for the dataset is loaded here as well.
+    sets = {**OUTSIDE, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0)}
+    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    return compare.parse(["--methods", "hl", "--test-episodes", "2", *more, *sets])
 
 
 def _with_a_killed_worker(folder, *more):
@@ -655,10 +662,7 @@ def _with_a_killed_worker(folder, *more):
         killed.append(_writer(folder / "paper-digits" / "training-seed0"))
         os.kill(killed[0], signal.SIGKILL)
 
-    # With the threads that this process has, for the dataset is loaded here as well.
-    sets = {**OUTSIDE, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0)}
-    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    parsed = compare.parse(["--methods", "hl", "--test-episodes", "2", *more, *sets])
+    parsed = _outside(folder, *more)
     killer = threading.Thread(target=kill)
     killer.start()
     status = compare.main(parsed)
@@ -713,7 +717,7 @@ def _writer(folder):
 def undisturbed(tmp_path_factory, outside):
     """The same jobs in this process."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(folder, methods="hl", **OUTSIDE) == 0
+    assert compare.main(_outside(folder, "--seeds", "2", "--jobs", "1")) == 0
     return tables(folder / "paper-digits")
 
 
