@@ -237,15 +237,28 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys, finished, e
     assert all((a[name] == b[name]).all() for name in a)
 
 
-@pytest.mark.parametrize("capacity", [50_000, 8])
-def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, capacity):
-    """Four transitions an episode: the smaller memory has forgotten the first by episode 4."""
+OPTIONS = {
+    "OBSERVATION": "both",
+    "PCA_SIGNS": "holder",
+    "Q_NETWORKS": 2,
+    "DUELING": True,
+    "Q_WEIGHT_DECAY": 0.1,
+    "N_STEP": 3,
+    "BOOTSTRAP_AT_LIMIT": True,
+    "TARGET_UPDATE": 2,
+    "EXPLORATION_REPEAT": 0.6,
+}
+
+
+@pytest.mark.parametrize("overrides", [{"REPLAY_CAPACITY": 8}, OPTIONS])
+def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, overrides):
+    """Four transitions an episode: a memory of eight has forgotten the first by episode 4."""
     for episode in (2, 4):
-        status, folder = stop_in_episode(tmp_path, monkeypatch, episode, REPLAY_CAPACITY=capacity)
+        status, folder = stop_in_episode(tmp_path, monkeypatch, episode, **overrides)
         assert status == 130
-    assert start(tmp_path, REPLAY_CAPACITY=capacity)[0] == 0
+    assert start(tmp_path, **overrides)[0] == 0
     assert re.findall(r"after episode (\d)", capsys.readouterr().out) == ["1", "3"]
-    _, whole = start(tmp_path, "whole", REPLAY_CAPACITY=capacity)
+    _, whole = start(tmp_path, "whole", **overrides)
     assert without_times(folder) == without_times(whole)
     a, b = (records.read_arrays(f / "agent.npz") for f in (folder, whole))
     assert all((a[name] == b[name]).all() for name in a)
