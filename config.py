@@ -61,6 +61,8 @@ DISTANCE_SEED = 0
 REWARD_BASE = 32.0
 # what each round costs, in units of reward; a number >= 0 (public code)
 STEP_PENALTY = 1.0
+# test images, drawn anew, that judge a training's round, 0 for all; an integer >= 0 (public code)
+REWARD_IMAGES = 0
 
 # --- Foundation model ------------------------------------------------------------------------
 # Adam's, in local training; a number > 0 (public code)
@@ -143,6 +145,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "paper": {
         "REWARD_BASE": 32.0,
         "STEP_PENALTY": 1.0,
+        "REWARD_IMAGES": 0,
         "OBSERVATION": "broadcast",
         "PCA_COMPONENTS": 0,
         "PCA_SIGNS": "loading",
@@ -191,6 +194,7 @@ AGENTS["tuned"] = AGENTS["paper"] | {
 JOINED_LATER = {"KEEP_MOMENTS": True} | {
     name: AGENTS["paper"][name]
     for name in (
+        "REWARD_IMAGES",
         "PCA_SIGNS",
         "Q_NETWORKS",
         "DUELING",
@@ -322,6 +326,7 @@ class Settings:
     DISTANCE_SEED: Annotated[int, Rule(int, low=0, high=2**32 - 1)]
     REWARD_BASE: Annotated[float, _POSITIVE]
     STEP_PENALTY: Annotated[float, _NOT_NEGATIVE]
+    REWARD_IMAGES: Annotated[int, _COUNT_OR_NONE]
     LEARNING_RATE: Annotated[float, _POSITIVE]
     BATCH_SIZE: Annotated[int, _COUNT]
     LOCAL_EPOCHS: Annotated[int, _COUNT]
@@ -452,6 +457,7 @@ STREAMS = {
     "policy": 8,  # choices of a policy that draws them, in test episodes
     "basis": 9,  # the pilot episode of the fixed basis
     "validation": 10,  # one seed per episode that judges a trial of settings
+    "judging": 11,  # the test images that judge a round, if not all do
 }
 
 

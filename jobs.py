@@ -170,7 +170,8 @@ def run_job(job: Job) -> None:
             "to baselines.METHODS runs with --jobs 1"
         )
     method = METHODS[job.method]
-    settings = method.settings(job.settings)
+    # However an agent was rewarded, the whole test set judges its test.
+    settings = dataclasses.replace(method.settings(job.settings), REWARD_IMAGES=0)
     environment = _environment(settings)
     sent = method.prepare(environment)
     threads = models.use_cpu(settings.THREADS)
@@ -258,7 +259,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     if job.training:
         with Run(job.training, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
-                main.train(environment, run, quiet=True)
+                main.train(_environment(job.training), run, quiet=True)
         folder = run.folder
     else:
         folder = absolute(job.agent)

@@ -219,10 +219,18 @@ class FoundationModel:
         order = tf.TensorSpec([None], tf.int32)
         self.train_epoch = tf.function(self._train_epoch, [vector, moments, order])
         self._count_correct = tf.function(self._count, [vector])
+        self._count_correct_of = tf.function(self._count_of, [vector, order])
 
-    def evaluate(self, weights: tf.Tensor) -> float:
-        """Accuracy on the whole test set, a share in [0, 1]; 0.0 for weights that diverged."""
-        return int(self._count_correct(weights)) / self.test_size
+    def evaluate(self, weights: tf.Tensor, images: np.ndarray | None = None) -> float:
+        """Accuracy on the test set, a share in [0, 1]; 0.0 for weights that diverged.
+
+        Args:
+            weights: (P,) float32.
+            images: (n,) int indices of the test images that count; all by default.
+        """
+        if images is None:
+            return int(self._count_correct(weights)) / self.test_size
+        return int(self._count_correct_of(weights, tf.constant(images, tf.int32))) / len(images)
 
     def _train_epoch(
         self, weights: tf.Tensor, moments: Moments, order: tf.Tensor
@@ -259,12 +267,24 @@ class FoundationModel:
         correct = 0
         for start in tf.range(0, self.test_size, _EVALUATION_BATCH):
             stop = start + _EVALUATION_BATCH
-            logits = self.network.apply(weights, self._x_test[start:stop])
-            hits = tf.argmax(logits, 1, tf.int32) == self._y_test[start:stop]
-            # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
-            hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
-            correct += tf.reduce_sum(tf.cast(hits, tf.int32))
+            correct += self._hits(weights, self._x_test[start:stop], self._y_test[start:stop])
         return correct
+
+    def _count_of(self, weights: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
+        correct = 0
+        for start in tf.range(0, tf.size(images), _EVALUATION_BATCH):
+            batch = images[start : start + _EVALUATION_BATCH]
+            correct += self._hits(
+                weights, tf.gather(self._x_test, batch), tf.gather(self._y_test, batch)
+            )
+        return correct
+
+    def _hits(self, weights: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        logits = self.network.apply(weights, images)
+        hits = tf.argmax(logits, 1, tf.int32) == labels
+        # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
+        hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
+        return tf.reduce_sum(tf.cast(hits, tf.int32))
 
 
 class QNetwork:

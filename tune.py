@@ -110,6 +110,7 @@ if __name__ == "__main__":
 import filelock
 import pandas as pd
 
+import data
 import estimates
 from jobs import Job, Outcome, dataset_of, is_finished, run_all
 from main import exit_status
@@ -176,14 +177,15 @@ def tune(parsed: argparse.Namespace) -> int:
         UserError: the log or a table is damaged, or the trial was made with other settings.
     """
     settings = parsed.settings
-    dataset = dataset_of(dataclasses.replace(settings, THREADS=settings.THREADS or 1)).name
+    dataset = dataset_of(dataclasses.replace(settings, THREADS=settings.THREADS or 1))
+    data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
     log = settings.results_dir / "tuning.csv"
     noted = set()
     if log.exists():
         table = read_table(log, LOG_COLUMNS)  # refuses another file before hours of work
-        table = table[(table["trial"] == parsed.trial) & (table["dataset"] == dataset)]
+        table = table[(table["trial"] == parsed.trial) & (table["dataset"] == dataset.name)]
         noted = set(table[table["error"] == ""]["seed"].astype(int))
-    folder = settings.results_dir / "tuning" / f"{parsed.trial}-{dataset}"
+    folder = settings.results_dir / "tuning" / f"{parsed.trial}-{dataset.name}"
     jobs = [
         Job(
             "hl",
@@ -202,7 +204,7 @@ def tune(parsed: argparse.Namespace) -> int:
     ]
 
     def tell(outcome: Outcome) -> None:
-        row = row_of(parsed, outcome, dataset)
+        row = row_of(parsed, outcome, dataset.name)
         note(log, row)
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 

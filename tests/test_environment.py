@@ -187,7 +187,7 @@ def test_an_episode_ends_at_the_limit(few):
 def test_an_episode_ends_at_the_goal(few):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=3), few)
     accuracies = iter([0.59, 0.6])
-    env.foundation.evaluate = lambda weights: next(accuracies)
+    env.foundation.evaluate = lambda weights, images: next(accuracies)
     assert env.reset(seed=0)[1]["goal_reached"] is False
     _, _, terminated, truncated, info = env.step(0)
     assert (terminated, truncated, info["goal_reached"]) == (True, False, True)
@@ -195,10 +195,38 @@ def test_an_episode_ends_at_the_goal(few):
         env.step(0)
 
 
+def test_images_that_judge_a_round(few):
+    """Drawn anew for each round, by the episode's seed, and enough to tell models apart."""
+    env = DecentralizedLearning(small_settings(REWARD_IMAGES=50, LEARNING_RATE=0.01), few)
+    whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few, env.foundation)
+    seen, evaluate = [], env.foundation.evaluate
+
+    def spy(weights, images=None):
+        seen.append(images)
+        return evaluate(weights, images)
+
+    env.foundation.evaluate = spy
+    accuracies = [env.reset(seed=3)[1]["accuracy"], *(env.step(n)[4]["accuracy"] for n in (0, 1))]
+    judges = seen[:3]
+    assert all(len(set(images.tolist())) == 50 and images.max() < 359 for images in judges)
+    assert len({tuple(images) for images in judges}) == 3
+    models = [env._model]
+    again = [env.reset(seed=3)[1]["accuracy"], *(env.step(n)[4]["accuracy"] for n in (0, 1))]
+    assert again == accuracies
+    assert all(a * 50 == pytest.approx(round(a * 50)) for a in accuracies)
+    assert accuracies[-1] == evaluate(models[0], judges[-1])
+    # Nothing else differs from an environment that all images judge.
+    whole.reset(seed=3)
+    for node in (0, 1):
+        whole.step(node)
+    assert seen[-1] is None
+    np.testing.assert_array_equal(whole._model, models[0])
+
+
 def test_reaching_the_goal_in_the_last_round_is_no_truncation(few):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=2), few)
     accuracies = iter([0.1, 0.9])
-    env.foundation.evaluate = lambda weights: next(accuracies)
+    env.foundation.evaluate = lambda weights, images: next(accuracies)
     env.reset(seed=0)
     assert env.step(0)[2:4] == (True, False)
 

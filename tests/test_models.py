@@ -106,6 +106,19 @@ def test_evaluation_is_keras_predict(foundation, few):
     assert 0.3 < correct / len(few.y_test) < 1
 
 
+def test_evaluation_of_some_images_is_that_of_each(foundation, few, monkeypatch):
+    monkeypatch.setattr(models, "_EVALUATION_BATCH", 4)  # 10 = 2 * 4 + 2
+    small = FoundationModel(few, small_settings())
+    weights = small.network.initial_weights(stream(0, "initialisation"))
+    order = np.arange(2000, dtype=np.int32)
+    weights, _ = small.train_epoch(weights, Moments.fresh(small.network.size), order)
+    images = np.arange(0, 300, 30)
+    each = [small.evaluate(weights, np.array([image])) for image in images]
+    assert set(each) == {0.0, 1.0}
+    assert small.evaluate(weights, images) == np.mean(each)
+    assert small.evaluate(weights, np.arange(len(few.y_test))) == foundation.evaluate(weights)
+
+
 def test_evaluation_in_batches_counts_every_image_once(foundation, few, monkeypatch):
     weights = foundation.network.initial_weights(stream(0, "initialisation"))
     whole = foundation.evaluate(weights)

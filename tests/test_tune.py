@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import SMALL, run
@@ -84,6 +85,21 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path):
             accuracies[kind].append(info["accuracy"])
     assert accuracies["validation"] == pytest.approx(tested["accuracy"].tolist(), abs=1e-12)
     assert accuracies["test"] != accuracies["validation"] != accuracies["episode"]
+
+
+def test_however_rounds_are_judged_in_training_all_images_judge_the_validation(tmp_path):
+    assert start(tmp_path, "few", "--seeds", "1,", "--set", "REWARD_IMAGES=20") == 0
+    folder = tmp_path / "tuning" / "few-digits"
+    trained, tested = (
+        pd.read_csv(folder / f"{n}-seed1" / "rounds.csv") for n in ("training", "hl")
+    )
+
+    def are_shares_of(accuracies, count):
+        return np.allclose(accuracies * count, (accuracies * count).round())
+
+    assert are_shares_of(trained["accuracy"], 20)
+    assert are_shares_of(tested["accuracy"], 359)
+    assert not are_shares_of(tested["accuracy"], 20)
 
 
 def test_a_second_call_adds_seeds_and_repeats_nothing(tmp_path, monkeypatch):
