@@ -186,7 +186,7 @@ AGENTS["tuned"] = AGENTS["paper"] | {
     "NORMALIZE_TARGETS": False,
     "TARGET_UPDATE": 1,
     "EPSILON_DECAY": 0.025,
-    "EXPLORATION_REPEAT": 0.8,
+    "EXPLORATION_REPEAT": 0.6,
 }
 
 # Constants that results made before them do not name, each with the value that they were made with,
