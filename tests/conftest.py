@@ -101,6 +101,17 @@ def run(*arguments, script="main.py", cwd=None, **options):
     )
 
 
+def refusal(parse, arguments, capsys):
+    """The one line with which a command line is refused, status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        parse(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
 def without_times(folder):
     """A run's CSVs as lines, without the column that holds seconds."""
     episodes = (folder / "episodes.csv").read_text().splitlines()

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, run, small_settings
+from conftest import SMALL, refusal, run, small_settings
 
 import audit
 import data
@@ -156,12 +156,7 @@ def test_the_figure_s_bars(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        audit.parse(arguments)
-    assert end.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert words in err
+    assert words in refusal(audit.parse, arguments, capsys)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT, run
+from conftest import PROJECT, refusal, run
 
 import config
 import data
@@ -218,10 +218,8 @@ def test_named_settings_of_the_agent():
 
 
 def test_an_unknown_name_of_settings(capsys):
-    with pytest.raises(SystemExit) as end:
-        config.from_command_line(["--settings", "best"])
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "main.py: --settings: got 'best', takes paper or tuned\n"
+    error = refusal(config.from_command_line, ["--settings", "best"], capsys)
+    assert error == "main.py: --settings: got 'best', takes paper or tuned\n"
 
 
 def test_streams_are_named_and_independent():

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, run
+from conftest import SMALL, refusal, run
 
 import config
 import data
@@ -161,12 +161,7 @@ def test_a_seed_that_fails_is_noted_and_tried_again(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        tune.parse(arguments)
-    assert end.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert words in err
+    assert words in refusal(tune.parse, arguments, capsys)
 
 
 def test_a_foreign_log_is_refused(tmp_path):
