@@ -226,7 +226,7 @@ def audit(parsed: argparse.Namespace) -> int:
     dataset = data.load(settings)
     data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
-    about = json.loads(json.dumps({"sha256": dataset.sha256, "settings": settings.stored()}))
+    about = {"sha256": dataset.sha256, "settings": settings.stored()}
     for name in ("NAME", "THREADS", "DATASET"):
         del about["settings"][name]
     _check_folder(folder, about)

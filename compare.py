@@ -324,7 +324,16 @@ import data
 import estimates
 import plot
 from estimates import counted
-from jobs import Job, Outcome, Watch, check_cluster, dataset_of, is_finished, run_all
+from jobs import (
+    Job,
+    Outcome,
+    Watch,
+    check_cluster,
+    dataset_of,
+    is_finished,
+    own_settings,
+    run_all,
+)
 from main import exit_status
 from records import OtherRun, claimed, read_table, replacing, stored_progress
 
@@ -339,15 +348,8 @@ def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
     for variant, changes in parsed.comparison.variants.items():
         for name in parsed.methods:
             for seed in parsed.seeds:
-                settings = dataclasses.replace(
-                    parsed.settings,
-                    **changes,
-                    SEED=seed,
-                    NAME="",
-                    RESULTS_DIR=str(folder / variant),
-                    # One thread each, for they run side by side.
-                    THREADS=parsed.settings.THREADS or 1,
-                )
+                varied = dataclasses.replace(parsed.settings, **changes)
+                settings = own_settings(varied, seed, folder / variant)
                 baselines.check(name, settings)
                 own = baselines.METHODS[name].settings(settings)
                 for constant in sorted({*changes, *parsed.changes}):

@@ -117,6 +117,13 @@ class Job:
         return about
 
 
+def own_settings(settings: Settings, seed: int, folder: Path) -> Settings:
+    """Those of a job: its seed, its variant's folder, and one thread, for many run side by side."""
+    return dataclasses.replace(
+        settings, SEED=seed, NAME="", RESULTS_DIR=str(folder), THREADS=settings.THREADS or 1
+    )
+
+
 def _lines(path: Path) -> int:
     try:
         return path.read_bytes().count(b"\n")

@@ -112,7 +112,7 @@ import pandas as pd
 
 import data
 import estimates
-from jobs import Job, Outcome, dataset_of, is_finished, run_all
+from jobs import Job, Outcome, dataset_of, is_finished, own_settings, run_all
 from main import exit_status
 from records import EPISODE_COLUMNS, git_revision, read_table, replacing
 
@@ -189,13 +189,7 @@ def tune(parsed: argparse.Namespace) -> int:
     jobs = [
         Job(
             "hl",
-            dataclasses.replace(
-                settings,
-                SEED=seed,
-                NAME="",
-                RESULTS_DIR=str(folder),
-                THREADS=settings.THREADS or 1,
-            ),
+            own_settings(settings, seed, folder),
             "",
             parsed.validation_episodes,
             kind="validation",
