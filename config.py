@@ -61,6 +61,8 @@ DISTANCE_SEED = 0
 REWARD_BASE = 32.0
 # what each round costs, in units of reward; a number >= 0 (public code)
 STEP_PENALTY = 1.0
+# most that the power counts in the reward, 0 for no bound; a number >= 0 (public code: 0)
+REWARD_CEILING = 0.0
 # test images, drawn anew, that judge a training's round, 0 for all; an integer >= 0 (public code)
 REWARD_IMAGES = 0
 
@@ -145,6 +147,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "paper": {
         "REWARD_BASE": 32.0,
         "STEP_PENALTY": 1.0,
+        "REWARD_CEILING": 0.0,
         "REWARD_IMAGES": 0,
         "OBSERVATION": "broadcast",
         "PCA_COMPONENTS": 0,
@@ -194,6 +197,7 @@ AGENTS["tuned"] = AGENTS["paper"] | {
 JOINED_LATER = {"KEEP_MOMENTS": True} | {
     name: AGENTS["paper"][name]
     for name in (
+        "REWARD_CEILING",
         "REWARD_IMAGES",
         "PCA_SIGNS",
         "Q_NETWORKS",
@@ -326,6 +330,7 @@ class Settings:
     DISTANCE_SEED: Annotated[int, Rule(int, low=0, high=2**32 - 1)]
     REWARD_BASE: Annotated[float, _POSITIVE]
     STEP_PENALTY: Annotated[float, _NOT_NEGATIVE]
+    REWARD_CEILING: Annotated[float, _NOT_NEGATIVE]
     REWARD_IMAGES: Annotated[int, _COUNT_OR_NONE]
     LEARNING_RATE: Annotated[float, _POSITIVE]
     BATCH_SIZE: Annotated[int, _COUNT]

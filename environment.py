@@ -32,8 +32,14 @@ def distance_matrix(settings: Settings) -> np.ndarray:
 
 
 def reward(accuracy: float, distance: float, settings: Settings) -> float:
-    """A round's reward, r = h^(accuracy - goal) - distance - 1 (paper; h = 32, public code)."""
+    """A round's reward, r = h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
+
+    With REWARD_CEILING (ours) the power counts so much at most: a large h, which makes each round
+    below the goal cost about one point, would else pay without bound for passing the goal.
+    """
     progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
+    if settings.REWARD_CEILING:
+        progress = min(progress, settings.REWARD_CEILING)
     return progress - distance - settings.STEP_PENALTY
 
 
@@ -125,6 +131,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
     at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the
     accuracy of a round is that on so many test images, drawn anew for each: quicker, and noisier.
+    The goal is not reached by luck: a round that these would let end the episode is judged by all.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
     ``accuracy`` (share of the test set), ``distance`` (that the model travelled to this round's
@@ -254,11 +261,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         distance = float(self.distances[self._holder, nodes[0]])
         self._holder = nodes[0]
         self._cost += distance
-        judges = None
-        if settings.REWARD_IMAGES:
-            size = self.foundation.test_size
-            judges = self._judging.choice(size, settings.REWARD_IMAGES, replace=False)
-        accuracy = self.foundation.evaluate(self._model, judges)
+        accuracy = self._judged()
         value = reward(accuracy, distance, settings)
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
@@ -276,6 +279,16 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
+
+    def _judged(self) -> float:
+        """The accuracy that the round counts with, in [0, 1]."""
+        count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
+        if count:
+            judges = self._judging.choice(size, count, replace=False)
+            accuracy = self.foundation.evaluate(self._model, judges)
+            if accuracy < self.settings.GOAL_ACCURACY:
+                return accuracy
+        return self.foundation.evaluate(self._model, None)
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
         """The weights after LOCAL_EPOCHS on the node's shard; keeps the node's Adam moments."""

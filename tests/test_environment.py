@@ -56,6 +56,14 @@ def test_reward_with_other_constants():
     assert reward(1.0, 0.25, settings) == pytest.approx(10 - 0.25 - 0.5)
 
 
+def test_a_ceiling_bounds_the_power_alone():
+    """100^0.5 is 10 and 100^-0.25 is 0.316; distance and penalty are taken from what is left."""
+    settings = make_settings(REWARD_BASE=100, GOAL_ACCURACY=0.5, REWARD_CEILING=1)
+    assert reward(1.0, 0.25, settings) == -0.25
+    assert reward(0.5, 0.25, settings) == -0.25
+    assert reward(0.25, 0.25, settings) == pytest.approx(0.31623 - 1.25, abs=1e-5)
+
+
 # --- PCA -------------------------------------------------------------------------------------
 
 
@@ -215,12 +223,27 @@ def test_images_that_judge_a_round(few):
     assert again == accuracies
     assert all(a * 50 == pytest.approx(round(a * 50)) for a in accuracies)
     assert accuracies[-1] == evaluate(models[0], judges[-1])
+    assert all(images is not None for images in seen)
     # Nothing else differs from an environment that all images judge.
     whole.reset(seed=3)
     for node in (0, 1):
         whole.step(node)
     assert seen[-1] is None
     np.testing.assert_array_equal(whole._model, models[0])
+
+
+def test_all_images_judge_whether_the_goal_is_reached(few):
+    """Luck with the drawn images neither ends an episode nor is rewarded."""
+    settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=5)
+    env = DecentralizedLearning(settings, few)
+    some, every = iter([0.58, 0.62, 0.64]), iter([0.59, 0.61])
+    env.foundation.evaluate = lambda weights, images: next(every if images is None else some)
+    assert env.reset(seed=0)[1]["accuracy"] == 0.58
+    _, value, terminated, _, info = env.step(0)
+    assert (info["accuracy"], terminated) == (0.59, False)
+    assert value == reward(0.59, 0.0, settings)
+    info = env.step(0)[4]
+    assert (info["accuracy"], info["goal_reached"]) == (0.61, True)
 
 
 def test_reaching_the_goal_in_the_last_round_is_no_truncation(few):
