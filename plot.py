@@ -541,7 +541,12 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
         published = PUBLISHED[column]
         axis.axvline(published, color="black", lw=1, ls="--")
         axis.text(
-            published - 0.02, -0.75, f"published (MNIST) {published:.1%}", ha="right", fontsize=7.5
+            published - 0.02,
+            -0.75,
+            f"published (MNIST) {published:.1%}",
+            ha="right",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         axis.set_xlabel(f"{label}: reduction against random")
         axis.xaxis.set_major_locator(MaxNLocator(6))
