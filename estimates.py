@@ -295,7 +295,8 @@ def estimate(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
             if spent is not None and success[0] >= success[1]:
                 spent = np.broadcast_to(spent[:, None], ours.shape)
                 add(f"{column}_break_even", break_even, spent, ours, theirs)
-    table = pd.DataFrame(rows, columns=ESTIMATE_COLUMNS[2:])
+    # Numbers also where no row has an interval, which would be a column of objects.
+    table = pd.DataFrame(rows, columns=ESTIMATE_COLUMNS[2:]).astype({"low": float, "high": float})
     table.insert(0, "parameter", jobs["parameter"].iloc[0])
     table.insert(0, "comparison", jobs["comparison"].iloc[0])
     return table
