@@ -335,7 +335,7 @@ from jobs import (
     run_all,
 )
 from main import exit_status
-from records import OtherRun, claimed, read_table, replacing, stored_progress
+from records import OtherRun, claimed, replacing, stored_progress
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -419,7 +419,7 @@ def _check_other_seeds(parsed: argparse.Namespace, folder: Path) -> None:
     """
     if not (folder / "jobs.csv").exists():
         return
-    there = read_table(folder / "jobs.csv", estimates.JOB_COLUMNS)
+    there = estimates.read_jobs(folder)
     others = argparse.Namespace(**vars(parsed))
     others.seeds = sorted(set(there["seed"]) - set(parsed.seeds))
     for job in make_jobs(others, folder):
@@ -446,7 +446,7 @@ class JobTable:
         self._folder, self._name, self._parameter = folder, name, parameter
         self._rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
-            for row in read_table(self._path, estimates.JOB_COLUMNS).to_dict("records"):
+            for row in estimates.read_jobs(folder).to_dict("records"):
                 if stored_progress(folder / row["folder"])[0] == "finished":
                     row.update(state="finished", error="")
                 self._rows[row["folder"]] = row
@@ -491,7 +491,7 @@ def compare(parsed: argparse.Namespace) -> int:
     """Runs what is left of a comparison, writes its tables and figures, and prints its report.
 
     Returns:
-        0, or 1 if a job failed.
+        0, or 1 if a job failed or the tables of a training are damaged.
 
     Raises:
         UserError: nothing was started.
@@ -582,9 +582,14 @@ def _run(
     with bar, Watch(jobs, show):
         outcomes = run_all(waiting, parsed.jobs, parsed.cluster, tell)
     failed = [*damaged, *(outcome for outcome in outcomes if outcome.error)]
+    whole = not failed
     try:
         if len(failed) < len(jobs):
-            print(estimates.report(folder, plot.draw_comparison(folder)))
+            tables = plot.draw_comparison(folder)
+            print(estimates.report(folder, tables))
+            # Of a finished job an error tells of the training, which nothing runs again.
+            told = tables["jobs"]
+            whole &= told[(told["state"] == "finished") & (told["error"] != "")].empty
     finally:  # whatever is wrong with a table or a figure
         print(
             f"jobs: {len(jobs) - len(waiting) - len(damaged)} finished before, {len(outcomes)} "
@@ -593,7 +598,7 @@ def _run(
         for outcome in failed:
             where = "" if str(outcome.job.folder) in outcome.error else f"{outcome.job.folder}: "
             print(f"failed: {where}{outcome.error}")
-    return 1 if failed else 0
+    return 0 if whole else 1
 
 
 def _plan(

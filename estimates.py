@@ -87,7 +87,7 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         UserError: a file is missing or not what compare.py writes, or no job is finished.
     """
-    jobs = read_table(folder / "jobs.csv", JOB_COLUMNS)
+    jobs = read_jobs(folder)
     test_episodes = _test_episodes(folder)
     if jobs["comparison"].nunique() > 1:
         raise UserError(f"{folder / 'jobs.csv'}: is of several comparisons")
@@ -105,7 +105,10 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
         except FileNotFoundError:
             continue  # a method that trains none, or an agent that was trained before
         except UserError as error:
-            jobs.loc[row, "error"] = f"of its training: {error}"
+            jobs.loc[row, "error"] = (
+                f"of its training: {error}; delete the training's folder and the job's, and the "
+                "same command makes both again"
+            )
     if not parts["episodes"]:
         raise UserError(f"{folder}: no job is finished")
     parts["training"] = parts["training"] or [pd.DataFrame(columns=_TRAINING_COLUMNS)]
@@ -121,6 +124,20 @@ def read_comparison(folder: Path) -> dict[str, pd.DataFrame]:
         if (tables["episodes"].groupby("variant")[column].nunique() > 1).any():
             raise UserError(f"{folder}: jobs with several values of {column} can't be compared")
     return tables
+
+
+def read_jobs(folder: Path) -> pd.DataFrame:
+    """``jobs.csv`` of a comparison, with JOB_COLUMNS.
+
+    Raises:
+        UserError: it is missing or not what compare.py writes.
+    """
+    try:
+        return read_table(folder / "jobs.csv", JOB_COLUMNS)
+    except UserError as error:
+        raise UserError(
+            f"{error}; without it compare.py makes it anew, of the jobs that it is asked for"
+        ) from error
 
 
 _TRAINING_COLUMNS = [*EPISODE_COLUMNS, "variant", "method", "seed", "several_nodes"]

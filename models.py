@@ -318,7 +318,9 @@ class QNetwork:
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
         targets = tf.TensorSpec([None, networks, actions], tf.float32)
-        self._values = tf.function(self.network.apply, [vector, observations])
+        # Traced here, once: many agents in one process, as in a comparison, are no retracing.
+        values = tf.function(self.network.apply, [vector, observations])
+        self._values = values.get_concrete_function()
         self.fit = tf.function(self._fit, [vector, moments, observations, targets])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
@@ -327,7 +329,8 @@ class QNetwork:
 
     def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
         """(n, K, A) float32: each network's Q values of (n, inputs) float32 observations."""
-        return self._values(weights, observations).numpy().reshape(self._shape)
+        values = self._values(weights, tf.constant(observations, tf.float32))
+        return values.numpy().reshape(self._shape)
 
     def _fit(
         self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor

@@ -417,6 +417,11 @@ def _size(estimates_table: pd.DataFrame) -> str:
     return f"{estimates.counted(seeds, 'seed')} x {estimates.counted(episodes, 'episode')}"
 
 
+def _interval(estimates_table: pd.DataFrame, word: str = "interval") -> str:
+    """What the figure's title says after the mean; with one seed there is no interval."""
+    return f", 95 % {word}" if estimates_table["low"].notna().any() else ""
+
+
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return table[table["quantity"] == quantity].set_index("method")
 
@@ -467,7 +472,8 @@ def draw_methods(tables: dict[str, pd.DataFrame]) -> Figure:
     axes[0].axvline(limit, color="0.5", lw=0.8, ls=":")
     axes[0].set(xlim=(None, max(axes[0].get_xlim()[1], 1.06 * limit)), ylim=(None, -0.9))
     axes[0].text(0.98 * limit, -0.6, f"limit, {limit} rounds", ha="right", fontsize=7)
-    _title(figure, f"Methods ({_size(table)}; seeds: grey; mean, 95 % interval: black)", tables)
+    what = f"{_size(table)}; seeds: grey; mean{_interval(table)}: black"
+    _title(figure, f"Methods ({what})", tables)
     return figure
 
 
@@ -504,8 +510,8 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel("test accuracy")
     for axis in axes[-1]:
         axis.set_xlabel("round")
-    size = _size(tables["estimates"])
-    _title(figure, f"Accuracy by round ({size}; mean, 95 % band)", tables)
+    what = f"{_size(tables['estimates'])}; mean{_interval(tables['estimates'], 'band')}"
+    _title(figure, f"Accuracy by round ({what})", tables)
     random = "grey line: random; " * ("random" in curves)
     figure.supxlabel(f"{random}an episode that has ended holds its last accuracy", fontsize=8)
     return figure
@@ -560,7 +566,7 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
     axes[0].set_yticks(y, [_method_title(name) for name in names])
     axes[0].set_ylim(len(names) - 0.5, -1)
     size = _size(table[table["quantity"] == "rounds_reduction"])
-    _title(figure, f"Against random ({size}; mean, 95 % interval)", tables)
+    _title(figure, f"Against random ({size}; mean{_interval(table)})", tables)
     return figure
 
 
@@ -653,13 +659,15 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
                 label=_method_title(name),
             )
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        # A little below 0, for what stands there.
+        top = 1.0 if column == "goal_reached" else axis.get_ylim()[1]
+        axis.set_ylim(-0.04 * top, 1.04 * top)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     slanted = max(map(len, variants)) > 10
     axes[-1].set_xticks(
         range(len(variants)), variants, rotation=20 * slanted, ha="right" if slanted else "center"
     )
-    axes[-1].set_xlabel(f"{table['parameter'].iloc[0]} (means with 95 % interval)")
+    axes[-1].set_xlabel(f"{table['parameter'].iloc[0]} (mean{_interval(table)})")
     _title(figure, f"{table['comparison'].iloc[0]}, {_size(table)}", tables)
     return figure
 
@@ -673,12 +681,17 @@ def _is_number(text: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws the runs, comparisons and audits named on the command line; returns the exit status."""
+    """Draws the runs, comparisons and audits named on the command line; returns the exit status.
+
+    It is 2 if a folder is not what is drawn here, and 1 if a file can't be written or a comparison
+    has jobs that failed or are damaged, as compare.py's.
+    """
     parser = argparse.ArgumentParser(
         prog="plot.py",
         description="Draw all figures of runs, comparisons and audits again, from CSVs.",
     )
     parser.add_argument("folder", nargs="+", type=Path, help="results/<name>")
+    status = 0
     try:
         for folder in parser.parse_args(arguments).folder:
             if not folder.is_dir():
@@ -687,7 +700,9 @@ def main(arguments: list[str] | None = None) -> int:
                 if (parent / "jobs.csv").exists() and not folder.name.startswith("training-"):
                     raise UserError(f"{folder}: part of a comparison, takes the whole: {parent}")
             if (folder / "jobs.csv").exists():
-                print(estimates.report(folder, draw_comparison(folder)))
+                tables = draw_comparison(folder)
+                print(estimates.report(folder, tables))
+                status |= int((tables["jobs"]["error"] != "").any())
             elif (folder / "audit.csv").exists():
                 draw_audit(folder)
                 print(audit_report(folder))
@@ -700,7 +715,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"plot.py: {reason(error)}\n")
         return 1
-    return 0
+    return status
 
 
 if __name__ == "__main__":

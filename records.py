@@ -302,6 +302,9 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     if list(table) != list(columns):
         raise UserError(f"{path}: is not such a table as a run writes, whose columns are {columns}")
     texts = [column for column in columns if column in _TEXTS]
+    for column in table.columns.difference(texts):
+        if len(table) and not pd.api.types.is_numeric_dtype(table[column]):
+            raise UserError(f"{path}: can't be read (of {column} not all values are numbers)")
     return table.fillna(dict.fromkeys(texts, ""))
 
 
@@ -452,7 +455,7 @@ class Run:
             if others:
                 raise RunError(
                     f"{self.folder}: holds {others[0]} but no config.json, so it is not a run's "
-                    "folder; choose another --name"
+                    f"folder; {_ADVICE}"
                 )
 
     def _open(self) -> None:

@@ -532,11 +532,14 @@ def test_hl_with_the_tuned_settings_is_a_method_of_its_own(tmp_path, monkeypatch
     assert f"{folder / 'tuned-seed1'}: holds a run with other settings (DISCOUNT = 0.96" in error
     assert tables(folder) == before
     # A training whose table is lost ends nothing, and is named.
-    monkeypatch.undo()
     (folder / "training-seed1" / "rounds.csv").unlink()
-    assert plot.main([str(folder)]) == 0
+    assert start(tmp_path, "--seeds", "1,", methods="hl", EPISODES=2) == 1
+    capsys.readouterr()
+    monkeypatch.undo()
+    assert plot.main([str(folder)]) == 1
     out = capsys.readouterr().out
     assert "; hl-seed1: of its training: " in out
+    assert "delete the training's folder and the job's, and the same command makes both" in out
     assert "| tuned | 1 x 2 | " in out
     assert set(estimates.read_comparison(folder)["training"]["method"]) == {"tuned"}
 

@@ -242,6 +242,18 @@ def test_nothing_to_estimate(tmp_path):
     write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=["hl-seed0"])
     with pytest.raises(UserError, match="no job is finished"):
         estimates.write(tmp_path)
+    (tmp_path / "jobs.csv").write_text("")
+    with pytest.raises(UserError, match=r"No columns .* without it compare.py makes it anew"):
+        estimates.write(tmp_path)
+
+
+def test_a_cell_that_is_no_number_is_damage(tmp_path):
+    write_comparison(tmp_path, VALUES)
+    path = tmp_path / "hl-seed1" / "episodes.csv"
+    pd.read_csv(path).assign(final_accuracy="xx").to_csv(path, index=False)
+    jobs = estimates.read_comparison(tmp_path)["jobs"].set_index("folder")
+    assert jobs["state"]["hl-seed1"] == "failed"
+    assert "of final_accuracy not all values are numbers" in jobs["error"]["hl-seed1"]
 
 
 @pytest.mark.parametrize(("column", "value"), [("dataset", "digits"), ("goal_accuracy", 0.7)])

@@ -365,3 +365,5 @@ def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     }
     assert plot.main([str(tmp_path)]) == 0
     assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
+    (tmp_path / "hl-seed0" / "rounds.csv").unlink()
+    assert plot.main([str(tmp_path)]) == 1
