@@ -606,14 +606,14 @@ def test_an_agent_with_a_basis_of_its_own(finished, tmp_path, capsys):
 
 def test_what_the_teller_raises_ends_all(tmp_path):
     parsed = compare.parse(flags(tmp_path, "--seeds", "2", methods="stay"))
-    todo = compare.make_jobs(parsed, tmp_path / "jobs")
+    waiting = compare.make_jobs(parsed, tmp_path / "jobs")
 
     def tell(outcome):
         raise UserError("no more")
 
     with pytest.raises(UserError, match="no more"):
-        jobs.run_all(todo, 1, tell=tell)
-    assert not todo[1].folder.exists()
+        jobs.run_all(waiting, 1, tell=tell)
+    assert not waiting[1].folder.exists()
 
 
 def test_seeds():
