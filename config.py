@@ -63,6 +63,8 @@ REWARD_BASE = 32.0
 STEP_PENALTY = 1.0
 # most that the power counts in the reward, 0 for no bound; a number >= 0 (public code: 0)
 REWARD_CEILING = 0.0
+# what it costs to miss the goal, in the last round's reward; a number >= 0 (public code: 0)
+MISS_PENALTY = 0.0
 # test images, drawn anew, that judge a training's round, 0 for all; an integer >= 0 (public code)
 REWARD_IMAGES = 0
 
@@ -148,6 +150,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "REWARD_BASE": 32.0,
         "STEP_PENALTY": 1.0,
         "REWARD_CEILING": 0.0,
+        "MISS_PENALTY": 0.0,
         "REWARD_IMAGES": 0,
         "OBSERVATION": "broadcast",
         "PCA_COMPONENTS": 0,
@@ -198,6 +201,7 @@ JOINED_LATER = {"KEEP_MOMENTS": True} | {
     name: AGENTS["paper"][name]
     for name in (
         "REWARD_CEILING",
+        "MISS_PENALTY",
         "REWARD_IMAGES",
         "PCA_SIGNS",
         "Q_NETWORKS",
@@ -331,6 +335,7 @@ class Settings:
     REWARD_BASE: Annotated[float, _POSITIVE]
     STEP_PENALTY: Annotated[float, _NOT_NEGATIVE]
     REWARD_CEILING: Annotated[float, _NOT_NEGATIVE]
+    MISS_PENALTY: Annotated[float, _NOT_NEGATIVE]
     REWARD_IMAGES: Annotated[int, _COUNT_OR_NONE]
     LEARNING_RATE: Annotated[float, _POSITIVE]
     BATCH_SIZE: Annotated[int, _COUNT]

@@ -128,9 +128,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     weights are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that
     trained last and 0 for the others; ``zeros``.
 
-    Rewards: ``reward`` above. An episode terminates when the accuracy on the whole test set is
-    at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the
-    accuracy of a round is that on so many test images, drawn anew for each: quicker, and noisier.
+    Rewards: ``reward`` above, less MISS_PENALTY (ours) in a last round that misses the goal. An
+    episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
+    truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on
+    so many test images, drawn anew for each: quicker, and noisier.
     The goal is not reached by luck: a round that these would let end the episode is judged by all.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
@@ -265,6 +266,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         value = reward(accuracy, distance, settings)
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
+        if truncated:
+            value -= settings.MISS_PENALTY
         self._over = terminated or truncated
 
         self._received, self._trained = received, dict(zip(nodes, trained, strict=True))

@@ -254,6 +254,18 @@ def test_reaching_the_goal_in_the_last_round_is_no_truncation(few):
     assert env.step(0)[2:4] == (True, False)
 
 
+@pytest.mark.parametrize(("last", "missed"), [(0.59, 7), (0.6, 0)])
+def test_missing_the_goal_costs_its_penalty_in_the_last_round(few, last, missed):
+    settings = small_settings(MISS_PENALTY=7, GOAL_ACCURACY=0.6, MAX_ROUNDS=3)
+    env = DecentralizedLearning(settings, few)
+    accuracies = iter([0.1, 0.2, last])
+    env.foundation.evaluate = lambda weights, images: next(accuracies)
+    env.reset(seed=0)
+    assert env.step(0)[1] == reward(0.2, 0.0, settings)
+    _, value, _, _, info = env.step(0)
+    assert value == info["reward"] == reward(last, 0.0, settings) - missed
+
+
 def test_the_starter_may_reach_an_easy_goal(few):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.0), few)
     assert env.reset(seed=0)[1]["goal_reached"] is True
