@@ -146,6 +146,7 @@ COMPARISONS: dict[str, Comparison] = {
             "five-steps": {**_PUBLIC, "N_STEP": 5},
             "beyond-the-limit": {**_PUBLIC, "BOOTSTRAP_AT_LIMIT": True},
             "repeating-exploration": {**_PUBLIC, "EXPLORATION_REPEAT": 0.6},
+            "persistent-exploration": {**_PUBLIC, "EXPLORATION_PERSIST": 0.6},
         },
     ),
     "headline": Comparison(

@@ -125,6 +125,8 @@ EPSILON = 1.0
 EPSILON_DECAY = 0.02
 # probability that a random action repeats the last one; a number in [0, 1] (public code: 0)
 EXPLORATION_REPEAT = 0.0
+# probability that an exploring choice goes on in the next step; a number in [0, 1] (public code: 0)
+EXPLORATION_PERSIST = 0.0
 
 # --- Run -------------------------------------------------------------------------------------
 # the one seed of everything random but the distances; an integer >= 0 (ours)
@@ -173,6 +175,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "EPSILON": 1.0,
         "EPSILON_DECAY": 0.02,
         "EXPLORATION_REPEAT": 0.0,
+        "EXPLORATION_PERSIST": 0.0,
     },
 }
 AGENTS["tuned"] = AGENTS["paper"] | {
@@ -210,6 +213,7 @@ JOINED_LATER = {"KEEP_MOMENTS": True} | {
         "N_STEP",
         "BOOTSTRAP_AT_LIMIT",
         "EXPLORATION_REPEAT",
+        "EXPLORATION_PERSIST",
     )
 }
 
@@ -364,6 +368,7 @@ class Settings:
     EPSILON: Annotated[float, _SHARE]
     EPSILON_DECAY: Annotated[float, _NOT_NEGATIVE]
     EXPLORATION_REPEAT: Annotated[float, _SHARE]
+    EXPLORATION_PERSIST: Annotated[float, _SHARE]
     SEED: Annotated[int, _COUNT_OR_NONE]
     # Not "." or "..": the name is a folder inside RESULTS_DIR and must stay there.
     NAME: Annotated[

@@ -143,6 +143,7 @@ class DQNAgent:
         # The present episode's steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, int | list[int], float]] = []
         self._last = [self.settings.STARTER_NODE] if self.actions_per_step == 1 else []
+        self._exploring = False  # whether the last choice was not greedy
 
     def act(self, observation: np.ndarray) -> tuple[list[int], str]:
         """Epsilon-greedy choice: k distinct actions, and ``random``, ``repeated`` or ``greedy``.
@@ -150,15 +151,22 @@ class DQNAgent:
         With probability EXPLORATION_REPEAT a random choice is that of the step before (ours; after
         Dabney et al. 2021): what is learned at a node shows after several rounds there, which
         choices that are independent of each other hardly ever try. Before the first step the
-        choice was STARTER_NODE, if one action is taken in a step.
+        choice was STARTER_NODE, if one action is taken in a step. With probability
+        EXPLORATION_PERSIST a step that follows a random or repeated choice repeats it whatever
+        epsilon is (ours, after the same), so stays are tried late in the training as well.
         """
-        if self._exploration.random() < self.epsilon:
-            repeat = self.settings.EXPLORATION_REPEAT
-            if repeat and self._exploration.random() < repeat and self._last:
-                return self._last, "repeated"
-            chosen = self._exploration.permutation(self.actions)[: self.actions_per_step]
-            return self._chose(chosen.tolist()), "random"
-        return self._chose(self.best_actions(observation)), "greedy"
+        settings, chance = self.settings, self._exploration.random
+        persist = settings.EXPLORATION_PERSIST
+        if persist and self._exploring and chance() < persist:
+            return self._last, "repeated"
+        self._exploring = chance() < self.epsilon
+        if not self._exploring:
+            return self._chose(self.best_actions(observation)), "greedy"
+        repeat = settings.EXPLORATION_REPEAT
+        if repeat and chance() < repeat and self._last:
+            return self._last, "repeated"
+        chosen = self._exploration.permutation(self.actions)[: self.actions_per_step]
+        return self._chose(chosen.tolist()), "random"
 
     def _chose(self, actions: list[int]) -> list[int]:
         self._last = actions

@@ -144,6 +144,34 @@ def test_exploration_repeats_a_greedy_choice_as_well():
     assert agent.act(np.ones(4, np.float32)) == ([4], "repeated")
 
 
+def test_exploration_that_persists_at_small_epsilon():
+    agent = make_agent(actions=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
+    agent.q.all_values = lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None]
+    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
+    kinds = [kind for _, kind in chosen]
+    for (before, kind), (after, next_kind) in itertools.pairwise(chosen):
+        if next_kind == "repeated":
+            assert kind != "greedy"
+            assert after == before
+    # A Markov chain: from greedy to random with 0.1; from random on with 0.75, else to greedy with
+    # 0.9 of the rest. So 0.1 / (0.1 + 0.225) of the steps are not greedy; their runs overlap, with
+    # a standard deviation of 0.0074.
+    assert abs(1 - kinds.count("greedy") / 20_000 - 0.1 / 0.325) < 5 * 0.0074
+    # Each of about 1,540 random choices is followed by 0.75 / 0.25 repeated ones on average, with a
+    # standard deviation of sqrt(0.75) / 0.25.
+    assert abs(kinds.count("repeated") / kinds.count("random") - 3) < 5 * 0.088
+
+
+def test_exploration_that_persists_ends_with_the_episode():
+    agent = make_agent(actions=10, EPSILON=1.0, EXPLORATION_PERSIST=1.0)
+    first = agent.act(np.ones(4, np.float32))
+    assert first[1] == "random"
+    assert [agent.act(np.ones(4, np.float32)) for _ in range(9)] == [(first[0], "repeated")] * 9
+    agent.decay_epsilon()
+    agent.epsilon = 0.0
+    assert agent.act(np.ones(4, np.float32))[1] == "greedy"
+
+
 def test_exploration_with_several_actions_has_nothing_to_repeat_at_first():
     agent = make_agent(actions=5, actions_per_step=3, EPSILON=1.0, EXPLORATION_REPEAT=1.0)
     first, kind = agent.act(np.ones(4, np.float32))
