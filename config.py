@@ -65,7 +65,7 @@ STEP_PENALTY = 1.0
 REWARD_CEILING = 0.0
 # what it costs to miss the goal, in the last round's reward; a number >= 0 (public code: 0)
 MISS_PENALTY = 0.0
-# test images, drawn anew, that judge a training's round, 0 for all; an integer >= 0 (public code)
+# random test images that judge a round of a training, 0 for all; an integer >= 0 (public code: 0)
 REWARD_IMAGES = 0
 
 # --- Foundation model ------------------------------------------------------------------------
@@ -179,23 +179,27 @@ AGENTS: dict[str, dict[str, Any]] = {
     },
 }
 AGENTS["tuned"] = AGENTS["paper"] | {
-    "REWARD_BASE": 1e12,
+    "REWARD_BASE": 1e4,
+    "STEP_PENALTY": 2.0,
+    "REWARD_CEILING": 1.0,
+    "MISS_PENALTY": 15.0,
+    "REWARD_IMAGES": 2000,
     "OBSERVATION": "both",
     "PCA_COMPONENTS": 1,
     "PCA_SIGNS": "holder",
     "HIDDEN_UNITS": (64, 64),
     "Q_NETWORKS": 5,
     "DUELING": True,
-    "Q_WEIGHT_DECAY": 0.2,
+    "Q_WEIGHT_DECAY": 0.4,
     "DISCOUNT": 0.96,
     "N_STEP": 6,
-    "BOOTSTRAP_AT_LIMIT": True,
-    "Q_BATCH_SIZE": 128,
+    "REPLAY_SAMPLE": 256,
+    "Q_BATCH_SIZE": 256,
     "UPDATES_PER_EPISODE": 150,
     "NORMALIZE_TARGETS": False,
     "TARGET_UPDATE": 1,
-    "EPSILON_DECAY": 0.025,
-    "EXPLORATION_REPEAT": 0.6,
+    "EPSILON_DECAY": 0.04,
+    "EXPLORATION_REPEAT": 0.8,
 }
 
 # Constants that results made before them do not name, each with the value that they were made with,

@@ -672,15 +672,9 @@ def make_shards(dataset: Dataset, settings: Settings) -> list[np.ndarray]:
     """Which training images each node has: N arrays of indices into ``dataset.x_train``.
 
     Raises:
-        ConfigError: no such rule, or one that the dataset can't fill; or REWARD_IMAGES is more than
-            it has test images.
+        ConfigError: no such rule, or one that the dataset can't fill.
     """
     _check_shard_rule(settings)
-    asked, images = settings.REWARD_IMAGES, len(dataset.y_test)
-    if asked > images:
-        raise ConfigError(
-            f"REWARD_IMAGES: got {asked}, takes at most {images}, all test images of {dataset.name}"
-        )
     rule = SHARD_RULES[settings.SHARD_RULE]
     shards = list(map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards"))))
     size = len(dataset.y_train)

@@ -131,7 +131,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Rewards: ``reward`` above, less MISS_PENALTY (ours) in a last round that misses the goal. An
     episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
     truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on
-    so many test images, drawn anew for each: quicker, and noisier.
+    so many test images, drawn anew for each: quicker, and noisier (all, if there are no more).
     The goal is not reached by luck: a round that these would let end the episode is judged by all.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
@@ -286,7 +286,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     def _judged(self) -> float:
         """The accuracy that the round counts with, in [0, 1]."""
         count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
-        if count:
+        if 0 < count < size:
             judges = self._judging.choice(size, count, replace=False)
             accuracy = self.foundation.evaluate(self._model, judges)
             if accuracy < self.settings.GOAL_ACCURACY:

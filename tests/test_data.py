@@ -521,9 +521,3 @@ def test_datasets_are_checked(change, words):
 def test_digits_refuse_a_file():
     with pytest.raises(ConfigError, match="DATA_FILE"):
         data.load(make_settings(DATASET="digits", DATA_FILE="mnist.npz"))
-
-
-def test_no_more_judging_images_than_there_are(few):
-    assert len(data.make_shards(few, small_settings(REWARD_IMAGES=359))) == 4
-    with pytest.raises(ConfigError, match=r"^REWARD_IMAGES: got 360, takes at most 359"):
-        data.make_shards(few, small_settings(REWARD_IMAGES=360))

@@ -232,6 +232,16 @@ def test_images_that_judge_a_round(few):
     np.testing.assert_array_equal(whole._model, models[0])
 
 
+@pytest.mark.parametrize(("count", "judges"), [(358, 358), (359, None), (2000, None)])
+def test_no_more_images_judge_than_there_are(few, count, judges):
+    env = DecentralizedLearning(small_settings(REWARD_IMAGES=count, MAX_ROUNDS=3), few)
+    seen = []
+    env.foundation.evaluate = lambda weights, images: seen.append(images) or 0.1
+    env.reset(seed=0)
+    env.step(1)
+    assert [None if images is None else len(images) for images in seen] == [judges] * 2
+
+
 def test_all_images_judge_whether_the_goal_is_reached(few):
     """Luck with the drawn images neither ends an episode nor is rewarded."""
     settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=5)
