@@ -6,6 +6,7 @@ trains it on its own shard and passes it on; the action is who trains next.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import gymnasium
@@ -132,7 +133,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
     truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on
     so many test images, drawn anew for each: quicker, and noisier (all, if there are no more).
-    The goal is not reached by luck: a round that these would let end the episode is judged by all.
+    All judge whether the goal is reached: a round is left to the few only if by them it falls short
+    of the goal by more than three standard errors.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
     ``accuracy`` (share of the test set), ``distance`` (that the model travelled to this round's
@@ -289,7 +291,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         if 0 < count < size:
             judges = self._judging.choice(size, count, replace=False)
             accuracy = self.foundation.evaluate(self._model, judges)
-            if accuracy < self.settings.GOAL_ACCURACY:
+            goal = self.settings.GOAL_ACCURACY
+            error = math.sqrt(goal * (1 - goal) / count * (size - count) / (size - 1))
+            if accuracy < goal - 3 * error:
                 return accuracy
         return self.foundation.evaluate(self._model, None)
 

@@ -243,12 +243,16 @@ def test_no_more_images_judge_than_there_are(few, count, judges):
 
 
 def test_all_images_judge_whether_the_goal_is_reached(few):
-    """Luck with the drawn images neither ends an episode nor is rewarded."""
-    settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=5)
+    """Neither good nor bad luck with the drawn images decides.
+
+    Of 359 images 50 have a standard error of 0.0643 at 0.6: sqrt(0.24 / 50 * 309 / 358).
+    """
+    settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
     env = DecentralizedLearning(settings, few)
-    some, every = iter([0.58, 0.62, 0.64]), iter([0.59, 0.61])
+    some, every = iter([0.406, 0.408, 0.64, 0.58]), iter([0.42, 0.59, 0.61])
     env.foundation.evaluate = lambda weights, images: next(every if images is None else some)
-    assert env.reset(seed=0)[1]["accuracy"] == 0.58
+    assert env.reset(seed=0)[1]["accuracy"] == 0.406
+    assert env.step(0)[4]["accuracy"] == 0.42
     _, value, terminated, _, info = env.step(0)
     assert (info["accuracy"], terminated) == (0.59, False)
     assert value == reward(0.59, 0.0, settings)
