@@ -88,7 +88,7 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path):
 
 
 def test_however_rounds_are_judged_in_training_all_images_judge_the_validation(tmp_path):
-    assert start(tmp_path, "few", "--seeds", "1,", "--set", "REWARD_IMAGES=20") == 0
+    assert start(tmp_path, "few", "--seeds", "1,", "--set", "REWARD_IMAGES=100") == 0
     folder = tmp_path / "tuning" / "few-digits"
     trained, tested = (
         pd.read_csv(folder / f"{n}-seed1" / "rounds.csv") for n in ("training", "hl")
@@ -97,9 +97,9 @@ def test_however_rounds_are_judged_in_training_all_images_judge_the_validation(t
     def are_shares_of(accuracies, count):
         return np.allclose(accuracies * count, (accuracies * count).round())
 
-    assert are_shares_of(trained["accuracy"], 20)
+    assert are_shares_of(trained["accuracy"], 100)
     assert are_shares_of(tested["accuracy"], 359)
-    assert not are_shares_of(tested["accuracy"], 20)
+    assert not are_shares_of(tested["accuracy"], 100)
 
 
 def test_a_second_call_adds_seeds_and_repeats_nothing(tmp_path, monkeypatch):
