@@ -40,22 +40,25 @@ from config import (
 # Short flags for the settings that a comparison changes most.
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
 
+# The reward of the world, which a test counts as well.
+_REWARD = {"REWARD_BASE", "STEP_PENALTY", "REWARD_CEILING", "MISS_PENALTY"}
+
 # What does not change the basis that an agent with OBSERVATION = "fixed" has learned in.
 _NOT_THE_BASIS = {
+    *_REWARD,
     "GOAL_ACCURACY",
     "STARTER_NODE",
     "DISTANCE_SCALE",
     "DISTANCE_SEED",
-    "REWARD_BASE",
-    "STEP_PENALTY",
     "NAME",
     "DATA_FILE",
     "RESULTS_DIR",
     "THREADS",
 }
 
-# What an agent was trained with: a test of it takes these as they are. The reward is the world's.
-_AGENTS_OWN = {"EPISODES", "NUM_NODES", *AGENTS["paper"]} - {"REWARD_BASE", "STEP_PENALTY"}
+# What an agent was trained with: a test of it takes these as they are. (REWARD_IMAGES
+# with them: a test does without.)
+_AGENTS_OWN = {"EPISODES", "NUM_NODES", *AGENTS["paper"]} - _REWARD
 
 # Enough to see how it goes within minutes on the bundled digits.
 _SEEDS, _TEST_EPISODES = "2", 5

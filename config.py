@@ -65,7 +65,7 @@ STEP_PENALTY = 1.0
 REWARD_CEILING = 0.0
 # what it costs to miss the goal, in the last round's reward; a number >= 0 (public code: 0)
 MISS_PENALTY = 0.0
-# random test images that judge a round of a training, 0 for all; an integer >= 0 (public code: 0)
+# test images that judge a training's round, all if 0 or too many; an integer >= 0 (public code: 0)
 REWARD_IMAGES = 0
 
 # --- Foundation model ------------------------------------------------------------------------

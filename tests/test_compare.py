@@ -403,7 +403,15 @@ def test_what_a_tested_agent_is_known_by(finished, tmp_path):
     agent = str(finished / "training-seed1")
     arguments = ["--agent", agent, "--methods", "hl", "--test-episodes", "1", "--jobs", "1"]
     arguments += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
+    # Its goal and its reward are the test's, here a goal that nobody reaches.
+    arguments += ["--set", "GOAL_ACCURACY=1.0", "--set", "MISS_PENALTY=30"]
+    arguments += ["--set", "REWARD_CEILING=0.02"]
     assert compare.main(compare.parse(arguments)) == 0
+    episode = pd.read_csv(tmp_path / "paper-digits" / "hl-seed1" / "episodes.csv").iloc[0]
+    walk = pd.read_csv(tmp_path / "paper-digits" / "hl-seed1" / "rounds.csv")
+    assert (32.0 ** (walk["accuracy"] - 1.0) > 0.02).all()
+    expected = (0.02 - walk["distance"] - 1).sum() - 30
+    assert episode["episode_reward"] == pytest.approx(expected, rel=1e-12)
     about = json.loads((tmp_path / "paper-digits" / "hl-seed1" / "config.json").read_text())
     assert len(about["about"]["agent_sha256"]) == 64
 
@@ -451,6 +459,7 @@ def test_several_nodes_per_round(tmp_path):
         (["--agent", "x", "--seeds", "2"], "--seeds: got it beside --agent"),
         (["--agent", "x", "--methods", "random"], "takes methods with hl"),
         (["--agent", "x", "--set", "DISCOUNT=0.5"], "DISCOUNT: got it beside --agent"),
+        (["--agent", "x", "--set", "REWARD_IMAGES=9"], "REWARD_IMAGES: got it beside --agent"),
         (["observation", "--agent", "x"], "OBSERVATION: got it beside --agent"),
         (["departures", "--agent", "x"], "BOOTSTRAP_AT_LIMIT: got it beside --agent"),
         (["goal", "--set", "GOAL_ACCURACY=0.9"], "GOAL_ACCURACY: got 0.9, takes what the compar"),
