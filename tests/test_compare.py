@@ -647,7 +647,7 @@ def test_every_comparison_is_made_of_settings_that_exist():
 # --- Other processes -------------------------------------------------------------------------
 
 # Long enough to be killed in the middle.
-OUTSIDE = {**SMALL, "EPISODES": 7, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
+OUTSIDE = {**SMALL, "EPISODES": 4, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
 
 
 def _outside(folder, *more):
