@@ -58,13 +58,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--settings: got it in an audit, which has no agent")
     changes = overrides(parser, parsed)
     fixed = {"OBSERVATION": "fixed", "PCA_SIGNS": "loading", "NODES_PER_ROUND": 1}
-    for name in fixed.keys() & changes.keys():
-        parser.error(f"{name}: got {changes[name]!r}, takes {fixed[name]!r} in an audit")
+    for name, value in fixed.items():
+        if changes.get(name, value) != value:
+            parser.error(f"{name}: got {changes[name]!r}, takes {value!r} in an audit")
     changes.setdefault("DATASET", default_dataset())
     # Choices that often repeat the last one show what staying does as well.
     changes.setdefault("EXPLORATION_REPEAT", 0.6)
     try:
-        parsed.settings = make_settings(**changes, **fixed)
+        parsed.settings = make_settings(**changes | fixed)
         if parsed.walks < _FOLDS:
             raise UserError(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
     except UserError as error:
@@ -113,13 +114,14 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, n
     while True:
         node = info["node"]
         seen = {k: environment.observe(k) for k in ("zeros", "last_node", "broadcast", "local")}
+        by_holder = {k: environment.observe(k, "holder") for k in ("broadcast", "local")}
+        first = [scores.reshape(settings.NUM_NODES, -1)[:, 0] for scores in by_holder.values()]
         moved = np.linalg.norm(seen["broadcast"].reshape(settings.NUM_NODES, -1))
-        steady = {k: _steady(seen[k], node, settings) for k in ("broadcast", "local")}
         seen |= {
             "last_node_moved": np.append(seen["last_node"], np.float32(moved)),
-            "local_holder": steady["local"].ravel(),
+            "local_holder": by_holder["local"],
             "fixed": observation,
-            "first_both": np.concatenate([steady["broadcast"][:, 0], steady["local"][:, 0]]),
+            "first_both": np.concatenate(first),
             "nodes": node,
             "accuracies": info["accuracy"],
         }
@@ -133,17 +135,17 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, n
         done = terminated or truncated
 
 
-def _steady(scores: np.ndarray, holder: int, settings: Settings) -> np.ndarray:
-    """Components turned as PCA_SIGNS = ``holder`` has them."""
-    scores = scores.reshape(settings.NUM_NODES, -1)
-    return scores * np.where(scores[holder] < 0, -1, 1).astype(np.float32)
+def references(nodes: np.ndarray, n: int, longest: int) -> dict[str, np.ndarray]:
+    """What the agent is not told: a walk's round and history, float32 with a row per round.
 
-
-def references(nodes: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """What the agent is not told: a walk's round and history, float32 with a row per round."""
+    Args:
+        nodes: (R,) int, of each round.
+        n: number of nodes.
+        longest: number of rounds that no walk exceeds.
+    """
     visited = np.eye(n, dtype=np.float32)[nodes]
     rounds = np.arange(1, len(nodes) + 1, dtype=np.float32)[:, None]
-    ago = np.full((len(nodes), n), 2.0 * len(nodes), np.float32)  # never: longer than any walk
+    ago = np.full((len(nodes), n), 2.0 * longest, np.float32)  # never: longer ago than any walk
     for row, node in enumerate(nodes):
         ago[row:, node] = np.arange(len(nodes) - row)
     return {
@@ -152,17 +154,20 @@ def references(nodes: np.ndarray, n: int) -> dict[str, np.ndarray]:
     }
 
 
-def predicted(features: np.ndarray, values: np.ndarray, walks: np.ndarray) -> np.ndarray:
+def predicted(
+    features: np.ndarray, values: np.ndarray, walks: np.ndarray, seed: int = 0
+) -> np.ndarray:
     """(n,) float64: each value as predicted by extremely randomised trees from other walks.
 
     Args:
         features: (n, D) float32.
         values: (n,) float64.
         walks: (n,) int, the walk that a row belongs to.
+        seed: of the trees.
     """
     found = np.empty(len(values))
     for train, test in GroupKFold(_FOLDS).split(features, values, walks):
-        trees = ExtraTreesRegressor(150, min_samples_leaf=3, random_state=0, n_jobs=1)
+        trees = ExtraTreesRegressor(150, min_samples_leaf=3, random_state=seed, n_jobs=1)
         found[test] = trees.fit(features[train], values[train]).predict(features[test])
     return found
 
@@ -192,7 +197,7 @@ def table_of(walks: list[dict[str, np.ndarray]], dataset: str, settings: Setting
     """A row of ``plot.AUDIT_COLUMNS`` for each observation and target."""
     n = settings.NUM_NODES
     for walk in walks:
-        walk.update(references(walk["nodes"], n))
+        walk.update(references(walk["nodes"], n, settings.MAX_ROUNDS))
     number = np.concatenate([np.full(len(w["nodes"]) - 1, i) for i, w in enumerate(walks)])
     action = np.concatenate([np.eye(n, dtype=np.float32)[w["nodes"][1:]] for w in walks])
     values = {
@@ -204,8 +209,8 @@ def table_of(walks: list[dict[str, np.ndarray]], dataset: str, settings: Setting
         seen = np.concatenate([w[name][:-1] for w in walks])
         for target in plot.TARGETS:
             features = np.hstack([seen, action]) if target == "next_accuracy" else seen
-            found = predicted(features, values[target], number)
-            rng = stream(settings.SEED, "policy")  # the same draws for all
+            rng = stream(settings.SEED, "audit")  # the same draws for all
+            found = predicted(features, values[target], number, int(rng.integers(2**32)))
             r2 = explained(values[target], found, number, rng)
             rows.append((dataset, name, target, *r2, len(walks), len(number)))
     return pd.DataFrame(rows, columns=list(plot.AUDIT_COLUMNS))

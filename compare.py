@@ -51,13 +51,12 @@ _NOT_THE_BASIS = {
     "DISTANCE_SCALE",
     "DISTANCE_SEED",
     "NAME",
-    "DATA_FILE",
     "RESULTS_DIR",
     "THREADS",
 }
 
-# What an agent was trained with: a test of it takes these as they are. (REWARD_IMAGES
-# with them: a test does without.)
+# What an agent was trained with: a test of it takes these as they are. REWARD_IMAGES is among
+# them, for all images judge a test.
 _AGENTS_OWN = {"EPISODES", "NUM_NODES", *AGENTS["paper"]} - _REWARD
 
 # Enough to see how it goes within minutes on the bundled digits.
@@ -126,6 +125,11 @@ COMPARISONS: dict[str, Comparison] = {
     "nodes_per_round": Comparison(
         "nodes that train in a round", ("hl", "random"), **_vary("NODES_PER_ROUND", 1, 2, 3, 5)
     ),
+    "moments": Comparison(
+        "nodes' Adam moments, kept from visit to visit or not",
+        _FEW,
+        **_vary("KEEP_MOMENTS", True, False),
+    ),
     "observation": Comparison(
         "what the DQN sees: does it use the weights at all?",
         ("hl",),
@@ -142,7 +146,6 @@ COMPARISONS: dict[str, Comparison] = {
             "double-q": {**_PUBLIC, "TARGET_UPDATE": 5, "DOUBLE_Q": True},
             "local-observation": {**_PUBLIC, "OBSERVATION": "local"},
             "holder-signs": {**_PUBLIC, "PCA_SIGNS": "holder"},
-            "fresh-moments": {**_PUBLIC, "KEEP_MOMENTS": False},
             "five-networks": {**_PUBLIC, "Q_NETWORKS": 5},
             "dueling": {**_PUBLIC, "DUELING": True},
             "weight-decay": {**_PUBLIC, "Q_WEIGHT_DECAY": 0.05},

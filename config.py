@@ -477,6 +477,7 @@ STREAMS = {
     "basis": 9,  # the pilot episode of the fixed basis
     "validation": 10,  # one seed per episode that judges a trial of settings
     "judging": 11,  # the test images that judge a round, if not all do
+    "audit": 12,  # trees and resamples of an audit
 }
 
 

@@ -125,9 +125,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     that is not fitted to what it shows: the PCA, made once, of how far the models of a pilot
     episode have moved from their initial one. The sign of a component that is fitted anew has no
     meaning: by scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS =
-    ``holder`` (ours) the node that trained last never has a negative score. To tell what the
-    weights are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that
-    trained last and 0 for the others; ``zeros``.
+    ``holder`` (ours) the node that trained last never has a negative score: in ``broadcast``, where
+    it alone differs, the sign is always the same then; in ``local`` the component turns when the
+    model goes to a node on the other side, so there the sign also tells who trained last, which
+    ``broadcast`` shows anyway. To tell what the weights are worth, two that hold none (ours), of
+    shape (N,): ``last_node``, 1 for the nodes that trained last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` above, less MISS_PENALTY (ours) in a last round that misses the goal. An
     episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
@@ -137,9 +139,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     of the goal by more than three standard errors.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
-    ``accuracy`` (share of the test set), ``distance`` (that the model travelled to this round's
-    first node), ``communication_cost`` (sum of the episode's distances), ``reward``,
-    ``goal_reached`` and ``diverged`` (some weight is not finite).
+    ``accuracy`` (share of the images that judged the round), ``distance`` (that the model travelled
+    to this round's first node), ``communication_cost`` (sum of the episode's distances),
+    ``reward``, ``goal_reached`` and ``diverged`` (some weight is not finite).
 
     Adam's moments belong to the node and are kept within an episode (public code), or start anew at
     each visit without KEEP_MOMENTS (ours). A node is a shard, a weight vector and these moments; no
@@ -308,18 +310,19 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._moments[node] = moments
         return weights
 
-    def observe(self, kind: str) -> np.ndarray:
+    def observe(self, kind: str, signs: str = "") -> np.ndarray:
         """What the nodes hold after the last round, as one of the values of OBSERVATION shows it.
 
         Args:
             kind: any of them; ``fixed`` only if it is that of the settings.
+            signs: one of the values of PCA_SIGNS, by default that of the settings.
 
         Returns:
             Float32, of the shape that the class describes.
         """
         n, components = self.settings.NUM_NODES, self.settings.components
         if kind == "both":
-            return np.concatenate([self.observe("broadcast"), self.observe("local")])
+            return np.concatenate([self.observe(k, signs) for k in ("broadcast", "local")])
         if kind in ("last_node", "zeros"):
             seen = np.zeros(n, np.float32)
             seen[list(self._trained)] = kind == "last_node"
@@ -340,7 +343,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
-        holder = self._holder if self.settings.PCA_SIGNS == "holder" else None
+        holder = self._holder if (signs or self.settings.PCA_SIGNS) == "holder" else None
         return pca_scores(np.stack(models), owners, components, holder).ravel()
 
     def _pilot_basis(self) -> tuple[np.ndarray, np.ndarray]:

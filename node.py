@@ -117,7 +117,8 @@ class DQNAgent:
         actions_per_step: k; with more than one, the k actions of greatest Q value are taken.
 
     Attributes:
-        epsilon: probability of a random action in the present episode.
+        epsilon: probability of a random action in the present episode, in each step that does not
+            go on with one (EXPLORATION_PERSIST).
         episode: number of the present episode, from 1.
         memory: the replay memory.
     """

@@ -315,9 +315,9 @@ OBSERVATIONS = {
     "last_node_moved": "last node and how far the model moved",
     "broadcast": "broadcast (public code)",
     "local": "local",
-    "local_holder": "local, steady signs",
+    "local_holder": "local, signs by the last node",
     "fixed": "fixed basis",
-    "first_both": "first component of both, steady signs",
+    "first_both": "first component of both, signs by the last node",
     "last_node_round": "last node and round *",
     "history": "all nodes' visits and the round *",
 }

@@ -1,5 +1,7 @@
 """Trials of settings for the agent, judged on validation episodes; a log keeps every one of them.
 
+A seed has its row from its start on, so trials that are stopped because they go badly stay in it.
+
 Usage: python3 tune.py TRIAL [--help]; a trial trains an agent per seed as main.py does it, freezes
 it, and tests it on episodes whose initialisations neither a training nor a comparison's test has.
 So settings can be chosen by it, and compare.py tells what they are worth.
@@ -207,6 +209,8 @@ def tune(parsed: argparse.Namespace) -> int:
     for job in jobs:
         if job not in waiting and job.settings.SEED not in noted:
             tell(Outcome(job, "finished", 0.0))
+    for job in waiting:
+        note(log, row_of(parsed, Outcome(job, "waiting", 0.0, "not finished"), dataset.name))
     outcomes = run_all(waiting, parsed.jobs, tell=tell)
     return int(any(outcome.error for outcome in outcomes))
 

@@ -56,11 +56,11 @@ def test_predictions_are_of_walks_that_were_not_learned_from():
 
 
 def test_references_by_hand():
-    found = audit.references(np.array([2, 0, 0]), 3)
+    found = audit.references(np.array([2, 0, 0]), 3, 4)
     assert found["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
     visits, ago, rounds = np.split(found["history"], [3, 6], axis=1)
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
-    assert ago.tolist() == [[6, 6, 0], [0, 6, 1], [0, 6, 2]]
+    assert ago.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never: twice the longest
     assert rounds.ravel().tolist() == [1, 2, 3]
 
 
@@ -143,6 +143,10 @@ def test_the_figure_s_bars(tmp_path):
     assert [t.get_text() for t in axis.get_yticklabels()] == list(plot.OBSERVATIONS.values())
     assert "bundled digits, NOT MNIST" in figure.get_suptitle()
     plt.close(figure)
+
+
+def test_what_an_audit_sets_may_be_named():
+    assert audit.parse(["--set", "NODES_PER_ROUND=1"]).settings.NODES_PER_ROUND == 1
 
 
 @pytest.mark.parametrize(

@@ -611,6 +611,8 @@ def test_an_agent_with_a_basis_of_its_own(finished, tmp_path, capsys):
     compare.parse([*agent, "--set", "GOAL_ACCURACY=0.5"])
     error = refusal(compare.parse, [*agent, "--set", "MAX_ROUNDS=7"], capsys)
     assert "MAX_ROUNDS: got it beside --agent, whose basis depends on it" in error
+    error = refusal(compare.parse, [*agent, "--set", "DATA_FILE=other.npz"], capsys)
+    assert "DATA_FILE: got it beside --agent, whose basis depends on it" in error
 
 
 def test_what_the_teller_raises_ends_all(tmp_path):

@@ -86,6 +86,38 @@ def test_every_setting_has_its_place():
     assert set(re.findall(r"`([A-Z_]+)`", table)) == set(config.RULES)
 
 
+def test_the_table_of_the_tuned_settings():
+    """Names and values are those of config.py, which the committed agents were trained with."""
+    words = {"REWARD_CEILING": "none", "TARGET_UPDATE": "none", "REWARD_IMAGES": "all"}
+    words["PCA_COMPONENTS"] = str(config.make_settings().NUM_NODES)
+
+    def shown(name, value):
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, tuple | str):
+            return str(value)
+        return words[name] if value == 0 and name in words else f"{value:,}".removesuffix(".0")
+
+    table = README[README.index("| setting | public code | tuned | why |") :].split("\n\n")[0]
+    named = []
+    for line in table.splitlines()[2:]:
+        names, paper, tuned = line.split("|")[1:4]
+        names = re.findall(r"`(\w+)`", names)
+        for agent, cell in (("paper", paper), ("tuned", tuned)):
+            values = (config.AGENTS[agent][name] for name in names)
+            texts = [shown(*pair) for pair in zip(names, values, strict=True)]
+            assert cell.strip() == ", ".join(texts)
+        named += names
+    changed = {n for n, v in config.AGENTS["paper"].items() if v != config.AGENTS["tuned"][n]}
+    assert sorted(named) == sorted(changed)
+    agents = list((PROJECT / "results/reference/paper-mnist").glob("training-tuned-seed*"))
+    assert agents
+    for folder in agents:
+        stored = json.loads((folder / "config.json").read_text())["settings"]
+        for name, value in config.AGENTS["tuned"].items():
+            assert stored[name] == (list(value) if isinstance(value, tuple) else value)
+
+
 def test_every_column_is_documented():
     def documented(name):
         start = name if "`" in name else f"`{name}"

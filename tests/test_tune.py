@@ -25,8 +25,9 @@ def quick(monkeypatch, few):
     jobs._dataset.cache_clear()
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, goal=QUICK["GOAL_ACCURACY"]):
     settings = {**QUICK, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0)}
+    settings["GOAL_ACCURACY"] = goal
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     episodes = ["--validation-episodes", "2", "--jobs", "1"]
     return tune.main(tune.parse([*arguments, *episodes, *sets]))
@@ -88,7 +89,8 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path):
 
 
 def test_however_rounds_are_judged_in_training_all_images_judge_the_validation(tmp_path):
-    assert start(tmp_path, "few", "--seeds", "1,", "--set", "REWARD_IMAGES=100") == 0
+    """With the goal 1 a share has no standard error: the few judge whatever is not perfect."""
+    assert start(tmp_path, "few", "--seeds", "1,", "--set", "REWARD_IMAGES=100", goal=1.0) == 0
     folder = tmp_path / "tuning" / "few-digits"
     trained, tested = (
         pd.read_csv(folder / f"{n}-seed1" / "rounds.csv") for n in ("training", "hl")
@@ -128,6 +130,19 @@ def test_other_settings_under_the_same_name_change_nothing(tmp_path, capsys):
     assert "holds a run with other settings (DISCOUNT = 0.9 there" in capsys.readouterr().err
     assert rows(tmp_path) == before
     assert not (tmp_path / "tuning" / "one-digits" / "training-seed0").exists()
+
+
+def test_a_seed_that_is_stopped_has_its_row(tmp_path, monkeypatch):
+    def stop(environment, run, quiet):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.main, "train", stop)
+        assert start(tmp_path, "one", "--seeds", "1,3") == 130
+    errors = [(row["seed"], row["error"], row["rounds"]) for row in rows(tmp_path)]
+    assert errors == [("1", "not finished", ""), ("3", "not finished", "")]
+    assert start(tmp_path, "one", "--seeds", "1,") == 0
+    assert {row["seed"]: row["error"] for row in rows(tmp_path)} == {"1": "", "3": "not finished"}
 
 
 def test_a_seed_that_fails_is_noted_and_tried_again(tmp_path, monkeypatch):
