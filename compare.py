@@ -41,7 +41,7 @@ from config import (
 _FLAGS = {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"}
 
 # The reward of the world, which a test counts as well.
-_REWARD = {"REWARD_BASE", "STEP_PENALTY", "REWARD_CEILING", "MISS_PENALTY"}
+_REWARD = {"REWARD_BASE", "STEP_PENALTY", "REWARD_CEILING", "REWARD_PROGRESS", "MISS_PENALTY"}
 
 # What does not change the basis that an agent with OBSERVATION = "fixed" has learned in.
 _NOT_THE_BASIS = {

@@ -63,6 +63,8 @@ REWARD_BASE = 32.0
 STEP_PENALTY = 1.0
 # most that the power counts in the reward, 0 for no bound; a number >= 0 (public code: 0)
 REWARD_CEILING = 0.0
+# points per accuracy gained towards the goal since the round before; a number >= 0 (public code: 0)
+REWARD_PROGRESS = 0.0
 # what it costs to miss the goal, in the last round's reward; a number >= 0 (public code: 0)
 MISS_PENALTY = 0.0
 # test images that judge a training's round, all if 0 or too many; an integer >= 0 (public code: 0)
@@ -152,6 +154,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "REWARD_BASE": 32.0,
         "STEP_PENALTY": 1.0,
         "REWARD_CEILING": 0.0,
+        "REWARD_PROGRESS": 0.0,
         "MISS_PENALTY": 0.0,
         "REWARD_IMAGES": 0,
         "OBSERVATION": "broadcast",
@@ -208,6 +211,7 @@ JOINED_LATER = {"KEEP_MOMENTS": True} | {
     name: AGENTS["paper"][name]
     for name in (
         "REWARD_CEILING",
+        "REWARD_PROGRESS",
         "MISS_PENALTY",
         "REWARD_IMAGES",
         "PCA_SIGNS",
@@ -343,6 +347,7 @@ class Settings:
     REWARD_BASE: Annotated[float, _POSITIVE]
     STEP_PENALTY: Annotated[float, _NOT_NEGATIVE]
     REWARD_CEILING: Annotated[float, _NOT_NEGATIVE]
+    REWARD_PROGRESS: Annotated[float, _NOT_NEGATIVE]
     MISS_PENALTY: Annotated[float, _NOT_NEGATIVE]
     REWARD_IMAGES: Annotated[int, _COUNT_OR_NONE]
     LEARNING_RATE: Annotated[float, _POSITIVE]

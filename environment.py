@@ -44,6 +44,24 @@ def reward(accuracy: float, distance: float, settings: Settings) -> float:
     return progress - distance - settings.STEP_PENALTY
 
 
+def progress_reward(accuracy: float, before: float, settings: Settings) -> float:
+    """What REWARD_PROGRESS adds to a round's reward (ours).
+
+    Potential-based shaping (Ng, Harada and Russell 1999): DISCOUNT times the potential after the
+    round less that before it. The potential is REWARD_PROGRESS times what the accuracy falls short
+    of the goal, with a negative sign, and 0 from the goal on, as it has to be where episodes end.
+    So progress pays at once, and no policy is better for it: what is lost again has to be paid
+    back, while a power of the accuracy pays again in each round for staying close to the goal.
+
+    Args:
+        accuracy: after the round, in [0, 1].
+        before: after the round before it, in [0, 1].
+        settings: REWARD_PROGRESS, GOAL_ACCURACY and DISCOUNT count.
+    """
+    after, before = (min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before))
+    return settings.REWARD_PROGRESS * (settings.DISCOUNT * after - before)
+
+
 def pca_scores(
     models: np.ndarray, owners: np.ndarray, components: int, holder: int | None = None
 ) -> np.ndarray:
@@ -131,7 +149,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     ``broadcast`` shows anyway. To tell what the weights are worth, two that hold none (ours), of
     shape (N,): ``last_node``, 1 for the nodes that trained last and 0 for the others; ``zeros``.
 
-    Rewards: ``reward`` above, less MISS_PENALTY (ours) in a last round that misses the goal. An
+    Rewards: ``reward`` and from round 2 on ``progress_reward`` (ours, 0 by default) above, less
+    MISS_PENALTY (ours) in a last round that misses the goal. An
     episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
     truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on
     so many test images, drawn anew for each: quicker, and noisier (all, if there are no more).
@@ -268,6 +287,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._cost += distance
         accuracy = self._judged()
         value = reward(accuracy, distance, settings)
+        if self._round > 1:
+            value += progress_reward(accuracy, self._accuracy, settings)
+        self._accuracy = accuracy
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
         if truncated:

@@ -10,7 +10,13 @@ from sklearn.decomposition import PCA
 import config
 import data
 from config import make_settings
-from environment import DecentralizedLearning, distance_matrix, pca_scores, reward
+from environment import (
+    DecentralizedLearning,
+    distance_matrix,
+    pca_scores,
+    progress_reward,
+    reward,
+)
 
 # --- Distances and reward --------------------------------------------------------------------
 
@@ -62,6 +68,32 @@ def test_a_ceiling_bounds_the_power_alone():
     assert reward(1.0, 0.25, settings) == -0.25
     assert reward(0.5, 0.25, settings) == -0.25
     assert reward(0.25, 0.25, settings) == pytest.approx(0.31623 - 1.25, abs=1e-5)
+
+
+def test_progress_by_hand():
+    """Potentials -10 * 0.5, -10 * 0.1 and, from the goal on, 0; discount 0.9."""
+    settings = make_settings(REWARD_PROGRESS=10, DISCOUNT=0.9, GOAL_ACCURACY=0.8)
+    assert progress_reward(0.7, 0.3, settings) == pytest.approx(-0.9 + 5)
+    assert progress_reward(0.3, 0.7, settings) == pytest.approx(-4.5 + 1)
+    assert progress_reward(0.9, 0.7, settings) == pytest.approx(1)
+    assert progress_reward(0.9, 0.8, settings) == progress_reward(0.3, 0.7, make_settings()) == 0
+
+
+def test_progress_in_an_episode_is_the_first_potential_s_negative(few):
+    """Discounted, what it adds from round 2 on sums up to the last potential less the first."""
+    settings = small_settings(REWARD_PROGRESS=10, DISCOUNT=0.5)
+    env, plain = (DecentralizedLearning(s, few) for s in (settings, small_settings()))
+    rewards, accuracies = [], []
+    for environment in (env, plain):
+        _, first = environment.reset(seed=0)
+        infos = [first, *(environment.step(node)[4] for node in (1, 1, 3, 2))]
+        rewards.append(np.array([info["reward"] for info in infos]))
+        accuracies.append([info["accuracy"] for info in infos])
+    assert accuracies[0] == accuracies[1]
+    added = rewards[0] - rewards[1]
+    assert added[0] == 0
+    last, start = (10 * min(a - 0.8, 0) for a in (accuracies[0][-1], accuracies[0][0]))
+    assert (added[1:] * 0.5 ** np.arange(4)).sum() == pytest.approx(last * 0.5**4 - start)
 
 
 # --- PCA -------------------------------------------------------------------------------------
