@@ -114,6 +114,7 @@ def test_the_table_of_the_tuned_settings():
     assert agents
     for folder in agents:
         stored = json.loads((folder / "config.json").read_text())["settings"]
+        stored = config.JOINED_LATER | stored
         for name, value in config.AGENTS["tuned"].items():
             assert stored[name] == (list(value) if isinstance(value, tuple) else value)
 
