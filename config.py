@@ -87,6 +87,10 @@ OBSERVATION = "broadcast"
 PCA_COMPONENTS = 0
 # sign of a component, scikit-learn's rule or ours; one of loading, holder (public code: loading)
 PCA_SIGNS = "loading"
+# factor of the scores that `broadcast` shows; a number > 0 (public code: 1)
+BROADCAST_SCALE = 1.0
+# factor of the scores that `local` and `fixed` show; a number > 0 (public code: 1)
+LOCAL_SCALE = 1.0
 
 # --- DQN -------------------------------------------------------------------------------------
 # units of the Q-network's hidden layers; a tuple of integers >= 1 (public code)
@@ -160,6 +164,8 @@ AGENTS: dict[str, dict[str, Any]] = {
         "OBSERVATION": "broadcast",
         "PCA_COMPONENTS": 0,
         "PCA_SIGNS": "loading",
+        "BROADCAST_SCALE": 1.0,
+        "LOCAL_SCALE": 1.0,
         "HIDDEN_UNITS": (500, 200),
         "Q_NETWORKS": 1,
         "DUELING": False,
@@ -215,6 +221,8 @@ JOINED_LATER = {"KEEP_MOMENTS": True} | {
         "MISS_PENALTY",
         "REWARD_IMAGES",
         "PCA_SIGNS",
+        "BROADCAST_SCALE",
+        "LOCAL_SCALE",
         "Q_NETWORKS",
         "DUELING",
         "Q_WEIGHT_DECAY",
@@ -359,6 +367,8 @@ class Settings:
     ]
     PCA_COMPONENTS: Annotated[int, _COUNT_OR_NONE]
     PCA_SIGNS: Annotated[str, Rule(str, choices=("loading", "holder"))]
+    BROADCAST_SCALE: Annotated[float, _POSITIVE]
+    LOCAL_SCALE: Annotated[float, _POSITIVE]
     HIDDEN_UNITS: Annotated[tuple[int, ...], Rule(tuple, low=1)]
     Q_NETWORKS: Annotated[int, _COUNT]
     DUELING: Annotated[bool, _SWITCH]

@@ -146,8 +146,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     ``holder`` (ours) the node that trained last never has a negative score: in ``broadcast``, where
     it alone differs, the sign is always the same then; in ``local`` the component turns when the
     model goes to a node on the other side, so there the sign also tells who trained last, which
-    ``broadcast`` shows anyway. To tell what the weights are worth, two that hold none (ours), of
-    shape (N,): ``last_node``, 1 for the nodes that trained last and 0 for the others; ``zeros``.
+    ``broadcast`` shows anyway. BROADCAST_SCALE and LOCAL_SCALE (ours; ``fixed`` takes the latter)
+    multiply the scores: how far a late round moves the model is little beside how far the nodes'
+    models lie apart, and a Q-network hardly sees it beside them. To tell what the weights are
+    worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
+    last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` and from round 2 on ``progress_reward`` (ours, 0 by default) above, less
     MISS_PENALTY (ours) in a last round that misses the goal. An
@@ -355,10 +358,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
                 moved[node] = model - self._initial
             if not np.isfinite(moved).all():
                 return np.zeros(n * components, np.float32)
-            return np.float32((moved - self._basis_mean) @ self._basis.T).ravel()
-        differing, rest = {
-            "broadcast": (self._trained, self._received),
-            "local": (self._own, self._initial),
+            scores = (moved - self._basis_mean) @ self._basis.T
+            return np.float32(self.settings.LOCAL_SCALE * scores).ravel()
+        differing, rest, scale = {
+            "broadcast": (self._trained, self._received, self.settings.BROADCAST_SCALE),
+            "local": (self._own, self._initial, self.settings.LOCAL_SCALE),
         }[kind]
         models = [model.numpy() for model in differing.values()]
         owners = np.full(n, len(models))
@@ -366,7 +370,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         if len(models) < n:
             models.append(rest.numpy())
         holder = self._holder if (signs or self.settings.PCA_SIGNS) == "holder" else None
-        return pca_scores(np.stack(models), owners, components, holder).ravel()
+        scores = pca_scores(np.stack(models), owners, components, holder)
+        return np.float32(scale) * scores.ravel()
 
     def _pilot_basis(self) -> tuple[np.ndarray, np.ndarray]:
         """(C, P) and (P,): components and mean of how the models of a pilot episode have moved.

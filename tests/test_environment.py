@@ -443,6 +443,21 @@ def test_both_observations_side_by_side(few):
     np.testing.assert_array_equal(seen["both"], expected)
 
 
+@pytest.mark.parametrize(
+    ("observation", "factors"), [("both", [4] * 16 + [0.5] * 16), ("fixed", [0.5] * 16)]
+)
+def test_scaled_scores(few, observation, factors):
+    plain, scaled = (
+        DecentralizedLearning(small_settings(OBSERVATION=observation, **scales), few)
+        for scales in ({}, {"BROADCAST_SCALE": 4, "LOCAL_SCALE": 0.5})
+    )
+    for env in (plain, scaled):
+        env.reset(seed=3)
+    seen = plain.step(1)[0]
+    assert seen.any()
+    np.testing.assert_array_equal(scaled.step(1)[0], seen * np.float32(factors))
+
+
 def test_the_fixed_basis_by_hand(few):
     """Scores of the nodes' own movements in a basis that neither rounds nor episodes change."""
     env = DecentralizedLearning(small_settings(OBSERVATION="fixed", PCA_COMPONENTS=2), few)
