@@ -93,7 +93,7 @@ from tqdm import tqdm
 import data
 import plot
 from config import episode_seed, stream
-from environment import DecentralizedLearning
+from environment import DecentralizedLearning, turned_to
 from main import exit_status
 from models import use_cpu
 from records import claimed, read_arrays, replacing, write_arrays
@@ -114,14 +114,14 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, n
     while True:
         node = info["node"]
         seen = {k: environment.observe(k) for k in ("zeros", "last_node", "broadcast", "local")}
-        by_holder = {k: environment.observe(k, "holder") for k in ("broadcast", "local")}
-        first = [scores.reshape(settings.NUM_NODES, -1)[:, 0] for scores in by_holder.values()]
-        moved = np.linalg.norm(seen["broadcast"].reshape(settings.NUM_NODES, -1))
+        broadcast, local = (
+            turned_to(node, seen[k].reshape(settings.NUM_NODES, -1)) for k in ("broadcast", "local")
+        )
         seen |= {
-            "last_node_moved": np.append(seen["last_node"], np.float32(moved)),
-            "local_holder": by_holder["local"],
+            "last_node_moved": np.append(seen["last_node"], np.linalg.norm(broadcast)),
+            "local_holder": local.ravel(),
             "fixed": observation,
-            "first_both": np.concatenate(first),
+            "first_both": np.concatenate([broadcast[:, 0], local[:, 0]]),
             "nodes": node,
             "accuracies": info["accuracy"],
         }

@@ -62,9 +62,12 @@ def progress_reward(accuracy: float, before: float, settings: Settings) -> float
     return settings.REWARD_PROGRESS * (settings.DISCOUNT * after - before)
 
 
-def pca_scores(
-    models: np.ndarray, owners: np.ndarray, components: int, holder: int | None = None
-) -> np.ndarray:
+def turned_to(holder: int, scores: np.ndarray) -> np.ndarray:
+    """The (N, C) scores, each component turned so that the holder's is not negative (ours)."""
+    return scores * np.where(scores[holder] < 0, -1, 1).astype(scores.dtype)
+
+
+def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
     """The PCA scores of all nodes' weights, as scikit-learn's full PCA gives them.
 
     Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
@@ -77,12 +80,10 @@ def pca_scores(
         models: (M, P) float, the distinct weight vectors.
         owners: (N,) int in [0, M), which of them each node has; each is had by some node.
         components: C, how many components to keep.
-        holder: the node whose scores shall not be negative.
 
     Returns:
-        (N, C) float32. A component's sign is such that the holder's score is not negative (ours);
-        without a holder such that its loading of greatest magnitude is positive, which is
-        scikit-learn's rule since 1.5. All 0 if a weight is not finite.
+        (N, C) float32. A component's sign is such that its loading of greatest magnitude is
+        positive, which is scikit-learn's rule since 1.5. All 0 if a weight is not finite.
     """
     scores = np.zeros((len(owners), components), np.float32)
     if not np.isfinite(models).all():
@@ -102,8 +103,6 @@ def pca_scores(
     signs = np.where(loadings.max(axis=1) >= -loadings.min(axis=1), 1.0, -1.0)
     # Row m of the left singular vectors times the singular values, freed of the row's factor.
     rows = signs * np.sqrt(squares) * vectors / roots[:, None]
-    if holder is not None:
-        rows *= np.where(rows[owners[holder]] < 0, -1.0, 1.0)
     scores[:, : len(squares)] = rows[owners]
     return scores
 
@@ -335,19 +334,18 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._moments[node] = moments
         return weights
 
-    def observe(self, kind: str, signs: str = "") -> np.ndarray:
+    def observe(self, kind: str) -> np.ndarray:
         """What the nodes hold after the last round, as one of the values of OBSERVATION shows it.
 
         Args:
             kind: any of them; ``fixed`` only if it is that of the settings.
-            signs: one of the values of PCA_SIGNS, by default that of the settings.
 
         Returns:
             Float32, of the shape that the class describes.
         """
         n, components = self.settings.NUM_NODES, self.settings.components
         if kind == "both":
-            return np.concatenate([self.observe(k, signs) for k in ("broadcast", "local")])
+            return np.concatenate([self.observe(k) for k in ("broadcast", "local")])
         if kind in ("last_node", "zeros"):
             seen = np.zeros(n, np.float32)
             seen[list(self._trained)] = kind == "last_node"
@@ -369,8 +367,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
-        holder = self._holder if (signs or self.settings.PCA_SIGNS) == "holder" else None
-        scores = pca_scores(np.stack(models), owners, components, holder)
+        scores = pca_scores(np.stack(models), owners, components)
+        if self.settings.PCA_SIGNS == "holder":
+            scores = turned_to(self._holder, scores)
         return np.float32(scale) * scores.ravel()
 
     def _pilot_basis(self) -> tuple[np.ndarray, np.ndarray]:

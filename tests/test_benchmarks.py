@@ -91,9 +91,9 @@ def test_the_pca_sees_no_more_models_than_rounds_made(monkeypatch, few, observat
     seen = []
     pca_scores = environment.pca_scores
 
-    def spy(models, owners, components, holder):
+    def spy(models, owners, components):
         seen.append((len(models), len(owners)))
-        return pca_scores(models, owners, components, holder)
+        return pca_scores(models, owners, components)
 
     monkeypatch.setattr(environment, "pca_scores", spy)
     settings = small_settings(
