@@ -188,14 +188,16 @@ AGENTS: dict[str, dict[str, Any]] = {
     },
 }
 AGENTS["tuned"] = AGENTS["paper"] | {
-    "REWARD_BASE": 1e4,
-    "STEP_PENALTY": 2.0,
+    "REWARD_BASE": 1e100,
     "REWARD_CEILING": 1.0,
+    "REWARD_PROGRESS": 10.0,
     "MISS_PENALTY": 15.0,
     "REWARD_IMAGES": 2000,
     "OBSERVATION": "both",
     "PCA_COMPONENTS": 1,
     "PCA_SIGNS": "holder",
+    "BROADCAST_SCALE": 4.0,
+    "LOCAL_SCALE": 0.4,
     "HIDDEN_UNITS": (64, 64),
     "Q_NETWORKS": 5,
     "DUELING": True,
@@ -207,8 +209,8 @@ AGENTS["tuned"] = AGENTS["paper"] | {
     "UPDATES_PER_EPISODE": 150,
     "NORMALIZE_TARGETS": False,
     "TARGET_UPDATE": 1,
-    "EPSILON_DECAY": 0.04,
-    "EXPLORATION_REPEAT": 0.8,
+    "EPSILON_DECAY": 0.06,
+    "EXPLORATION_PERSIST": 0.8,
 }
 
 # Constants that results made before them do not name, each with the value that they were made with,

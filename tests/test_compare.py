@@ -503,15 +503,19 @@ def test_departures_are_the_public_codes_but_for_one_option():
 
 
 def test_the_tuned_settings_and_their_changes_taken_back():
-    """What takes back all of them at once is the public code's agent."""
-    variants = compare.COMPARISONS["changes"].variants
-    tuned = make_settings(**variants["nothing"])
-    assert tuned == baselines.METHODS["tuned"].settings(make_settings())
-    taken_back = {name: variants[name][name] for name in variants if name != "nothing"}
-    assert dataclasses.replace(tuned, **taken_back) == make_settings()
-    for name in taken_back:
-        one = make_settings(**variants[name])
-        assert one == dataclasses.replace(tuned, **{name: taken_back[name]}) != tuned
+    """Each setting is taken back once, and all of them at once are the public code's agent."""
+    variants = dict(compare.COMPARISONS["changes"].variants)
+    tuned = variants.pop("nothing")
+    assert make_settings(**tuned) == baselines.METHODS["tuned"].settings(make_settings())
+    paper = config.AGENTS["paper"]
+    taken_back = []
+    for variant in variants.values():
+        make_settings(**variant)
+        names = [name for name in variant if variant[name] != tuned[name]]
+        assert names
+        assert all(variant[name] == paper[name] for name in names)
+        taken_back += names
+    assert sorted(taken_back) == sorted(n for n in paper if paper[n] != tuned[n])
 
 
 def test_hl_with_the_tuned_settings_is_a_method_of_its_own(tmp_path, monkeypatch, capsys):
