@@ -388,6 +388,8 @@ def draw_comparison(folder: Path) -> dict[str, pd.DataFrame]:
         figures["accuracy"] = draw_accuracy_of_methods
         if (table["quantity"] == "rounds_reduction").any():
             figures["reduction"] = draw_reduction
+        if _learned(tables["episodes"]):
+            figures["walks"] = draw_walks
     if not tables["training"].empty:
         figures["training"] = draw_training
     for name, draw in figures.items():
@@ -403,6 +405,11 @@ def _methods(table: pd.DataFrame) -> list[str]:
 
 def _method_title(name: str) -> str:
     return METHODS[name].title if name in METHODS else name
+
+
+def _learned(episodes: pd.DataFrame) -> list[str]:
+    """The methods whose policy is a trained DQN."""
+    return [n for n in _methods(episodes) if n in METHODS and METHODS[n].learns]
 
 
 def _range(counts: pd.Series) -> str:
@@ -528,6 +535,61 @@ def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
     return tuple(
         np.array([[m, m if a is None else a, m if b is None else b] for m, a, b in bounds]).T
     )
+
+
+def draw_walks(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Who trained in each round of each test episode, by seed, where a DQN decided."""
+    rounds, episodes = tables["rounds"], tables["episodes"]
+    rounds = rounds.assign(node=rounds["node"].astype(str).str.split("+").str[0].astype(int))
+    limit, count = episodes["max_rounds"].iloc[0], 1 + rounds["node"].max()
+    parts = [
+        (name, seed, of_seed)
+        for name in _learned(episodes)
+        for seed, of_seed in rounds[rounds["method"] == name].groupby("seed")
+    ]
+    columns = min(5, len(parts))
+    lines = -(-len(parts) // columns)
+    # Nodes are names: as many colours as there are nodes, while there are that many apart.
+    colors = matplotlib.colormaps["tab10"].colors[:count] if count <= 10 else None
+    colors = matplotlib.colors.ListedColormap(colors) if colors else "viridis"
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(1.9 * columns + 1.2, 1.5 * lines + 0.8),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    image = None
+    for axis, part in itertools.zip_longest(axes.flat, parts):
+        if part is None:
+            axis.axis("off")
+            continue
+        name, seed, of_seed = part
+        wide = of_seed.pivot(index="episode", columns="round", values="node")
+        wide = wide.reindex(columns=range(1, limit + 1))
+        image = axis.imshow(
+            wide,
+            cmap=colors,
+            vmin=-0.5,
+            vmax=count - 0.5,
+            aspect="auto",
+            interpolation="none",
+            extent=(0.5, limit + 0.5, len(wide) + 0.5, 0.5),
+        )
+        axis.set_title(f"{_method_title(name)}, seed {seed}", fontsize=8)
+        axis.grid(False)
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test episode")
+    for axis in axes[-1]:
+        axis.set_xlabel("round")
+    bar = figure.colorbar(image, ax=axes, label="node")
+    if count <= 10:
+        bar.set_ticks(range(count))
+    _title(figure, "Walks of the frozen policies", tables)
+    figure.supxlabel("an episode ends at the goal, or at the limit", fontsize=8)
+    return figure
 
 
 def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:

@@ -92,7 +92,7 @@ def finished(tmp_path_factory, few):
 def test_files_of_a_comparison(finished):
     names = {path.name for path in finished.iterdir()}
     expected = {f"{m}-seed{s}" for m in [*METHODS.split(","), "training"] for s in (0, 1)}
-    figures = ("methods", "accuracy", "reduction", "training")
+    figures = ("methods", "accuracy", "reduction", "walks", "training")
     expected |= {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
     assert names == expected | {"comparison.json", "jobs.csv", "estimates.csv", ".lock"}
     table = pd.read_csv(finished / "jobs.csv", keep_default_na=False)

@@ -223,7 +223,7 @@ def drawn(tmp_path, figures):
 
 
 def test_figures_of_a_comparison(drawn):
-    assert set(drawn) == {"methods", "accuracy", "reduction", "training"}
+    assert set(drawn) == {"methods", "accuracy", "reduction", "training", "walks"}
     for figure in drawn.values():
         assert "[data: mnist]" in figure.get_suptitle()
     assert "2 to 3 seeds x 2 episodes" in drawn["methods"].get_suptitle()
@@ -296,6 +296,26 @@ def test_reductions_stand_beside_the_published_ones(drawn):
         assert f"published (MNIST) {published:.1%}" in [text.get_text() for text in axis.texts]
 
 
+def test_walks_of_the_trained_policies(tmp_path, figures):
+    """A panel for each seed of each DQN, a row for each episode, nothing after its end."""
+    pairs = {0: [(3, 0.2), (2, 0.4)], 1: [(36, 0.2), (1, 0.0)]}
+    write_comparison(tmp_path, {"random": pairs, "hl": pairs, "tuned": pairs})
+    path = tmp_path / "tuned-seed1" / "rounds.csv"
+    pd.read_csv(path).assign(node=["7+2", *[8] * 35, 9]).to_csv(path, index=False)
+    plot.draw_comparison(tmp_path)
+    panels = [axis for axis in figures["walks"].axes if axis.images]
+    titles = [f"{title}, seed {seed}" for title in ("HL (DQN)", "HL (tuned DQN)") for seed in "01"]
+    assert [axis.get_title() for axis in panels] == titles
+    nodes = panels[0].images[0].get_array().filled(-1)
+    np.testing.assert_array_equal(nodes, [[0] * 3 + [-1] * 33, [0] * 2 + [-1] * 34])
+    nodes = panels[3].images[0].get_array().filled(-1)
+    np.testing.assert_array_equal(nodes, [[7] + [8] * 35, [9] + [-1] * 35])
+    # The first row is episode 1, and each node has a colour of its own.
+    assert panels[0].images[0].get_extent() == pytest.approx([0.5, 36.5, 2.5, 0.5])
+    colors = {panels[0].images[0].to_rgba(np.array([[node]]))[0, 0].tobytes() for node in range(10)}
+    assert len(colors) == 10
+
+
 def test_accuracy_stays_where_an_episode_ended():
     rounds = pd.DataFrame(
         {
@@ -361,7 +381,7 @@ def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
     assert set(first) == {
-        f"{n}.{s}" for n in ("methods", "accuracy", "reduction") for s in ("png", "pdf")
+        f"{n}.{s}" for n in ("methods", "accuracy", "reduction", "walks") for s in ("png", "pdf")
     }
     assert plot.main([str(tmp_path)]) == 0
     assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
