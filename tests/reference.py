@@ -36,6 +36,14 @@ def flat(weights):
     return np.concatenate([w.flatten() for w in weights])
 
 
+def scores(weights):
+    pca = PCA(n_components=len(weights), svd_solver="full")
+    found = pca.fit_transform(np.array(weights))
+    # The components without variance hold rounding noise: nothing to compare.
+    found[:, pca.explained_variance_ < 1e-9 * pca.explained_variance_[0]] = 0
+    return found.flatten()
+
+
 class Reference:
     """One episode; ``round`` is the paper's round, the starter's included."""
 
@@ -47,12 +55,12 @@ class Reference:
         nodes=10,
         main=400,
         rest=100,
-        local=False,
+        kinds=("broadcast",),
         epochs=1,
         keep_moments=True,
     ):
         (x_train, y_train), (x_test, y_test) = data
-        self.local, self.epochs, self.keep_moments = local, epochs, keep_moments
+        self.kinds, self.epochs, self.keep_moments = kinds, epochs, keep_moments
         self.orders = orders  # yields the order of a shard's images, an epoch at a time
         self.x_test = x_test.astype("float32")[..., None] / 255
         self.y_test = keras.utils.to_categorical(y_test, 10)
@@ -88,7 +96,11 @@ class Reference:
         self.holder = None
 
     def round(self, chosen):
-        """Trains on the chosen nodes; returns observation, accuracy, reward and whether it ends."""
+        """Trains on the chosen nodes; returns observations, accuracy, reward and whether it ends.
+
+        The observations, of all nodes' weights: ``broadcast``, what the nodes hold before they get
+        the new model, and ``local``, what each trained last.
+        """
         self.rounds += 1
         for n in chosen:
             x, y = self.shards[n]
@@ -105,13 +117,11 @@ class Reference:
             [np.mean(parts, axis=0) for parts in zip(*trained, strict=True)]
         )
 
-        states = np.array(
-            self.own_weights if self.local else [flat(m.get_weights()) for m in self.models]
-        )
-        pca = PCA(n_components=len(states), svd_solver="full")
-        scores = pca.fit_transform(states)
-        # The components without variance hold rounding noise: nothing to compare.
-        scores[:, pca.explained_variance_ < 1e-9 * pca.explained_variance_[0]] = 0
+        observations = {}
+        if "broadcast" in self.kinds:
+            observations["broadcast"] = scores([flat(m.get_weights()) for m in self.models])
+        if "local" in self.kinds:
+            observations["local"] = scores(self.own_weights)
 
         for model in self.models:
             model.set_weights(self.global_model.get_weights())
@@ -120,4 +130,4 @@ class Reference:
         self.holder = chosen[0]
         reward = 32 ** (accuracy - 0.8) - self.distances[former][chosen[0]] - 1
         done = accuracy >= 0.8 or self.rounds > 35
-        return scores.flatten(), accuracy, reward, done
+        return observations, accuracy, reward, done
