@@ -101,6 +101,8 @@ Q_NETWORKS = 1
 DUELING = False
 # Adam's, in the Q-network's training; a number > 0 (public code)
 Q_LEARNING_RATE = 0.001
+# that rate is multiplied by exp(-Q_RATE_DECAY) per episode; a number >= 0 (public code: 0)
+Q_RATE_DECAY = 0.0
 # share of the Q-network's weights that a step of rate 1 takes; a number >= 0 (public code: 0)
 Q_WEIGHT_DECAY = 0.0
 # gamma, weight of the next state's value; a number in [0, 1] (public code)
@@ -170,6 +172,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "Q_NETWORKS": 1,
         "DUELING": False,
         "Q_LEARNING_RATE": 0.001,
+        "Q_RATE_DECAY": 0.0,
         "Q_WEIGHT_DECAY": 0.0,
         "DISCOUNT": 0.9,
         "N_STEP": 1,
@@ -227,6 +230,7 @@ JOINED_LATER = {"KEEP_MOMENTS": True} | {
         "LOCAL_SCALE",
         "Q_NETWORKS",
         "DUELING",
+        "Q_RATE_DECAY",
         "Q_WEIGHT_DECAY",
         "N_STEP",
         "BOOTSTRAP_AT_LIMIT",
@@ -375,6 +379,7 @@ class Settings:
     Q_NETWORKS: Annotated[int, _COUNT]
     DUELING: Annotated[bool, _SWITCH]
     Q_LEARNING_RATE: Annotated[float, _POSITIVE]
+    Q_RATE_DECAY: Annotated[float, _NOT_NEGATIVE]
     Q_WEIGHT_DECAY: Annotated[float, _NOT_NEGATIVE]
     DISCOUNT: Annotated[float, _SHARE]
     N_STEP: Annotated[int, _COUNT_OR_NONE]

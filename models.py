@@ -109,7 +109,7 @@ class Moments(NamedTuple):
 
 
 def adam(
-    weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float
+    weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float | tf.Tensor
 ) -> tuple[tf.Tensor, Moments]:
     """One step of Adam (Kingma and Ba 2015) on a weight vector, as Keras' optimizer does it.
 
@@ -309,11 +309,10 @@ class QNetwork:
         networks = settings.Q_NETWORKS
         model = q_network(inputs, settings.HIDDEN_UNITS, actions, networks, settings.DUELING)
         self.network = FlatNetwork(model)
-        # Decoupled from the gradient (Loshchilov and Hutter 2019).
-        self._decay = settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY
         self._shape = (-1, networks, actions)
         self._batch_size = settings.Q_BATCH_SIZE
         self._learning_rate = settings.Q_LEARNING_RATE
+        self._weight_decay = settings.Q_WEIGHT_DECAY
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
@@ -321,7 +320,10 @@ class QNetwork:
         # Traced here, once: many agents in one process, as in a comparison, are no retracing.
         values = tf.function(self.network.apply, [vector, observations])
         self._values = values.get_concrete_function()
-        self.fit = tf.function(self._fit, [vector, moments, observations, targets])
+        rates = [tf.TensorSpec([], tf.float32)] * 2
+        self._compiled_fit = tf.function(
+            self._fit, [vector, moments, observations, targets, *rates]
+        )
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
         """(n, A) float32 Q values of (n, inputs) float32 observations."""
@@ -332,21 +334,42 @@ class QNetwork:
         values = self._values(weights, tf.constant(observations, tf.float32))
         return values.numpy().reshape(self._shape)
 
-    def _fit(
-        self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
+    def fit(
+        self,
+        weights: tf.Tensor,
+        moments: Moments,
+        observations: np.ndarray,
+        targets: np.ndarray,
+        share: float = 1.0,
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
-        """One pass of Adam over the samples in their order; compiled as ``fit``.
+        """One pass of Adam over the samples in their order.
 
         Args:
             weights: (P,) float32.
             moments: of the steps before.
             observations: (n, inputs) float32.
             targets: (n, K, A) float32, for each network.
+            share: of Q_LEARNING_RATE, at which the steps are made.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
             each batch's taken before its step (as Keras reports it).
         """
+        rate = self._learning_rate * share
+        # Decoupled from the gradient (Loshchilov and Hutter 2019).
+        decay = rate * self._weight_decay
+        return self._compiled_fit(weights, moments, observations, targets, rate, decay)
+
+    def _fit(
+        self,
+        weights: tf.Tensor,
+        moments: Moments,
+        observations: tf.Tensor,
+        targets: tf.Tensor,
+        rate: tf.Tensor,
+        decay: tf.Tensor,
+    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
+        """As ``fit``, with Adam's learning rate and the share of the weights that a step takes."""
         total = 0.0
         for start in tf.range(0, tf.shape(observations)[0], self._batch_size):
             batch = targets[start : start + self._batch_size]
@@ -361,9 +384,9 @@ class QNetwork:
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
             gradient = tape.gradient(losses, weights)
-            if self._decay:
-                weights -= self._decay * weights
-            weights, moments = adam(weights, gradient, moments, self._learning_rate)
+            if self._weight_decay:
+                weights -= decay * weights
+            weights, moments = adam(weights, gradient, moments, rate)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 
 

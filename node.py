@@ -213,7 +213,9 @@ class DQNAgent:
 
         Each of UPDATES_PER_EPISODE updates draws a sample, computes its targets and goes through
         it once in batches of Q_BATCH_SIZE. (Departure: in the order of the draw, which is random;
-        Keras' ``fit`` in the public code shuffles it once more.)
+        Keras' ``fit`` in the public code shuffles it once more.) The learning rate decays like
+        epsilon, by Q_RATE_DECAY (ours): while episodes are few, each of them turns the policy, and
+        what is learned late is to be kept.
 
         Returns:
             The mean squared error before each gradient step, averaged; None without training.
@@ -221,11 +223,12 @@ class DQNAgent:
         settings = self.settings
         if len(self.memory) < settings.REPLAY_SAMPLE:
             return None
+        share = math.exp(-settings.Q_RATE_DECAY * (self.episode - 1))
         losses = []
         for _ in range(settings.UPDATES_PER_EPISODE):
             sample = self.memory.draw(settings.REPLAY_SAMPLE, self._replay)
             self.weights, self.moments, loss = self.q.fit(
-                self.weights, self.moments, sample["observations"], self.targets(sample)
+                self.weights, self.moments, sample["observations"], self.targets(sample), share
             )
             losses.append(float(loss))
         if settings.TARGET_UPDATE == 0 or self.episode % settings.TARGET_UPDATE == 0:

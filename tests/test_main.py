@@ -242,6 +242,7 @@ OPTIONS = {
     "PCA_SIGNS": "holder",
     "Q_NETWORKS": 2,
     "DUELING": True,
+    "Q_RATE_DECAY": 0.3,
     "Q_WEIGHT_DECAY": 0.1,
     "N_STEP": 3,
     "BOOTSTRAP_AT_LIMIT": True,

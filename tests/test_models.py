@@ -202,8 +202,12 @@ def test_weight_decay_by_hand():
     q = QNetwork(6, 3, dataclasses.replace(settings, Q_WEIGHT_DECAY=0.5))
     weights = q.network.initial_weights(stream(0, "network"))
     x = np.zeros((16, 6), "f4")
-    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 1, 3), "f4"))
+    still = weights, Moments.fresh(q.network.size), x, np.zeros((16, 1, 3), "f4")
+    fitted, _, _ = q.fit(*still)
     np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
+    # At a part of the learning rate, as much of it.
+    fitted, _, _ = q.fit(*still, 0.2)
+    np.testing.assert_allclose(fitted.numpy(), 0.999 * weights.numpy(), rtol=1e-6)
 
 
 def test_weights_by_layer_and_back():

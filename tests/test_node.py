@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from config import make_settings
+from models import Moments
 from node import DQNAgent, ReplayMemory
 
 # --- Replay memory ---------------------------------------------------------------------------
@@ -364,6 +365,18 @@ def test_gradient_steps_of_an_episode(updates, steps):
     agent = filled(make_agent(UPDATES_PER_EPISODE=updates), 200)
     agent.train()
     assert float(agent.moments.step) == steps
+
+
+def test_learning_rate_decays_from_episode_to_episode():
+    """Adam's first step takes each weight by the learning rate, whatever the gradient."""
+    agent = filled(make_agent(Q_RATE_DECAY=0.5, REPLAY_SAMPLE=32, Q_BATCH_SIZE=32), 50)
+    steps = []
+    for _ in range(3):
+        agent.moments, before = Moments.fresh(agent.q.network.size), agent.weights.numpy()
+        agent.train()
+        steps.append(np.abs(agent.weights.numpy() - before).max())
+        agent.decay_epsilon()
+    np.testing.assert_allclose(steps, [1e-3, 6.06531e-4, 3.67879e-4], rtol=1e-3)
 
 
 def test_target_network_is_copied_every_few_episodes():
