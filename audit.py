@@ -154,9 +154,7 @@ def references(nodes: np.ndarray, n: int, longest: int) -> dict[str, np.ndarray]
     }
 
 
-def predicted(
-    features: np.ndarray, values: np.ndarray, walks: np.ndarray, seed: int = 0
-) -> np.ndarray:
+def predicted(features: np.ndarray, values: np.ndarray, walks: np.ndarray, seed: int) -> np.ndarray:
     """(n,) float64: each value as predicted by extremely randomised trees from other walks.
 
     Args:

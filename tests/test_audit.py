@@ -50,8 +50,8 @@ def test_predictions_are_of_walks_that_were_not_learned_from():
     own = rng.normal(size=30)[walks]
     shared = rng.normal(size=240)
     features = np.column_stack([own, shared]).astype(np.float32)
-    assert np.corrcoef(audit.predicted(features, shared, walks), shared)[0, 1] > 0.9
-    told_by_number = audit.predicted(walks[:, None].astype(np.float32), own, walks)
+    assert np.corrcoef(audit.predicted(features, shared, walks, 0), shared)[0, 1] > 0.9
+    told_by_number = audit.predicted(walks[:, None].astype(np.float32), own, walks, 0)
     assert abs(np.corrcoef(told_by_number, own)[0, 1]) < 0.5
 
 
