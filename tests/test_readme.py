@@ -164,6 +164,28 @@ def test_numbers_of_the_reference_runs_are_their_tables(name):
         assert f"`{session['git_revision'][:7]}`" in README
 
 
+def test_the_headline_is_the_comparison_on_mnist():
+    stored = pd.read_csv(PROJECT / "results/reference/paper-mnist/estimates.csv")
+    stored = stored.set_index(["method", "quantity"])
+    lines = README[README.index("| against random |") :].split("\n\n")[0].splitlines()
+    for word, method in (("`paper`", "hl"), ("`tuned`", "tuned"), ("random itself", "random")):
+        (line,) = (line for line in lines[2:] if word in line)
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        rounds = stored.loc[(method, "rounds")]
+        assert cells[0] == f"{rounds['seeds']} x {rounds['episodes'] // rounds['seeds']}"
+        for cell, quantity, form in (
+            (cells[1], "rounds_reduction", "+.1%"),
+            (cells[2], "communication_cost_reduction", "+.1%"),
+            (cells[3], "goal_reached", ".0%"),
+        ):
+            if (method, quantity) in stored.index:
+                row = stored.loc[(method, quantity)]
+                mean, low, high = (format(row[name], form) for name in ("mean", "low", "high"))
+                assert cell == f"{mean} [{low}, {high}]"
+            else:
+                assert (cell, method) == ("", "random")
+
+
 def test_tables_of_comparisons_are_their_reports():
     """What stands between two marks is the beginning of what plot.py prints."""
     shown = re.findall(r"<!-- python3 plot.py (\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
