@@ -490,21 +490,9 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
     names = _methods(episodes)
     limit, goal = episodes["max_rounds"].iloc[0], episodes["goal_accuracy"].iloc[0]
     curves = {name: _accuracy_curve(rounds[rounds["method"] == name], limit) for name in names}
-    columns = min(4, len(names))
-    count = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        count,
-        columns,
-        figsize=(2.4 * columns, 1.8 * count + 0.5),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure, panels = _panels(len(names), 4, (2.4, 1.8), (0, 0.5), ("round", "test accuracy"))
     x = np.arange(1, limit + 1)
-    for axis, name in itertools.zip_longest(axes.flat, names):
-        if name is None:
-            axis.axis("off")
-            continue
+    for axis, name in zip(panels, names, strict=True):
         if "random" in curves and name != "random":
             axis.plot(x, curves["random"][0], color="0.6", lw=1)
         middle, low, high = curves[name]
@@ -513,15 +501,46 @@ def draw_accuracy_of_methods(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.axhline(goal, color="black", lw=0.8, ls="--")
         axis.set(xlim=(1, max(limit, 2)), ylim=(0, 1))
         axis.set_title(_method_title(name), fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy")
-    for axis in axes[-1]:
-        axis.set_xlabel("round")
     what = f"{_size(tables['estimates'])}; mean{_interval(tables['estimates'], 'band')}"
     _title(figure, f"Accuracy by round ({what})", tables)
     random = "grey line: random; " * ("random" in curves)
     figure.supxlabel(f"{random}an episode that has ended holds its last accuracy", fontsize=8)
     return figure
+
+
+def _panels(
+    count: int,
+    columns: int,
+    size: tuple[float, float],
+    margin: tuple[float, float],
+    labels: tuple[str, str],
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels that share both axes, in rows of ``columns`` or fewer.
+
+    Args:
+        count: 1 or more.
+        columns: in a row.
+        size: of a panel, in inches.
+        margin: what the figure has beside all panels, in inches.
+        labels: of the x and of the y axes, at the grid's edge.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(size[0] * columns + margin[0], size[1] * rows + margin[1]),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axis in axes[-1]:
+        axis.set_xlabel(labels[0])
+    for axis in axes[:, 0]:
+        axis.set_ylabel(labels[1])
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
 
 
 def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
@@ -540,32 +559,19 @@ def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
 def draw_walks(tables: dict[str, pd.DataFrame]) -> Figure:
     """Who trained in each round of each test episode, by seed, where a DQN decided."""
     rounds, episodes = tables["rounds"], tables["episodes"]
-    rounds = rounds.assign(node=rounds["node"].astype(str).str.split("+").str[0].astype(int))
+    rounds = rounds.assign(node=rounds["node"].str.split("+").str[0].astype(int))
     limit, count = episodes["max_rounds"].iloc[0], 1 + rounds["node"].max()
     parts = [
         (name, seed, of_seed)
         for name in _learned(episodes)
         for seed, of_seed in rounds[rounds["method"] == name].groupby("seed")
     ]
-    columns = min(5, len(parts))
-    lines = -(-len(parts) // columns)
     # Nodes are names: as many colours as there are nodes, while there are that many apart.
     colors = matplotlib.colormaps["tab10"].colors[:count] if count <= 10 else None
     colors = matplotlib.colors.ListedColormap(colors) if colors else "viridis"
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(1.9 * columns + 1.2, 1.5 * lines + 0.8),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure, panels = _panels(len(parts), 5, (1.9, 1.5), (1.2, 0.8), ("round", "test episode"))
     image = None
-    for axis, part in itertools.zip_longest(axes.flat, parts):
-        if part is None:
-            axis.axis("off")
-            continue
-        name, seed, of_seed = part
+    for axis, (name, seed, of_seed) in zip(panels, parts, strict=True):
         wide = of_seed.pivot(index="episode", columns="round", values="node")
         wide = wide.reindex(columns=range(1, limit + 1))
         image = axis.imshow(
@@ -580,11 +586,7 @@ def draw_walks(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_title(f"{_method_title(name)}, seed {seed}", fontsize=8)
         axis.grid(False)
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test episode")
-    for axis in axes[-1]:
-        axis.set_xlabel("round")
-    bar = figure.colorbar(image, ax=axes, label="node")
+    bar = figure.colorbar(image, ax=figure.axes, label="node")
     if count <= 10:
         bar.set_ticks(range(count))
     _title(figure, "Walks of the frozen policies", tables)
