@@ -16,6 +16,7 @@ all episodes, restricted to the limit.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -207,23 +208,27 @@ def bootstrap(
         the same, so that the same tables give the same numbers.
     """
     mean = float(statistic(*values))
-    seeds, episodes = values[0].shape
-    if seeds < 2:
+    if len(values[0]) < 2:
         return mean, None, None
-    rng = np.random.default_rng(0)
-    drawn_seeds = rng.integers(seeds, size=(resamples, seeds, 1))
-    drawn_episodes = rng.integers(episodes, size=(resamples, seeds, episodes))
     resampled = np.concatenate(
         [
             # In pieces, for a statistic of all pairs of episodes takes much memory.
-            statistic(*(v[drawn_seeds[part], drawn_episodes[part]] for v in values))
-            for part in np.array_split(np.arange(resamples), -(-resamples // 500))
+            statistic(*(v.take(part) for v in values))
+            for part in np.array_split(_draws(*values[0].shape, resamples), -(-resamples // 500))
         ]
     )
     tail = (1 - LEVEL) / 2
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(seeds: int, episodes: int, resamples: int) -> np.ndarray:
+    """(resamples, S, E): indices into the S x E values, seeds drawn first; always the same."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(seeds, size=(resamples, seeds, 1)) * episodes
+    return first + rng.integers(episodes, size=(resamples, seeds, episodes))
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -256,8 +261,11 @@ def improvement(method: np.ndarray, rival: np.ndarray) -> np.ndarray:
     Of (..., S, E) values, every episode is compared with every one of the rival's with the same
     seed, and the mean taken over seeds.
     """
-    difference = method[..., :, None] - rival[..., None, :]
-    return ((difference < 0) + 0.5 * (difference == 0)).mean(axis=(-3, -2, -1))
+    ours, theirs = method[..., :, None], rival[..., None, :]
+    axes = (-3, -2, -1)
+    less = np.count_nonzero(ours < theirs, axis=axes)
+    not_more = np.count_nonzero(ours <= theirs, axis=axes)
+    return (less + not_more) / (2 * method.shape[-2] * method.shape[-1] * rival.shape[-1])
 
 
 def estimate(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PROJECT, as_flags, command, run, small_settings, without_times
+from conftest import CORES, PROJECT, as_flags, command, run, small_settings, without_times
 
 import data
 import main
@@ -152,6 +152,26 @@ def test_same_seed_same_tables_other_seed_other_tables(tmp_path, finished):
     assert without_times(other)["rounds"] != without_times(finished)["rounds"]
     assert without_times(other)["episodes"] != without_times(finished)["episodes"]
     agents = [records.read_arrays(f / "agent.npz") for f in (same, finished)]
+    assert all((agents[0][name] == agents[1][name]).all() for name in agents[0])
+
+
+def test_same_seed_same_bits_on_several_cores(tmp_path):
+    """With two threads or more: the processes of the tests may have a core each."""
+    if len(CORES) < 2:
+        pytest.skip("this machine has one core")
+    settings = small_settings(RESULTS_DIR=str(tmp_path), EPISODES=2)
+
+    def every_core():
+        os.sched_setaffinity(0, CORES)
+
+    for name in ("one", "two"):
+        done = run(*as_flags(settings), "--name", name, preexec_fn=every_core)
+        assert (done.returncode, done.stderr) == (0, "")
+    one, two = tmp_path / "one", tmp_path / "two"
+    (session,) = json.loads((one / "config.json").read_text())["sessions"]
+    assert session["machine"]["threads"] == len(CORES)
+    assert without_times(one) == without_times(two)
+    agents = [records.read_arrays(f / "agent.npz") for f in (one, two)]
     assert all((agents[0][name] == agents[1][name]).all() for name in agents[0])
 
 
