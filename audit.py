@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from config import (
+    AGENTS,
+    JOINED_LATER,
     Parser,
     Settings,
     UserError,
@@ -27,6 +29,18 @@ from config import (
 )
 
 _EPISODES = 60
+
+# Of the agent's settings those that say how walks choose and what is recorded.
+_USED = {
+    "OBSERVATION",
+    "PCA_COMPONENTS",
+    "PCA_SIGNS",
+    "BROADCAST_SCALE",
+    "LOCAL_SCALE",
+    "EXPLORATION_REPEAT",
+    "REWARD_IMAGES",
+}
+_UNUSED = {"EPISODES", *AGENTS["paper"]} - _USED
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.agent_settings:
         parser.error("--settings: got it in an audit, which has no agent")
     changes = overrides(parser, parsed)
+    for name in sorted(_UNUSED & set(changes)):
+        parser.error(f"{name}: got {changes[name]!r} in an audit, which trains no agent")
     fixed = {"OBSERVATION": "fixed", "PCA_SIGNS": "loading", "NODES_PER_ROUND": 1}
     for name, value in fixed.items():
         if changes.get(name, value) != value:
@@ -96,7 +112,7 @@ from config import episode_seed, stream
 from environment import DecentralizedLearning, turned_to
 from main import exit_status
 from models import use_cpu
-from records import claimed, read_arrays, replacing, write_arrays
+from records import claimed, differences, read_arrays, replacing, write_arrays
 
 
 def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, np.ndarray]:
@@ -230,7 +246,7 @@ def audit(parsed: argparse.Namespace) -> int:
     data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
     about = {"sha256": dataset.sha256, "settings": settings.stored()}
-    for name in ("NAME", "THREADS", "DATASET"):
+    for name in {"NAME", "THREADS", "DATASET", *_UNUSED}:
         del about["settings"][name]
     _check_folder(folder, about)
     with claimed(folder, "audit.json", about, "audit.py"):
@@ -240,7 +256,11 @@ def audit(parsed: argparse.Namespace) -> int:
             path = folder / f"walk-{episode}.npz"
             if not path.exists():
                 write_arrays(path, record_walk(environment, episode))
-            walks.append(read_arrays(path))
+            walk = read_arrays(path)
+            if len(walk["nodes"]) > 1:  # else the starter reached the goal, and nobody chose
+                walks.append(walk)
+        if len(walks) < _FOLDS:
+            raise UserError(f"{len(walks)} walks with a second round, takes {_FOLDS} or more")
         table = table_of(walks, dataset.name, settings)
         with replacing(folder / "audit.csv") as file:
             file.write(table.to_csv(index=False, lineterminator="\n").encode())
@@ -253,14 +273,20 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     path = folder / "audit.json"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
+        before = JOINED_LATER | there["settings"]
+        other = differences({k: before.get(k) for k in about["settings"]}, about["settings"])
+        if there["sha256"] != about["sha256"]:
+            other.append("other data")
     except FileNotFoundError:
         if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
             raise UserError(f"{folder}: holds no audit; choose another --name") from None
-    except ValueError as error:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --name") from error
-    else:
-        if there != about:
-            raise UserError(f"{folder}: holds an audit of other settings or data; choose a --name")
+    if other:
+        raise UserError(
+            f"{folder}: holds another audit ({', '.join(other)}); choose another --name"
+        )
 
 
 def main(parsed: argparse.Namespace) -> int:

@@ -358,7 +358,7 @@ from jobs import (
     run_all,
 )
 from main import exit_status
-from records import OtherRun, claimed, replacing, stored_progress
+from records import OtherRun, claimed, differences, replacing, stored_progress
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -411,12 +411,14 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     path = folder / "comparison.json"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(k, there[k], about[k]) for k in ("comparison", "test_episodes")]
-        pairs += [("dataset", there["dataset"]["name"], about["dataset"]["name"])]
         same_data = there["dataset"]["sha256"] == about["dataset"]["sha256"]
-        pairs += [("the data", "other" if not same_data else "this", "this")]
-        before = JOINED_LATER | there["settings"]
-        pairs += [(k, before.get(k), v) for k, v in about["settings"].items()]
+        other = differences(
+            {k: there[k] for k in ("comparison", "test_episodes")}
+            | {"dataset": there["dataset"]["name"], "the data": "this" if same_data else "other"},
+            {k: about[k] for k in ("comparison", "test_episodes")}
+            | {"dataset": about["dataset"]["name"], "the data": "this"},
+        )
+        other += differences(JOINED_LATER | there["settings"], about["settings"])
     except FileNotFoundError:
         others = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
         if not others:
@@ -427,7 +429,6 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --name") from error
-    other = [f"{k} = {a!r} there, {b!r} now" for k, a, b in pairs if a != b]
     if other:
         raise UserError(
             f"{folder}: holds another comparison ({', '.join(other)}); choose another --name"

@@ -343,6 +343,15 @@ class OtherRun(RunError):
     """A folder that holds a run with other settings or data than the present ones."""
 
 
+def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``"name = value there, value now"`` for each name that has not the same value in both."""
+    return [
+        f"{name} = {there.get(name)!r} there, {now.get(name)!r} now"
+        for name in dict.fromkeys([*now, *there])
+        if there.get(name) != now.get(name)
+    ]
+
+
 class Run:
     """The folder ``results/<name>/`` of one run; a context manager that holds its lock.
 
@@ -497,17 +506,11 @@ class Run:
 
     def _compare(self, config: dict[str, Any]) -> None:
         stored, present = JOINED_LATER | config["settings"], self.settings.stored()
-        differing = [
-            f"{name} = {stored.get(name)!r} there, {present.get(name)!r} now"
-            for name in dict.fromkeys([*present, *stored])
-            if stored.get(name) != present.get(name) and name not in ("NAME", "DATASET")
-        ]
-        about = config.get("about", {})
-        differing += [
-            f"{name} = {about.get(name)!r} there, {self._about.get(name)!r} now"
-            for name in dict.fromkeys([*self._about, *about])
-            if about.get(name) != self._about.get(name)
-        ]
+        for name in ("NAME", "DATASET"):
+            stored.pop(name, None)
+            present.pop(name)
+        differing = differences(stored, present)
+        differing += differences(config.get("about", {}), self._about)
         # What counts of DATASET is which data it led to: "auto" may have found the same.
         if config["dataset"]["sha256"] != self.dataset.sha256:
             there = config["dataset"]["name"]

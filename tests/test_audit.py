@@ -28,6 +28,8 @@ def quick(monkeypatch, few):
 
 def start(folder, *arguments, **overrides):
     settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0), **overrides}
+    for name in ("EPISODES", "REPLAY_SAMPLE"):  # an agent's
+        del settings[name]
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return audit.main(audit.parse([*arguments, *sets]))
 
@@ -123,8 +125,24 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     assert "| broadcast (public code) | " in capsys.readouterr().out
     # Another one does not go there.
     assert start(tmp_path, "--walks", "6", LEARNING_RATE=0.1) == 2
-    assert "holds an audit of other settings" in capsys.readouterr().err
-    assert json.loads((folder / "audit.json").read_text())["settings"]["LEARNING_RATE"] == 0.001
+    error = capsys.readouterr().err
+    assert "holds another audit (LEARNING_RATE = 0.001 there, 0.1 now); choose" in error
+    about = json.loads((folder / "audit.json").read_text())
+    assert about["settings"]["LEARNING_RATE"] == 0.001
+    # What joined the constants later had the public code's value before.
+    del about["settings"]["KEEP_MOMENTS"], about["settings"]["PCA_SIGNS"]
+    (folder / "audit.json").write_text(json.dumps(about))
+    assert start(tmp_path, "--walks", "6") == 0
+    capsys.readouterr()
+    (folder / "audit.json").write_text("{}")
+    assert start(tmp_path, "--walks", "6") == 2
+    assert "audit.json: damaged ('settings'); choose another --name" in capsys.readouterr().err
+
+
+def test_walks_of_one_round_teach_nothing(tmp_path, capsys):
+    """With a goal of 1 % each ends with the starter's training."""
+    assert start(tmp_path, "--walks", "6", GOAL_ACCURACY=0.01) == 2
+    assert "0 walks with a second round, takes 6 or more" in capsys.readouterr().err
 
 
 def test_the_figure_s_bars(tmp_path):
@@ -156,6 +174,7 @@ def test_what_an_audit_sets_may_be_named():
         (["--walks", "0"], "argument --walks: got '0', takes an integer >= 1"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes 'fixed' in an audit"),
         (["--settings", "tuned"], "--settings: got it in an audit, which has no agent"),
+        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5 in an audit, which trains no agent"),
         (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1 in an audit"),
     ],
 )
