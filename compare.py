@@ -103,21 +103,27 @@ _FEW = ("hl", "random", "nearest_twice")
 _PUBLIC = {**AGENTS["paper"], "KEEP_MOMENTS": True}
 _TUNED = AGENTS["tuned"]
 
-# What the tuned settings change, in parts that make sense only together.
+# What the tuned settings change, to be taken back part by part: together what makes no sense
+# otherwise, and the scales of an observation with it as well as alone.
+_SCALES = ("BROADCAST_SCALE", "LOCAL_SCALE")
 _CHANGES = {
+    "observation": ("OBSERVATION", "PCA_COMPONENTS", "PCA_SIGNS", *_SCALES),
     "step-reward": ("REWARD_BASE", "REWARD_CEILING"),
     "progress-reward": ("REWARD_PROGRESS",),
-    "miss-penalty": ("MISS_PENALTY",),
-    "reward-images": ("REWARD_IMAGES",),
-    "observation": ("OBSERVATION", "PCA_COMPONENTS", "PCA_SIGNS"),
-    "scales": ("BROADCAST_SCALE", "LOCAL_SCALE"),
-    "networks": ("HIDDEN_UNITS", "Q_NETWORKS", "DUELING", "Q_WEIGHT_DECAY"),
-    "discount": ("DISCOUNT",),
-    "steps": ("N_STEP",),
+    "persistent-exploration": ("EXPLORATION_PERSIST",),
+    "updates": ("REPLAY_SAMPLE", "Q_BATCH_SIZE", "UPDATES_PER_EPISODE"),
     "targets-not-normalized": ("NORMALIZE_TARGETS",),
     "target-network": ("TARGET_UPDATE",),
-    "updates": ("REPLAY_SAMPLE", "Q_BATCH_SIZE", "UPDATES_PER_EPISODE"),
-    "exploration": ("EPSILON_DECAY", "EXPLORATION_PERSIST"),
+    "steps": ("N_STEP",),
+    "discount": ("DISCOUNT",),
+    "epsilon-decay": ("EPSILON_DECAY",),
+    "miss-penalty": ("MISS_PENALTY",),
+    "scales": _SCALES,
+    "q-networks": ("Q_NETWORKS",),
+    "dueling": ("DUELING",),
+    "weight-decay": ("Q_WEIGHT_DECAY",),
+    "hidden-units": ("HIDDEN_UNITS",),
+    "reward-images": ("REWARD_IMAGES",),
 }
 
 COMPARISONS: dict[str, Comparison] = {
@@ -150,10 +156,18 @@ COMPARISONS: dict[str, Comparison] = {
     "observation": Comparison(
         "what the DQN sees: does it use the weights at all?",
         ("hl",),
-        **_vary("OBSERVATION", "broadcast", "local", "both", "fixed", "last_node", "zeros"),
+        "OBSERVATION",
+        {
+            # Alone, its signs would tell with "holder" what the weights do not: who trained last.
+            "local": {"OBSERVATION": "local", "PCA_SIGNS": "loading"},
+            **{
+                name: {"OBSERVATION": name}
+                for name in ("broadcast", "both", "fixed", "last_node", "zeros")
+            },
+        },
     ),
     "departures": Comparison(
-        "the public code's settings, and each option that departs from them",
+        "the public code's settings, and the options of agent and reward that depart from them",
         ("hl",),
         "option",
         {
@@ -161,8 +175,15 @@ COMPARISONS: dict[str, Comparison] = {
             "targets-not-normalized": {**_PUBLIC, "NORMALIZE_TARGETS": False},
             "target-network": {**_PUBLIC, "TARGET_UPDATE": 5},
             "double-q": {**_PUBLIC, "TARGET_UPDATE": 5, "DOUBLE_Q": True},
+            "rate-decay": {**_PUBLIC, "Q_RATE_DECAY": 0.02},
             "local-observation": {**_PUBLIC, "OBSERVATION": "local"},
+            "both-observations": {**_PUBLIC, "OBSERVATION": "both"},
             "holder-signs": {**_PUBLIC, "PCA_SIGNS": "holder"},
+            "scaled-scores": {**_PUBLIC, "BROADCAST_SCALE": 4.0},
+            "bounded-reward": {**_PUBLIC, "REWARD_CEILING": 1.0},
+            "progress-reward": {**_PUBLIC, "REWARD_PROGRESS": 10.0},
+            "miss-penalty": {**_PUBLIC, "MISS_PENALTY": 15.0},
+            "reward-images": {**_PUBLIC, "REWARD_IMAGES": 2000},
             "five-networks": {**_PUBLIC, "Q_NETWORKS": 5},
             "dueling": {**_PUBLIC, "DUELING": True},
             "weight-decay": {**_PUBLIC, "Q_WEIGHT_DECAY": 0.05},
@@ -259,6 +280,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.methods = list(dict.fromkeys(name.strip() for name in named if name.strip()))
     if not parsed.methods:
         parser.error("--methods: got none, takes names joined by commas, see --list")
+    if parsed.agent_settings in parsed.methods and "hl" in parsed.methods:
+        name = parsed.agent_settings
+        parser.error(
+            f"--settings: with {name} the methods hl and {name} are the same, see --methods"
+        )
     if parsed.agent and "hl" not in parsed.methods:
         parser.error(f"--agent: takes methods with hl, got {','.join(parsed.methods)}")
     parsed.seeds = parsed.seeds or seeds_of(_SEEDS)

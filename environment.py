@@ -50,8 +50,10 @@ def progress_reward(accuracy: float, before: float, settings: Settings) -> float
     Potential-based shaping (Ng, Harada and Russell 1999): DISCOUNT times the potential after the
     round less that before it. The potential is REWARD_PROGRESS times what the accuracy falls short
     of the goal, with a negative sign, and 0 from the goal on, as it has to be where episodes end.
-    So progress pays at once, and no policy is better for it: what is lost again has to be paid
-    back, while a power of the accuracy pays again in each round for staying close to the goal.
+    So progress pays at once, and of walks to the goal none is better for it: what is lost again has
+    to be paid back, while a power of the accuracy pays again in each round for staying close to the
+    goal. An episode that the limit ends keeps its last potential, as if more rounds followed: it
+    ends worse by DISCOUNT * REWARD_PROGRESS times what its accuracy falls short of the goal.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -135,29 +137,30 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     the first of which hands the averaged model on. The current node is allowed, and free.
 
     Observations: (N * C,) float32, the first C PCA scores of every node's weights, node by node.
-    ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the
-    nodes just before that, so only the nodes that trained differ. ``local`` (what the paper's
-    figures show): each node keeps the model that it last trained itself. ``both`` (ours), of shape
-    (2 * N * C,): the former and then the latter. ``fixed`` (ours): as ``local``, but in a basis
-    that is not fitted to what it shows: the PCA, made once, of how far the models of a pilot
-    episode have moved from their initial one. The sign of a component that is fitted anew has no
-    meaning: by scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS =
-    ``holder`` (ours) the node that trained last never has a negative score: in ``broadcast``, where
-    it alone differs, the sign is always the same then; in ``local`` the component turns when the
-    model goes to a node on the other side, so there the sign also tells who trained last, which
-    ``broadcast`` shows anyway. BROADCAST_SCALE and LOCAL_SCALE (ours; ``fixed`` takes the latter)
-    multiply the scores: how far a late round moves the model is little beside how far the nodes'
-    models lie apart, and a Q-network hardly sees it beside them. To tell what the weights are
-    worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
+    ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the nodes
+    just before that, so only the nodes that trained differ. ``local`` (what the paper's figures
+    show): each node keeps the model that it last trained itself. ``both`` (ours), of shape (2 * N *
+    C,): the former and then the latter. ``fixed`` (ours): as ``local``, but in a basis that is not
+    fitted to what it shows: the PCA, made once, of how far the models of a pilot episode have moved
+    from their initial one. The sign of a component that is fitted anew has no meaning: by
+    scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS = ``holder``
+    (ours) the node that trained last never has a negative score: in ``broadcast``, where it alone
+    differs, the sign is always the same then; in ``local`` the component turns when the model goes
+    to a node on the other side, so there the sign also tells something of who trained last:
+    ``both`` shows that in the weights anyway, ``local`` alone does not, nor does either tell which
+    of several nodes was the first. BROADCAST_SCALE and LOCAL_SCALE (ours; ``fixed`` takes the
+    latter) multiply the scores: how far a late round moves the model is little beside how far the
+    nodes' models lie apart, and a Q-network hardly sees it beside them. To tell what the weights
+    are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
     last and 0 for the others; ``zeros``.
 
     Rewards: ``reward`` and from round 2 on ``progress_reward`` (ours, 0 by default) above, less
-    MISS_PENALTY (ours) in a last round that misses the goal. An
-    episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
-    truncated after MAX_ROUNDS rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on
-    so many test images, drawn anew for each: quicker, and noisier (all, if there are no more).
-    All judge whether the goal is reached: a round is left to the few only if by them it falls short
-    of the goal by more than three standard errors.
+    MISS_PENALTY (ours) in a last round that misses the goal. An episode terminates when the
+    accuracy on the whole test set is at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS
+    rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on so many test images, drawn
+    anew for each: quicker, and noisier (all, if there are no more). All judge whether the goal is
+    reached: a round is left to the few only if by them it falls short of the goal by more than
+    three standard errors.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
     ``accuracy`` (share of the images that judged the round), ``distance`` (that the model travelled

@@ -194,7 +194,7 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.plot(x, mean, "-", color="black", lw=1.8, label=f"mean of the last {WINDOW}")
         axis.set_ylabel(label)
         if reduction is not None:
-            _draw_published(axis, episodes, column, reduction)
+            _draw_published(axis, tables, column, reduction)
     limit = episodes["max_rounds"].iloc[0]
     axes[1].axhline(limit, color="0.5", lw=0.8, ls=":", label=f"limit, {limit} rounds")
     for axis in axes[1:]:
@@ -210,10 +210,14 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _draw_published(axis: Axes, episodes: pd.DataFrame, column: str, reduction: float) -> None:
+def _draw_published(
+    axis: Axes, tables: dict[str, pd.DataFrame], column: str, reduction: float
+) -> None:
     """The published reduction against random, where the run starts on MNIST and at random."""
+    episodes, rounds = tables["episodes"], tables["rounds"]
     first = episodes[:_RANDOM_EPISODES]
-    at_random = first["epsilon"].min() >= _RANDOM_EPSILON
+    chosen_by = rounds.loc[rounds["episode"].isin(first["episode"]), "chosen_by"]
+    at_random = first["epsilon"].min() >= _RANDOM_EPSILON and "repeated" not in set(chosen_by)
     if episodes["dataset"].iloc[0] != "mnist" or not at_random or len(first) < _RANDOM_EPISODES:
         return
     level = first[column].mean() * (1 - reduction)
@@ -529,18 +533,21 @@ def _panels(
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(size[0] * columns + margin[0], size[1] * rows + margin[1]),
+        # A single panel still leaves room for the figure's title.
+        figsize=(max(size[0] * columns + margin[0], 5.2), size[1] * rows + margin[1]),
         sharex=True,
         sharey=True,
         squeeze=False,
     )
-    for axis in axes[-1]:
+    panels = list(axes.flat[:count])
+    for axis in panels[-columns:]:  # the lowest of each column
         axis.set_xlabel(labels[0])
+        axis.tick_params(labelbottom=True)
     for axis in axes[:, 0]:
         axis.set_ylabel(labels[1])
     for axis in axes.flat[count:]:
         axis.axis("off")
-    return figure, list(axes.flat[:count])
+    return figure, panels
 
 
 def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
@@ -557,7 +564,10 @@ def _accuracy_curve(rounds: pd.DataFrame, limit: int) -> tuple[np.ndarray, ...]:
 
 
 def draw_walks(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Who trained in each round of each test episode, by seed, where a DQN decided."""
+    """Who trained in each round of each test episode, by seed, where a DQN decided.
+
+    Of several nodes in a round the first, which hands the model on.
+    """
     rounds, episodes = tables["rounds"], tables["episodes"]
     rounds = rounds.assign(node=rounds["node"].str.split("+").str[0].astype(int))
     limit, count = episodes["max_rounds"].iloc[0], 1 + rounds["node"].max()

@@ -14,7 +14,7 @@ from config import UserError
 from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
 
 
-def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0):
+def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by="random"):
     """CSVs as a run writes them, with numbers that are easy to check."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0):
         rounds = 30 if episode <= 20 else 10
         for r in range(1, rounds + 1):
             node = (r - 1) % 4 if episode <= 20 else 2
-            walks.append([dataset, episode, r, node, "random", 0.05, rng.random() * 0.7, -0.6])
+            walks.append([dataset, episode, r, node, chosen_by, 0.05, rng.random() * 0.7, -0.6])
         epsilon = first_epsilon * np.exp(-0.02 * (episode - 1))
         rows.append(
             [
@@ -136,7 +136,12 @@ def test_every_figure_names_the_data_and_its_axes(tmp_path, draw, dataset, words
 
 @pytest.mark.parametrize(
     ("options", "shown"),
-    [({}, True), ({"dataset": "digits"}, False), ({"first_epsilon": 0.5}, False)],
+    [
+        ({}, True),
+        ({"dataset": "digits"}, False),
+        ({"first_epsilon": 0.5}, False),
+        ({"chosen_by": "repeated"}, False),
+    ],
 )
 def test_published_line_where_it_applies(tmp_path, options, shown):
     figure = plot.draw_learning(plot.read_run(make_run(tmp_path / "x", **options)))
