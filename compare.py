@@ -158,12 +158,10 @@ COMPARISONS: dict[str, Comparison] = {
         ("hl",),
         "OBSERVATION",
         {
+            "broadcast": {"OBSERVATION": "broadcast"},
             # Alone, its signs would tell with "holder" what the weights do not: who trained last.
             "local": {"OBSERVATION": "local", "PCA_SIGNS": "loading"},
-            **{
-                name: {"OBSERVATION": name}
-                for name in ("broadcast", "both", "fixed", "last_node", "zeros")
-            },
+            **{name: {"OBSERVATION": name} for name in ("both", "fixed", "last_node", "zeros")},
         },
     ),
     "departures": Comparison(

@@ -74,6 +74,16 @@ def q_network(
     outputs of one follow those of the other. With ``dueling`` (ours; Wang et al. 2016) a Q value is
     the state's value plus the action's advantage, less the mean of all actions' advantages: what
     all actions have in common is learned from all of them.
+
+    Args:
+        inputs: D, length of an observation.
+        hidden: units of each hidden layer.
+        actions: A.
+        networks: K.
+        dueling: whether a network's last layer is two.
+
+    Returns:
+        A network from (n, D) to (n, K * A) float32.
     """
     observation = keras.Input((inputs,))
     outputs = []

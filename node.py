@@ -60,7 +60,16 @@ class ReplayMemory:
         terminal: bool,
         steps: int = 1,
     ) -> None:
-        """Stores one transition of ``steps`` steps; ``terminal`` if no value is to follow."""
+        """Stores one transition, of one step or several.
+
+        Args:
+            observation: (D,) float32, before the first of them.
+            actions: the first of them: one action, or k distinct ones.
+            reward: of all of them.
+            next_observation: (D,) float32, after the last of them.
+            terminal: whether the episode ended there.
+            steps: how many they are.
+        """
         size = len(self._ring)
         if self.added == size < self.capacity:
             more = min(size, self.capacity - size)
@@ -113,7 +122,7 @@ class DQNAgent:
     Args:
         observation_size: D, length of a flat observation.
         actions: number of discrete actions.
-        settings: the DQN's and the exploration's constants, and SEED.
+        settings: the DQN's and the exploration's constants, STARTER_NODE, and SEED.
         actions_per_step: k; with more than one, the k actions of greatest Q value are taken.
 
     Attributes:
@@ -155,6 +164,9 @@ class DQNAgent:
         choice was STARTER_NODE, if one action is taken in a step. With probability
         EXPLORATION_PERSIST a step that follows a random or repeated choice repeats it whatever
         epsilon is (ours, after the same), so stays are tried late in the training as well.
+
+        Args:
+            observation: (D,) float32.
         """
         settings, chance = self.settings, self._exploration.random
         persist = settings.EXPLORATION_PERSIST
@@ -174,7 +186,11 @@ class DQNAgent:
         return actions
 
     def best_actions(self, observation: np.ndarray) -> list[int]:
-        """The k actions of greatest Q value, best first; of equal ones the lower number."""
+        """The k actions of greatest Q value, best first; of equal ones the lower number.
+
+        Args:
+            observation: (D,) float32.
+        """
         q_values = self.q.values(self.weights, observation[None])[0]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
 
@@ -197,6 +213,14 @@ class DQNAgent:
         code). The observation does not hold the round, so states that are typical of late rounds
         look good then, for they soon cost nothing any more. With BOOTSTRAP_AT_LIMIT (ours; Pardo et
         al. 2018) the value of the last observation follows instead.
+
+        Args:
+            observation: (D,) float32, before the step.
+            actions: the one action, or the k distinct ones.
+            reward: of the step.
+            next_observation: (D,) float32, after it.
+            terminated: whether it reached the goal.
+            truncated: whether the limit of rounds ended the episode with it.
         """
         count, discount = self.settings.N_STEP, self.settings.DISCOUNT
         over = terminated or truncated

@@ -126,22 +126,26 @@ def test_shards_table(finished, few):
     assert [wide[n, n] for n in range(4)] == [51] * 4  # round(0.8 * 64)
 
 
-def test_weights_of_a_run_are_those_of_the_agent(finished, few):
-    """Replayed from the recorded walk with an agent that only learns."""
-    settings = small_settings()
+@pytest.mark.parametrize("at_limit", [False, True])
+def test_weights_of_a_run_are_those_of_the_agent(tmp_path, few, finished, at_limit):
+    """Replayed from the recorded walk with an agent that only learns; the limit ends episodes."""
+    folder = start(tmp_path, BOOTSTRAP_AT_LIMIT=True)[1] if at_limit else finished
+    settings = small_settings(BOOTSTRAP_AT_LIMIT=at_limit)
     env = DecentralizedLearning(settings, few)
     agent = DQNAgent(16, 4, settings)
-    rounds = pd.read_csv(finished / "rounds.csv")
+    rounds = pd.read_csv(folder / "rounds.csv")
     for episode in range(1, 5):
         observation, _ = env.reset(seed=episode_seed(0, episode))
         for r in rounds[(rounds["episode"] == episode) & (rounds["round"] > 1)].itertuples():
             following, value, terminated, truncated, _ = env.step(r.node)
             assert value == pytest.approx(r.reward, rel=1e-12)
-            agent.memory.add(observation, r.node, value, following, terminated or truncated)
+            terminal = terminated or (truncated and not at_limit)
+            agent.memory.add(observation, r.node, value, following, terminal)
             observation = following
+        assert truncated
         agent.train()
         agent.decay_epsilon()
-    stored = records.read_arrays(finished / "agent.npz")
+    stored = records.read_arrays(folder / "agent.npz")
     assert (agent.q.network.from_named_arrays(stored).numpy() == agent.weights.numpy()).all()
 
 
