@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 import data
 from config import Settings, make_settings, stream
-from models import FoundationModel, Moments, tf, use_cpu
+from models import Moments, foundation_model, tf, use_cpu
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
@@ -174,8 +174,6 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Args:
         settings: by default those of config.py.
         dataset: by default the one that the settings name.
-        foundation: of that dataset and these settings, if there is one already: compiling one
-            more takes a second and memory.
 
     Raises:
         ConfigError, DataError, DataNotFound: what the settings ask for can't be had.
@@ -184,24 +182,21 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         settings, dataset: as given.
         shards: each node's training images, indices into ``dataset.x_train``.
         distances: (N, N) float64.
-        foundation: trains and evaluates.
+        foundation: a ``FoundationModel``, trains and evaluates.
     """
 
     # A Gymnasium class attribute that every environment has to state.
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(
-        self,
-        settings: Settings | None = None,
-        dataset: data.Dataset | None = None,
-        foundation: FoundationModel | None = None,
+        self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
         self.settings = settings or make_settings()
         use_cpu(self.settings.THREADS)  # before a dataset is made, which may compute as well
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
-        self.foundation = foundation or FoundationModel(self.dataset, self.settings)
+        self.foundation = foundation_model(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         # Scores have no bound of their own; infinite ones are what Gymnasium warns of.

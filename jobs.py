@@ -149,19 +149,6 @@ def dataset_of(settings: Settings) -> data.Dataset:
     return _dataset(key, os.environ.get(data.DATA_VARIABLE))
 
 
-_foundations: dict[tuple[Any, ...], models.FoundationModel] = {}
-
-
-def _environment(settings: Settings) -> DecentralizedLearning:
-    """An environment; those of one process share their compiled foundation model."""
-    dataset = dataset_of(settings)
-    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
-    if key not in _foundations:
-        _foundations.clear()
-        _foundations[key] = models.FoundationModel(dataset, settings)
-    return DecentralizedLearning(settings, dataset, _foundations[key])
-
-
 def run_job(job: Job) -> None:
     """Trains what is to be trained, and tests the policy on ``test_episodes`` episodes.
 
@@ -179,7 +166,7 @@ def run_job(job: Job) -> None:
     method = METHODS[job.method]
     # However an agent was rewarded, the whole test set judges its test.
     settings = dataclasses.replace(method.settings(job.settings), REWARD_IMAGES=0)
-    environment = _environment(settings)
+    environment = DecentralizedLearning(settings, dataset_of(settings))
     sent = method.prepare(environment)
     threads = models.use_cpu(settings.THREADS)
     with _run_of(job, environment.dataset, threads) as run:
@@ -266,7 +253,8 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     if job.training:
         with Run(job.training, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
-                main.train(_environment(job.training), run, quiet=True)
+                training = DecentralizedLearning(job.training, environment.dataset)
+                main.train(training, run, quiet=True)
         folder = run.folder
     else:
         folder = absolute(job.agent)

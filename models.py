@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -295,6 +295,21 @@ class FoundationModel:
         # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
         hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
         return tf.reduce_sum(tf.cast(hits, tf.int32))
+
+
+_latest: dict[tuple[Any, ...], FoundationModel] = {}
+
+
+def foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
+    """The ``FoundationModel`` of a dataset; as long as it is the same, one serves a process.
+
+    Compiling one more takes a second and memory.
+    """
+    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = FoundationModel(dataset, settings)
+    return _latest[key]
 
 
 class QNetwork:

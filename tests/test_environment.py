@@ -224,10 +224,10 @@ def test_an_episode_ends_at_the_limit(few):
         env.step(1)
 
 
-def test_an_episode_ends_at_the_goal(few):
+def test_an_episode_ends_at_the_goal(few, monkeypatch):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=3), few)
     accuracies = iter([0.59, 0.6])
-    env.foundation.evaluate = lambda weights, images: next(accuracies)
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
     assert env.reset(seed=0)[1]["goal_reached"] is False
     _, _, terminated, truncated, info = env.step(0)
     assert (terminated, truncated, info["goal_reached"]) == (True, False, True)
@@ -235,17 +235,17 @@ def test_an_episode_ends_at_the_goal(few):
         env.step(0)
 
 
-def test_images_that_judge_a_round(few):
+def test_images_that_judge_a_round(few, monkeypatch):
     """Drawn anew for each round, by the episode's seed, and enough to tell models apart."""
     env = DecentralizedLearning(small_settings(REWARD_IMAGES=50, LEARNING_RATE=0.01), few)
-    whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few, env.foundation)
+    whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few)
     seen, evaluate = [], env.foundation.evaluate
 
     def spy(weights, images=None):
         seen.append(images)
         return evaluate(weights, images)
 
-    env.foundation.evaluate = spy
+    monkeypatch.setattr(env.foundation, "evaluate", spy)
     accuracies = [env.reset(seed=3)[1]["accuracy"], *(env.step(n)[4]["accuracy"] for n in (0, 1))]
     judges = seen[:3]
     assert all(len(set(images.tolist())) == 50 and images.max() < 359 for images in judges)
@@ -265,16 +265,18 @@ def test_images_that_judge_a_round(few):
 
 
 @pytest.mark.parametrize(("count", "judges"), [(358, 358), (359, None), (2000, None)])
-def test_no_more_images_judge_than_there_are(few, count, judges):
+def test_no_more_images_judge_than_there_are(few, count, judges, monkeypatch):
     env = DecentralizedLearning(small_settings(REWARD_IMAGES=count, MAX_ROUNDS=3), few)
     seen = []
-    env.foundation.evaluate = lambda weights, images: seen.append(images) or 0.1
+    monkeypatch.setattr(
+        env.foundation, "evaluate", lambda weights, images: seen.append(images) or 0.1
+    )
     env.reset(seed=0)
     env.step(1)
     assert [None if images is None else len(images) for images in seen] == [judges] * 2
 
 
-def test_all_images_judge_whether_the_goal_is_reached(few):
+def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch):
     """Neither good nor bad luck with the drawn images decides.
 
     Of 359 images 50 have a standard error of 0.0643 at 0.6: sqrt(0.24 / 50 * 309 / 358).
@@ -282,7 +284,9 @@ def test_all_images_judge_whether_the_goal_is_reached(few):
     settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
     env = DecentralizedLearning(settings, few)
     some, every = iter([0.406, 0.408, 0.64, 0.58]), iter([0.42, 0.59, 0.61])
-    env.foundation.evaluate = lambda weights, images: next(every if images is None else some)
+    monkeypatch.setattr(
+        env.foundation, "evaluate", lambda weights, images: next(every if images is None else some)
+    )
     assert env.reset(seed=0)[1]["accuracy"] == 0.406
     assert env.step(0)[4]["accuracy"] == 0.42
     _, value, terminated, _, info = env.step(0)
@@ -292,20 +296,20 @@ def test_all_images_judge_whether_the_goal_is_reached(few):
     assert (info["accuracy"], info["goal_reached"]) == (0.61, True)
 
 
-def test_reaching_the_goal_in_the_last_round_is_no_truncation(few):
+def test_reaching_the_goal_in_the_last_round_is_no_truncation(few, monkeypatch):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=2), few)
     accuracies = iter([0.1, 0.9])
-    env.foundation.evaluate = lambda weights, images: next(accuracies)
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
     env.reset(seed=0)
     assert env.step(0)[2:4] == (True, False)
 
 
 @pytest.mark.parametrize(("last", "missed"), [(0.59, 7), (0.6, 0)])
-def test_missing_the_goal_costs_its_penalty_in_the_last_round(few, last, missed):
+def test_missing_the_goal_costs_its_penalty_in_the_last_round(few, last, missed, monkeypatch):
     settings = small_settings(MISS_PENALTY=7, GOAL_ACCURACY=0.6, MAX_ROUNDS=3)
     env = DecentralizedLearning(settings, few)
     accuracies = iter([0.1, 0.2, last])
-    env.foundation.evaluate = lambda weights, images: next(accuracies)
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
     env.reset(seed=0)
     assert env.step(0)[1] == reward(0.2, 0.0, settings)
     _, value, _, _, info = env.step(0)

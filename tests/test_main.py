@@ -12,13 +12,14 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CORES, PROJECT, as_flags, command, run, small_settings, without_times
+from conftest import CORES, PROJECT, SMALL, as_flags, command, run, small_settings, without_times
 
 import data
 import main
@@ -163,14 +164,20 @@ def test_same_seed_same_bits_on_several_cores(tmp_path):
     """With two threads or more: the processes of the tests may have a core each."""
     if len(CORES) < 2:
         pytest.skip("this machine has one core")
-    settings = small_settings(RESULTS_DIR=str(tmp_path), EPISODES=2)
-
-    def every_core():
-        os.sched_setaffinity(0, CORES)
-
-    for name in ("one", "two"):
-        done = run(*as_flags(settings), "--name", name, preexec_fn=every_core)
-        assert (done.returncode, done.stderr) == (0, "")
+    code = """if True:
+        import sys, main
+        from config import make_settings
+        for name in ("one", "two"):
+            main.main(make_settings(**eval(sys.argv[1]), NAME=name))
+    """
+    settings = {**SMALL, "RESULTS_DIR": str(tmp_path), "EPISODES": 2}
+    subprocess.run(
+        [sys.executable, "-c", code, repr(settings)],
+        cwd=PROJECT,
+        preexec_fn=lambda: os.sched_setaffinity(0, CORES),
+        timeout=120,
+        check=True,
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     (session,) = json.loads((one / "config.json").read_text())["sessions"]
     assert session["machine"]["threads"] == len(CORES)
@@ -512,19 +519,18 @@ def test_an_unwritable_folder(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-def test_a_full_disk(tmp_path, monkeypatch, digits):
+def test_a_full_disk(tmp_path, capsys):
     """A limit on file sizes stands for it: the first checkpoint does not fit."""
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
-    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="full", EPISODES=2)
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-    full = run(*as_flags(settings), preexec_fn=limit)
-    assert full.returncode == 1
-    assert full.stderr.count("\n") == 1
-    assert "File too large" in full.stderr
-    assert "what was finished is kept" in full.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert start(tmp_path, "full", EPISODES=2)[0] == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "File too large" in error
+    assert "what was finished is kept" in error
     assert start(tmp_path, "full", EPISODES=2)[0] == 0
     assert start(tmp_path, "whole", EPISODES=2)[0] == 0
     assert without_times(tmp_path / "full") == without_times(tmp_path / "whole")

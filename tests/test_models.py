@@ -126,6 +126,20 @@ def test_evaluation_in_batches_counts_every_image_once(foundation, few, monkeypa
     assert FoundationModel(few, small_settings()).evaluate(weights) == whole
 
 
+def test_one_compiled_model_serves_a_dataset(few):
+    one = models.foundation_model(few, small_settings())
+    same = dataclasses.replace(few)
+    assert models.foundation_model(same, small_settings(SEED=3, NUM_NODES=3)) is one
+    fewer = {"x_test": few.x_test[:100], "y_test": few.y_test[:100], "sha256": {}}
+    other = dataclasses.replace(few, **fewer)
+    latest = one
+    for changed in ((few, {"LEARNING_RATE": 0.1}), (few, {"BATCH_SIZE": 9}), (other, {})):
+        model = models.foundation_model(changed[0], small_settings(**changed[1]))
+        assert model is not latest
+        latest = model
+    assert latest.test_size == 100
+
+
 def test_a_diverged_model_has_accuracy_0(foundation):
     assert foundation.evaluate(tf.fill([foundation.network.size], np.nan)) == 0.0
 
