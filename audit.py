@@ -112,7 +112,7 @@ from config import episode_seed, stream
 from environment import DecentralizedLearning, turned_to
 from main import exit_status
 from models import use_cpu
-from records import claimed, differences, read_arrays, replacing, write_arrays
+from records import circumstances, claimed, differences, read_arrays, replacing, write_arrays
 
 
 def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, np.ndarray]:
@@ -241,7 +241,7 @@ def audit(parsed: argparse.Namespace) -> int:
         OSError: a file can't be written.
     """
     settings: Settings = parsed.settings
-    use_cpu(settings.THREADS)
+    threads = use_cpu(settings.THREADS)
     dataset = data.load(settings)
     data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
@@ -249,7 +249,7 @@ def audit(parsed: argparse.Namespace) -> int:
     for name in {"NAME", "THREADS", "DATASET", *_UNUSED}:
         del about["settings"][name]
     _check_folder(folder, about)
-    with claimed(folder, "audit.json", about, "audit.py"):
+    with claimed(folder, "audit.json", about | circumstances(threads), "audit.py"):
         environment = DecentralizedLearning(settings, dataset)
         walks = []
         for episode in tqdm(range(1, parsed.walks + 1), desc="walks", disable=None):

@@ -342,7 +342,7 @@ def draw_audit(folder: Path) -> None:
 def draw_explained(tables: dict[str, pd.DataFrame]) -> Figure:
     """R2 of each observation, a bar per target, with intervals."""
     table = tables["episodes"]
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = plt.subplots(figsize=(8.4, 4.2))
     for place, (target, label) in enumerate(TARGETS.items()):
         rows = table[table["target"] == target].set_index("observation").loc[list(OBSERVATIONS)]
         y = np.arange(len(rows)) + (place - 0.5) * 0.36
@@ -350,10 +350,10 @@ def draw_explained(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.barh(y, rows["r2"], 0.36, xerr=errors, color=("0.75", "0.35")[place], label=label)
     axis.set_yticks(range(len(OBSERVATIONS)), list(OBSERVATIONS.values()))
     axis.invert_yaxis()
-    axis.set_xlabel("R2 on walks that were not learned from (95 % interval over walks)")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axis.set_xlabel("R2 on walks that were not learned from")
+    axis.legend(loc="upper right")  # the first bars are short: nothing is seen there, or little
     episodes, rounds = table["episodes"].iloc[0], table["rounds"].iloc[0]
-    figure.text(0.99, 0.005, "* not shown to the agent", ha="right", fontsize=7)
+    figure.supxlabel("95 % intervals over walks; * not shown to the agent", fontsize=8)
     _title(figure, f"What observations tell, {episodes} walks, {rounds} rounds", tables)
     return figure
 

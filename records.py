@@ -548,14 +548,7 @@ class Run:
             "started": _now(),
             "ended": None,
             "first_episode": self.episodes_finished + 1,
-            "git_revision": git_revision(),
-            "versions": _versions(),
-            "machine": {
-                "system": f"{platform.system()} {platform.machine()}",
-                "cpu": cpu_name(),
-                "cpus": os.cpu_count(),
-                "threads": self._threads,
-            },
+            **circumstances(self._threads),
         }
         if self.continued:
             before = self._config["sessions"][-1] if self._config["sessions"] else session
@@ -756,6 +749,24 @@ class Run:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def circumstances(threads: int) -> dict[str, Any]:
+    """What a result depends on beside settings and data: revision, versions and machine.
+
+    Args:
+        threads: how many CPU threads compute.
+    """
+    return {
+        "git_revision": git_revision(),
+        "versions": _versions(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "threads": threads,
+        },
+    }
 
 
 def _versions() -> dict[str, str]:

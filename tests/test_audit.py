@@ -129,6 +129,7 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     assert "holds another audit (LEARNING_RATE = 0.001 there, 0.1 now); choose" in error
     about = json.loads((folder / "audit.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
+    assert about["versions"]["numpy"] == np.__version__
     # What joined the constants later had the public code's value before.
     del about["settings"]["KEEP_MOMENTS"], about["settings"]["PCA_SIGNS"]
     (folder / "audit.json").write_text(json.dumps(about))

@@ -196,12 +196,23 @@ def test_the_headline_is_the_comparison_on_mnist():
                 assert (cell, method) == ("", "random")
 
 
+def test_the_audit_on_mnist_is_of_its_walks():
+    folder = PROJECT / "results/reference/audit-mnist"
+    table = pd.read_csv(folder / "audit.csv")
+    rounds = [len(records.read_arrays(path)["nodes"]) for path in folder.glob("walk-*.npz")]
+    assert set(table["episodes"]) == {len(rounds)} == {60}
+    assert set(table["rounds"]) == {sum(rounds) - 60}
+
+
 def test_tables_of_comparisons_are_their_reports():
     """What stands between two marks is the beginning of what plot.py prints."""
     shown = re.findall(r"<!-- python3 plot.py (\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
     assert shown
     for folder, text in shown:
         assert len(text.splitlines()) > 5
+        if "audit" in folder:
+            assert plot.audit_report(PROJECT / folder) == text
+            continue
         assert estimates.report(PROJECT / folder).startswith(text)
         # And what it is made from is what is committed.
         table = estimates.estimate(estimates.read_comparison(PROJECT / folder))
