@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 import data
 from config import Settings, make_settings, stream
-from models import Moments, foundation_model, tf, use_cpu
+from models import Moments, shared_foundation_model, tf, use_cpu
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
@@ -196,7 +196,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
-        self.foundation = foundation_model(self.dataset, self.settings)
+        self.foundation = shared_foundation_model(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         # Scores have no bound of their own; infinite ones are what Gymnasium warns of.

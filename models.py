@@ -297,21 +297,6 @@ class FoundationModel:
         return tf.reduce_sum(tf.cast(hits, tf.int32))
 
 
-_latest: dict[tuple[Any, ...], FoundationModel] = {}
-
-
-def foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
-    """The ``FoundationModel`` of a dataset; as long as it is the same, one serves a process.
-
-    Compiling one more takes a second and memory.
-    """
-    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
-    if key not in _latest:
-        _latest.clear()
-        _latest[key] = FoundationModel(dataset, settings)
-    return _latest[key]
-
-
 class QNetwork:
     """Q values of observations, and their fit to targets.
 
@@ -450,3 +435,35 @@ def use_cpu(threads: int) -> int:
             "started"
         )
     return _threads
+
+
+# --- One of each per process -----------------------------------------------------------------
+
+# Compiling takes a second and memory, and both models hold no weights: environments and agents of
+# one process share them as long as what they are made of stays the same.
+_latest: dict[type, tuple[tuple[Any, ...], Any]] = {}
+
+
+def _shared(kind: type, key: tuple[Any, ...], *arguments: Any) -> Any:
+    if kind not in _latest or _latest[kind][0] != key:
+        _latest[kind] = key, kind(*arguments)
+    return _latest[kind][1]
+
+
+def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
+    """The process's ``FoundationModel`` for this dataset and these settings."""
+    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
+    return _shared(FoundationModel, key, dataset, settings)
+
+
+def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
+    """The process's ``QNetwork`` for these sizes and settings."""
+    used = (
+        settings.HIDDEN_UNITS,
+        settings.Q_NETWORKS,
+        settings.DUELING,
+        settings.Q_LEARNING_RATE,
+        settings.Q_WEIGHT_DECAY,
+        settings.Q_BATCH_SIZE,
+    )
+    return _shared(QNetwork, (inputs, actions, *used), inputs, actions, settings)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from config import Settings, stream
-from models import Moments, QNetwork, tf
+from models import Moments, shared_q_network, tf
 
 
 class ReplayMemory:
@@ -139,7 +139,7 @@ class DQNAgent:
         self.actions = actions
         self.actions_per_step = actions_per_step
         self.memory = ReplayMemory(settings.REPLAY_CAPACITY, observation_size, actions_per_step)
-        self.q = QNetwork(observation_size, actions, settings)
+        self.q = shared_q_network(observation_size, actions, settings)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
         self.moments = Moments.fresh(self.q.network.size)

@@ -127,17 +127,36 @@ def test_evaluation_in_batches_counts_every_image_once(foundation, few, monkeypa
 
 
 def test_one_compiled_model_serves_a_dataset(few):
-    one = models.foundation_model(few, small_settings())
+    one = models.shared_foundation_model(few, small_settings())
     same = dataclasses.replace(few)
-    assert models.foundation_model(same, small_settings(SEED=3, NUM_NODES=3)) is one
+    assert models.shared_foundation_model(same, small_settings(SEED=3, NUM_NODES=3)) is one
     fewer = {"x_test": few.x_test[:100], "y_test": few.y_test[:100], "sha256": {}}
     other = dataclasses.replace(few, **fewer)
     latest = one
     for changed in ((few, {"LEARNING_RATE": 0.1}), (few, {"BATCH_SIZE": 9}), (other, {})):
-        model = models.foundation_model(changed[0], small_settings(**changed[1]))
+        model = models.shared_foundation_model(changed[0], small_settings(**changed[1]))
         assert model is not latest
         latest = model
     assert latest.test_size == 100
+
+
+def test_one_compiled_q_network_serves_its_settings():
+    one = models.shared_q_network(6, 3, small_settings())
+    assert models.shared_q_network(6, 3, small_settings(SEED=3, DISCOUNT=0.5)) is one
+    changes = {
+        "HIDDEN_UNITS": (9,),
+        "Q_NETWORKS": 2,
+        "DUELING": True,
+        "Q_LEARNING_RATE": 0.1,
+        "Q_WEIGHT_DECAY": 0.1,
+        "Q_BATCH_SIZE": 9,
+    }
+    latest = one
+    for name, value in changes.items():
+        network = models.shared_q_network(6, 3, small_settings(**{name: value}))
+        assert network is not latest
+        latest = network
+    assert models.shared_q_network(5, 3, small_settings(Q_BATCH_SIZE=9)) is not latest
 
 
 def test_a_diverged_model_has_accuracy_0(foundation):

@@ -134,9 +134,13 @@ def test_exploration_that_repeats():
     assert abs(sum(same) - 1280) < 5 * 22
 
 
-def test_exploration_repeats_a_greedy_choice_as_well():
+def test_exploration_repeats_a_greedy_choice_as_well(monkeypatch):
     agent = make_agent(actions=10, EPSILON=0.0, EXPLORATION_REPEAT=1.0, STARTER_NODE=4)
-    agent.q.all_values = lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None]
+    monkeypatch.setattr(
+        agent.q,
+        "all_values",
+        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
+    )
     assert agent.act(np.ones(4, np.float32)) == ([7], "greedy")
     agent.epsilon = 1.0
     assert agent.act(np.ones(4, np.float32)) == ([7], "repeated")
@@ -145,9 +149,13 @@ def test_exploration_repeats_a_greedy_choice_as_well():
     assert agent.act(np.ones(4, np.float32)) == ([4], "repeated")
 
 
-def test_exploration_that_persists_at_small_epsilon():
+def test_exploration_that_persists_at_small_epsilon(monkeypatch):
     agent = make_agent(actions=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
-    agent.q.all_values = lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None]
+    monkeypatch.setattr(
+        agent.q,
+        "all_values",
+        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
+    )
     chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
     kinds = [kind for _, kind in chosen]
     for (before, kind), (after, next_kind) in itertools.pairwise(chosen):
@@ -190,9 +198,11 @@ def test_several_actions():
         assert len(set(agent.act(observation)[0])) == 3
 
 
-def test_equal_q_values_give_the_lower_number():
+def test_equal_q_values_give_the_lower_number(monkeypatch):
     agent = make_agent(actions=5, actions_per_step=2)
-    agent.q.all_values = lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
+    monkeypatch.setattr(
+        agent.q, "all_values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
+    )
     assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
 
 
@@ -222,8 +232,9 @@ def targets(sample=SAMPLE, **overrides):
             return Q_NOW[:, None].astype(np.float32)
         return (Q_NEXT if weights == "online" else Q_TARGET)[:, None].astype(np.float32)
 
-    agent.q.all_values = values
-    (of_network,) = np.swapaxes(agent.targets(sample), 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent.q, "all_values", values)
+        (of_network,) = np.swapaxes(agent.targets(sample), 0, 1)
     return of_network
 
 
@@ -262,17 +273,18 @@ def test_targets_of_several_steps_by_hand():
     np.testing.assert_allclose(targets(sample, N_STEP=3), expected, rtol=1e-6)
 
 
-def test_targets_of_several_networks_by_hand():
+def test_targets_of_several_networks_by_hand(monkeypatch):
     """The networks' mean is the next state's value; each keeps its own at the other actions."""
     agent = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=False, Q_NETWORKS=2)
     now, following = np.stack([Q_NOW, -Q_NOW], 1), np.stack([Q_NEXT, Q_TARGET], 1)
-    agent.q.all_values = lambda weights, x: (following if x.any() else now).astype(np.float32)
+    monkeypatch.setattr(
+        agent.q, "all_values", lambda weights, x: (following if x.any() else now).astype(np.float32)
+    )
     # Means of the next state: 2.125, 4, 0.5.
     expected = [[[1, 3.1, 3], [-1, 3.1, -3]], [[0.5, -1, 0.75], [-0.5, 1, 0.75]]]
     np.testing.assert_allclose(agent.targets(SAMPLE), expected, rtol=1e-6)
     # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
     scaled = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=True, Q_NETWORKS=2)
-    scaled.q.all_values = agent.q.all_values
     np.testing.assert_allclose(scaled.targets(SAMPLE), np.array(expected) / 4.628445, rtol=1e-6)
 
 
@@ -310,7 +322,7 @@ def test_returns_of_several_steps_by_hand():
 
 
 @pytest.mark.parametrize(("beyond", "terminals"), [(False, [True] * 3), (True, [False] * 3)])
-def test_an_episode_that_the_limit_ended(beyond, terminals):
+def test_an_episode_that_the_limit_ended(beyond, terminals, monkeypatch):
     """What waits at the end holds fewer rewards than N_STEP, and is discounted by their number."""
     agent = make_agent(N_STEP=3, DISCOUNT=0.5, NORMALIZE_TARGETS=False, BOOTSTRAP_AT_LIMIT=beyond)
     for step in (1, 2, 3):
@@ -321,7 +333,7 @@ def test_an_episode_that_the_limit_ended(beyond, terminals):
     assert stored["rewards"].tolist() == [2.75, 3.5, 3]
     assert stored["terminals"].tolist() == terminals
     assert (stored["next_observations"] == 4).all()
-    agent.q.all_values = lambda weights, x: np.full((len(x), 1, 3), 8.0)
+    monkeypatch.setattr(agent.q, "all_values", lambda weights, x: np.full((len(x), 1, 3), 8.0))
     values = [0, 0, 0] if not beyond else [8 / 8, 8 / 4, 8 / 2]
     expected = stored["rewards"] + values
     np.testing.assert_allclose(agent.targets(stored)[:, 0, 0], expected, rtol=1e-6)

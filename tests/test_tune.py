@@ -12,6 +12,7 @@ import data
 import jobs
 import models
 import tune
+from environment import DecentralizedLearning
 from records import read_table
 
 QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "EPISODES": 3}
@@ -70,7 +71,7 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path):
     seeds = {config.episode_seed(1, e, kind) for kind in kinds for e in range(1, 121)}
     assert len(seeds) == 3 * 120
     # The same walk on the three kinds of episodes.
-    environment = jobs._environment(
+    environment = DecentralizedLearning(
         config.make_settings(**QUICK, SEED=1, THREADS=models.use_cpu(0))
     )
     tested = pd.read_csv(tmp_path / "tuning" / "one-digits" / "hl-seed1" / "rounds.csv")
