@@ -42,6 +42,14 @@ def small_settings(**overrides):
     return config.make_settings(**{**SMALL, **overrides})
 
 
+# Files that take long come first, so that both processes end at about the same time.
+LONG = ("test_compare", "test_main", "test_reference", "test_plot", "test_readme", "test_data")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*LONG, item.path.stem].index(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def no_named_file(monkeypatch):
     """Only tests that ask for ``mnist_path`` may depend on it."""

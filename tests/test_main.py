@@ -165,8 +165,13 @@ def test_same_seed_same_bits_on_several_cores(tmp_path):
     if len(CORES) < 2:
         pytest.skip("this machine has one core")
     code = """if True:
-        import sys, main
+        import sys, data, main
+        import numpy as np
         from config import make_settings
+        rng = np.random.default_rng(0)
+        labels, images = rng.integers(10, size=2300), rng.random((2300, 28, 28), np.float32)
+        parts = images[:2000], labels[:2000], images[2000:], labels[2000:]
+        data.DATASETS["digits"] = lambda settings: data.Dataset("noise", *parts)
         for name in ("one", "two"):
             main.main(make_settings(**eval(sys.argv[1]), NAME=name))
     """
