@@ -9,7 +9,6 @@ trees can't find in an observation, the DQN will hardly find with its fewer and 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -112,7 +111,15 @@ from config import episode_seed, stream
 from environment import DecentralizedLearning, turned_to
 from main import exit_status
 from models import use_cpu
-from records import circumstances, claimed, differences, read_arrays, replacing, write_arrays
+from records import (
+    check_claim,
+    circumstances,
+    claimed,
+    differences,
+    read_arrays,
+    replacing,
+    write_arrays,
+)
 
 
 def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, np.ndarray]:
@@ -270,23 +277,12 @@ def audit(parsed: argparse.Namespace) -> int:
 
 
 def _check_folder(folder: Path, about: dict[str, Any]) -> None:
-    path = folder / "audit.json"
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+    def differing(there: dict[str, Any]) -> list[str]:
         before = JOINED_LATER | there["settings"]
         other = differences({k: before.get(k) for k in about["settings"]}, about["settings"])
-        if there["sha256"] != about["sha256"]:
-            other.append("other data")
-    except FileNotFoundError:
-        if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
-            raise UserError(f"{folder}: holds no audit; choose another --name") from None
-        return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
-    if other:
-        raise UserError(
-            f"{folder}: holds another audit ({', '.join(other)}); choose another --name"
-        )
+        return other + ["other data"] * (there["sha256"] != about["sha256"])
+
+    check_claim(folder, "audit.json", "audit", "holds no audit", differing)
 
 
 def main(parsed: argparse.Namespace) -> int:

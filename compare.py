@@ -382,7 +382,7 @@ from jobs import (
     run_all,
 )
 from main import exit_status
-from records import OtherRun, claimed, differences, replacing, stored_progress
+from records import OtherRun, check_claim, claimed, differences, replacing, stored_progress
 
 
 def make_jobs(parsed: argparse.Namespace, folder: Path) -> list[Job]:
@@ -432,31 +432,26 @@ def _check_folder(folder: Path, about: dict[str, Any]) -> None:
     Raises:
         UserError: it is not this comparison's.
     """
-    path = folder / "comparison.json"
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        same_data = there["dataset"]["sha256"] == about["dataset"]["sha256"]
-        other = differences(
-            {k: there[k] for k in ("comparison", "test_episodes")}
-            | {"dataset": there["dataset"]["name"], "the data": "this" if same_data else "other"},
-            {k: about[k] for k in ("comparison", "test_episodes")}
-            | {"dataset": about["dataset"]["name"], "the data": "this"},
-        )
-        other += differences(JOINED_LATER | there["settings"], about["settings"])
-    except FileNotFoundError:
-        others = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
-        if not others:
-            return
-        raise UserError(
-            f"{folder}: holds {min(others).name} but no comparison.json, so it is not a "
-            "comparison's folder; choose another --name"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
-    if other:
-        raise UserError(
-            f"{folder}: holds another comparison ({', '.join(other)}); choose another --name"
-        )
+
+    def what(there: dict[str, Any]) -> dict[str, Any]:
+        same = there["dataset"]["sha256"] == about["dataset"]["sha256"]
+        return {
+            "comparison": there["comparison"],
+            "test_episodes": there["test_episodes"],
+            "dataset": there["dataset"]["name"],
+            "the data": "this" if same else "other",
+            **JOINED_LATER,
+            **there["settings"],
+        }
+
+    foreign = "holds {found} but no comparison.json, so it is not a comparison's folder"
+    check_claim(
+        folder,
+        "comparison.json",
+        "comparison",
+        foreign,
+        lambda there: differences(what(there), what(about)),
+    )
 
 
 def _check_other_seeds(parsed: argparse.Namespace, folder: Path) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -272,6 +272,43 @@ def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Ite
         yield
     finally:
         lock.release()
+
+
+def check_claim(
+    folder: Path,
+    name: str,
+    kind: str,
+    foreign: str,
+    differing: Callable[[dict[str, Any]], list[str]],
+) -> None:
+    """Refuses a folder that ``claimed`` made for something else; a new or empty one is free.
+
+    Args:
+        folder: as ``claimed``'s.
+        name: as ``claimed``'s.
+        kind: what the folder would hold another of.
+        foreign: what is told of a folder with other files but without that one, the first of which
+            it may name as ``{found}``.
+        differing: from the file's content to what differs from what is wanted, in words.
+
+    Raises:
+        UserError: it holds another, or something else, or the file is damaged.
+    """
+    path = folder / name
+    try:
+        other = differing(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        files = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
+        if not files:
+            return
+        told = foreign.format(found=min(files).name)
+        raise UserError(f"{folder}: {told}; choose another --name") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
+    if other:
+        raise UserError(
+            f"{folder}: holds another {kind} ({', '.join(other)}); choose another --name"
+        )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -165,7 +165,7 @@ def test_same_seed_same_bits_on_several_cores(tmp_path):
     if len(CORES) < 2:
         pytest.skip("this machine has one core")
     code = """if True:
-        import sys, data, main
+        import json, sys, data, main
         import numpy as np
         from config import make_settings
         rng = np.random.default_rng(0)
@@ -173,11 +173,11 @@ def test_same_seed_same_bits_on_several_cores(tmp_path):
         parts = images[:2000], labels[:2000], images[2000:], labels[2000:]
         data.DATASETS["digits"] = lambda settings: data.Dataset("noise", *parts)
         for name in ("one", "two"):
-            main.main(make_settings(**eval(sys.argv[1]), NAME=name))
+            main.main(make_settings(**json.loads(sys.argv[1]), NAME=name))
     """
     settings = {**SMALL, "RESULTS_DIR": str(tmp_path), "EPISODES": 2}
     subprocess.run(
-        [sys.executable, "-c", code, repr(settings)],
+        [sys.executable, "-c", code, json.dumps(settings)],
         cwd=PROJECT,
         preexec_fn=lambda: os.sched_setaffinity(0, CORES),
         timeout=120,
@@ -524,18 +524,19 @@ def test_an_unwritable_folder(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-def test_a_full_disk(tmp_path, capsys):
+def test_a_full_disk(tmp_path, monkeypatch, digits):
     """A limit on file sizes stands for it: the first checkpoint does not fit."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        assert start(tmp_path, "full", EPISODES=2)[0] == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "File too large" in error
-    assert "what was finished is kept" in error
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
+    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="full", EPISODES=2)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    full = run(*as_flags(settings), preexec_fn=limit)
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "File too large" in full.stderr
+    assert "what was finished is kept" in full.stderr
     assert start(tmp_path, "full", EPISODES=2)[0] == 0
     assert start(tmp_path, "whole", EPISODES=2)[0] == 0
     assert without_times(tmp_path / "full") == without_times(tmp_path / "whole")

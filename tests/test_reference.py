@@ -103,7 +103,14 @@ def test_two_nodes_in_a_round_and_two_epochs(few):
     compare(settings, few, [[1, 2], [2, 0]], seed=8)
 
 
-def test_mnist_with_the_default_settings(mnist_path):
-    settings = make_settings(DATASET="mnist", DATA_FILE=str(mnist_path))
-    info = compare(settings, data.load(settings), [0, 5, 0], seed=1)
+@pytest.fixture(scope="module")
+def mnist(mnist_path):
+    return data.load(make_settings(DATASET="mnist", DATA_FILE=str(mnist_path)))
+
+
+@pytest.mark.parametrize("per_round", [1, 2])
+def test_mnist_with_the_default_settings(mnist, per_round):
+    settings = make_settings(DATASET="mnist", NODES_PER_ROUND=per_round)
+    walk = [[0, 3]] if per_round == 2 else [0, 5, 0]
+    info = compare(settings, mnist, walk, seed=1)
     assert info["accuracy"] > 0.15
