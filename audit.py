@@ -68,10 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"}, own)
     parsed = parser.parse_args(arguments)
     if parsed.agent_settings:
-        parser.error("--settings: got it in an audit, which has no agent")
+        parser.error("--settings: got it in an audit, which has no agent and takes none")
     changes = overrides(parser, parsed)
     for name in sorted(_UNUSED & set(changes)):
-        parser.error(f"{name}: got {changes[name]!r} in an audit, which trains no agent")
+        parser.error(f"{name}: got {changes[name]!r}, takes none in an audit, which has no agent")
     fixed = {"OBSERVATION": "fixed", "PCA_SIGNS": "loading", "NODES_PER_ROUND": 1}
     for name, value in fixed.items():
         if changes.get(name, value) != value:
@@ -127,7 +127,7 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> dict[str, n
 
     Returns:
         For its R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and a float32 matrix
-        of R rows for each of ``plot.OBSERVATIONS`` but those that ``references`` gives.
+        of R rows for each of ``plot.OBSERVATIONS`` but those that ``made`` and ``references`` give.
     """
     settings = environment.settings
     rng = stream(settings.SEED, "exploration", episode)
@@ -177,6 +177,17 @@ def references(nodes: np.ndarray, n: int, longest: int) -> dict[str, np.ndarray]
     }
 
 
+def made(walk: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """Observations that recorded ones contain: float32, with a row for each of the R rounds.
+
+    Args:
+        walk: with ``broadcast`` and ``local``, (R, n * C) float32.
+        n: number of nodes.
+    """
+    both = np.hstack([walk["broadcast"], walk["local"]])
+    return {"both": both, "first_both_loading": both[:, :: both.shape[1] // (2 * n)]}
+
+
 def predicted(features: np.ndarray, values: np.ndarray, walks: np.ndarray, seed: int) -> np.ndarray:
     """(n,) float64: each value as predicted by extremely randomised trees from other walks.
 
@@ -199,6 +210,12 @@ def explained(
     """R2, the share of the values' variance that is predicted, and its 95 % interval.
 
     The interval is that of percentiles when walks are drawn with replacement.
+
+    Args:
+        values: (n,) float64.
+        found: (n,) float64, what was predicted.
+        walks: (n,) int, the walk that a value belongs to.
+        rng: draws the walks.
     """
     numbers, index = np.unique(walks, return_inverse=True)
     sums = np.zeros((len(numbers), 4))
@@ -215,10 +232,15 @@ def explained(
 
 
 def table_of(walks: list[dict[str, np.ndarray]], dataset: str, settings: Settings) -> pd.DataFrame:
-    """A row of ``plot.AUDIT_COLUMNS`` for each observation and target."""
+    """A row of ``plot.AUDIT_COLUMNS`` for each observation and target.
+
+    Args:
+        walks: as ``record_walk`` gives them, each of two rounds or more, at least ``_FOLDS``.
+        dataset: its name.
+        settings: NUM_NODES, MAX_ROUNDS and SEED count.
+    """
     n = settings.NUM_NODES
-    for walk in walks:
-        walk.update(references(walk["nodes"], n, settings.MAX_ROUNDS))
+    walks = [w | made(w, n) | references(w["nodes"], n, settings.MAX_ROUNDS) for w in walks]
     number = np.concatenate([np.full(len(w["nodes"]) - 1, i) for i, w in enumerate(walks)])
     action = np.concatenate([np.eye(n, dtype=np.float32)[w["nodes"][1:]] for w in walks])
     values = {

@@ -278,13 +278,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.methods = list(dict.fromkeys(name.strip() for name in named if name.strip()))
     if not parsed.methods:
         parser.error("--methods: got none, takes names joined by commas, see --list")
-    if parsed.agent_settings in parsed.methods and "hl" in parsed.methods:
-        name = parsed.agent_settings
-        parser.error(
-            f"--settings: with {name} the methods hl and {name} are the same, see --methods"
-        )
-    if parsed.agent and "hl" not in parsed.methods:
-        parser.error(f"--agent: takes methods with hl, got {','.join(parsed.methods)}")
+    methods = ",".join(parsed.methods)
+    for flag, given in (("--settings", parsed.agent_settings), ("--agent", parsed.agent)):
+        if given and "hl" not in parsed.methods:
+            parser.error(f"{flag}: got it with the methods {methods}, takes methods with hl")
+    if "tuned" in parsed.methods and "hl" in parsed.methods:
+        if parsed.agent_settings == "tuned":
+            parser.error(
+                f"--settings: got 'tuned' with the methods {methods}, takes one of the two"
+            )
+        if parsed.agent:
+            parser.error(f"--agent: got it with the methods {methods}, takes hl alone that learns")
     parsed.seeds = parsed.seeds or seeds_of(_SEEDS)
     changes = overrides(parser, parsed)
     if "SEED" in changes:
@@ -293,7 +297,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in varied & set(changes):
         parser.error(f"{name}: got {changes[name]!r}, takes what the comparison sets it to")
     if parsed.agent_settings and varied >= set(AGENTS["paper"]):
-        parser.error(f"--settings: got it in {parsed.what}, which sets all of the agent's itself")
+        parser.error(f"--settings: got it in {parsed.what}, takes none, for it sets them itself")
     if parsed.agent:
         for name in sorted(_AGENTS_OWN & (varied | set(changes))):
             parser.error(f"{name}: got it beside --agent, takes what the agent was trained with")
@@ -306,7 +310,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.settings = make_settings(**named | _agents_settings(parsed) | changes)
         others = sorted((varied | set(changes)) - _NOT_THE_BASIS)
         if parsed.agent and parsed.settings.OBSERVATION == "fixed" and others:
-            parser.error(f"{others[0]}: got it beside --agent, whose basis depends on it")
+            parser.error(f"{others[0]}: got it beside --agent, takes what its basis was made with")
     except UserError as error:
         parser.error(str(error))
     return parsed

@@ -65,7 +65,12 @@ def progress_reward(accuracy: float, before: float, settings: Settings) -> float
 
 
 def turned_to(holder: int, scores: np.ndarray) -> np.ndarray:
-    """The (N, C) scores, each component turned so that the holder's is not negative (ours)."""
+    """Scores of which no component is negative at the holder (ours).
+
+    Args:
+        holder: node that trained last, in [0, N).
+        scores: (N, C), of any floating dtype, which the result has as well.
+    """
     return scores * np.where(scores[holder] < 0, -1, 1).astype(scores.dtype)
 
 
@@ -340,6 +345,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
 
         Returns:
             Float32, of the shape that the class describes.
+
+        Raises:
+            KeyError: another word.
         """
         n, components = self.settings.NUM_NODES, self.settings.components
         if kind == "both":

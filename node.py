@@ -163,7 +163,7 @@ class DQNAgent:
         choices that are independent of each other hardly ever try. Before the first step the
         choice was STARTER_NODE, if one action is taken in a step. With probability
         EXPLORATION_PERSIST a step that follows a random or repeated choice repeats it whatever
-        epsilon is (ours, after the same), so stays are tried late in the training as well.
+        epsilon is (ours, after the same), so that long stays are tried while epsilon is small.
 
         Args:
             observation: (D,) float32.
@@ -262,6 +262,7 @@ class DQNAgent:
     def targets(self, sample: np.ndarray) -> np.ndarray:
         """(n, K, actions) float32 that the K networks' Q values are fitted to (public code).
 
+        The n transitions of ``sample`` are as ``ReplayMemory.draw`` gives them.
         Each network's own values, but for the actions taken: r + discount * max Q(s'), or r alone
         at an episode's end, where Q(s') is the networks' mean. With N_STEP > 1, r is the sum of
         several rewards, and the discount is taken to the power of their number. With

@@ -321,11 +321,21 @@ OBSERVATIONS = {
     "local": "local",
     "local_holder": "local, signs by the last node",
     "fixed": "fixed basis",
+    "both": "broadcast and local",
+    "first_both_loading": "first component of both",
     "first_both": "first component of both, signs by the last node",
     "last_node_round": "last node and round *",
     "history": "all nodes' visits and the round *",
 }
 TARGETS = {"accuracy": "accuracy now", "next_accuracy": "accuracy after the next node"}
+
+
+def _read_audit(folder: Path) -> pd.DataFrame:
+    path = folder / "audit.csv"
+    table = read_table(path, AUDIT_COLUMNS)
+    if missing := [name for name in OBSERVATIONS if name not in set(table["observation"])]:
+        raise UserError(f"{path}: {missing[0]} is missing, audit.py makes it again")
+    return table
 
 
 def draw_audit(folder: Path) -> None:
@@ -335,7 +345,7 @@ def draw_audit(folder: Path) -> None:
         UserError: the table is missing or something else.
         OSError: a file can't be written.
     """
-    tables = {"episodes": read_table(folder / "audit.csv", AUDIT_COLUMNS)}
+    tables = {"episodes": _read_audit(folder)}
     save_figure(folder / "audit", draw_explained, tables)
 
 
@@ -359,8 +369,12 @@ def draw_explained(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 def audit_report(folder: Path) -> str:
-    """The audit's table, as Markdown."""
-    table = read_table(folder / "audit.csv", AUDIT_COLUMNS)
+    """The audit's table, as Markdown.
+
+    Raises:
+        UserError: as ``draw_audit``.
+    """
+    table = _read_audit(folder)
     lines = [f"| observation | {' | '.join(TARGETS.values())} |", "|---" * (1 + len(TARGETS)) + "|"]
     for name, label in OBSERVATIONS.items():
         rows = table[table["observation"] == name].set_index("target").loc[list(TARGETS)]
@@ -645,13 +659,31 @@ def draw_reduction(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Rounds and cost over the DQN's training: moving average of each seed, mean and band."""
+    """Rounds and cost over the DQN's training: moving average of each seed, mean and band.
+
+    Of more than eight values of what the comparison varies, which lines in one panel can't tell
+    apart, each has a panel with the rounds' mean beside that of the first.
+    """
     training, table = tables["training"], tables["estimates"]
     if training["method"].nunique() > 1:
         titles = training["method"].map(_method_title)
         training = training.assign(variant=(titles + " " + training["variant"]).str.strip())
     variants = list(dict.fromkeys(training["variant"]))
     window = min(WINDOW, max(1, training["episode"].max() // 3))
+    seeds = _range(training.groupby("variant")["seed"].nunique())
+    title = f"DQN training, {estimates.counted(seeds, 'seed')}"
+    if len(variants) > 8:
+        labels = (f"episode (means of {window})", "rounds")
+        figure, panels = _panels(len(variants), 4, (2.4, 1.6), (0, 0.8), labels)
+        means = training.groupby(["variant", "episode"])["rounds"].mean()
+        for axis, variant in zip(panels, variants, strict=True):
+            for name, color in ((variants[0], "0.65"), (variant, "black")):
+                axis.plot(means[name].rolling(window).mean(), color=color, lw=1.5)
+            axis.set_title(variant, fontsize=9)
+            axis.set_ylim(0, tables["episodes"]["max_rounds"].max())
+        _title(figure, title, tables)
+        figure.supxlabel(f"grey line: {variants[0]}", fontsize=8)
+        return figure
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     styles = [("-", "--", ":", "-.")[place % 4] for place in range(len(variants))]
     colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
@@ -693,55 +725,69 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     band = ", with 95 % band" * banded
     axes[-1].set_xlabel(f"episode of training (means of {window}{band})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    seeds = _range(training.groupby("variant")["seed"].nunique())
-    _title(figure, f"DQN training, {estimates.counted(seeds, 'seed')}", tables)
+    _title(figure, title, tables)
     return figure
 
 
 def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Rounds, cost and success by the value of what the comparison varies, a line per method."""
+    """Rounds, cost and success by the value of what the comparison varies.
+
+    Numbers stand on the x axis and have a line per method; names, and numbers of nodes and of
+    seeds, between which a line would mean nothing, have a row each.
+    """
     table = tables["estimates"]
     variants = list(dict.fromkeys(table["variant"]))
-    # Between values without an order a line would mean nothing.
-    unordered = table["parameter"].iloc[0] in ("STARTER_NODE", "DISTANCE_SEED") or not all(
-        _is_number(variant) for variant in variants
-    )
-    figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.0), sharex=True)
+    parameter = table["parameter"].iloc[0]
+    in_rows = parameter in ("STARTER_NODE", "DISTANCE_SEED") or not all(map(_is_number, variants))
+    names = _methods(table)
+    if in_rows:
+        height = (0.22 + 0.08 * len(names)) * len(variants) + 1.5
+        figure, axes = plt.subplots(1, 3, figsize=(9.6, height), sharey=True)
+    else:
+        figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.0), sharex=True)
     panels = (
         ("rounds", "rounds to the goal\n(or the limit)"),
         ("communication_cost", "communication cost\n(sum of distances)"),
         ("goal_reached", "share of episodes\nthat reached the goal"),
     )
     markers = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h", "p")
-    names = _methods(table)
     colors = [str(c) for c in np.linspace(0, 0.65, len(names))]
     for axis, (column, label) in zip(axes, panels, strict=True):
         for place, (name, color) in enumerate(zip(names, colors, strict=True)):
             rows = table[(table["quantity"] == column) & (table["method"] == name)]
             rows = rows.set_index("variant").reindex(variants)
             # Side by side, that intervals don't cover each other.
-            x = np.arange(len(variants)) + (place - (len(names) - 1) / 2) * 0.06
+            apart = 0.6 / len(names) if in_rows else 0.06
+            along = np.arange(len(variants)) + (place - (len(names) - 1) / 2) * apart
             axis.errorbar(
-                x,
-                rows["mean"],
-                yerr=_errors(rows),
-                fmt=("" if unordered else "-") + markers[place % len(markers)],
+                *((rows["mean"], along) if in_rows else (along, rows["mean"])),
+                **{"xerr" if in_rows else "yerr": _errors(rows)},
+                fmt=("" if in_rows else "-") + markers[place % len(markers)],
                 ms=4,
                 lw=1,
                 color=color,
                 capsize=2,
                 label=_method_title(name),
             )
-        axis.set_ylabel(label)
+        limits, set_limits, set_label = (
+            (axis.get_xlim, axis.set_xlim, axis.set_xlabel)
+            if in_rows
+            else (axis.get_ylim, axis.set_ylim, axis.set_ylabel)
+        )
+        set_label(label)
         # A little below 0, for what stands there.
-        top = 1.0 if column == "goal_reached" else axis.get_ylim()[1]
-        axis.set_ylim(-0.04 * top, 1.04 * top)
-    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    slanted = max(map(len, variants)) > 10
-    axes[-1].set_xticks(
-        range(len(variants)), variants, rotation=20 * slanted, ha="right" if slanted else "center"
-    )
-    axes[-1].set_xlabel(f"{table['parameter'].iloc[0]} (mean{_interval(table)})")
+        top = 1.0 if column == "goal_reached" else limits()[1]
+        set_limits(-0.04 * top, 1.04 * top)
+    where = axes[-1] if in_rows else axes[0]
+    where.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    told = f"{parameter} (mean{_interval(table)})"
+    if in_rows:
+        axes[0].set_yticks(range(len(variants)), variants)
+        axes[0].set_ylim(len(variants) - 0.5, -0.5)
+        axes[0].set_ylabel(told)
+    else:
+        axes[-1].set_xticks(range(len(variants)), variants)
+        axes[-1].set_xlabel(told)
     _title(figure, f"{table['comparison'].iloc[0]}, {_size(table)}", tables)
     return figure
 

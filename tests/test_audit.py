@@ -12,7 +12,7 @@ import audit
 import data
 import models
 import plot
-from config import episode_seed
+from config import UserError, episode_seed
 from environment import DecentralizedLearning
 from records import read_arrays
 
@@ -64,6 +64,14 @@ def test_references_by_hand():
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
     assert ago.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never: twice the longest
     assert rounds.ravel().tolist() == [1, 2, 3]
+
+
+def test_observations_that_recorded_ones_contain_by_hand():
+    """Of two nodes with two components each."""
+    walk = {"broadcast": np.arange(1, 5)[None], "local": np.arange(5, 9)[None]}
+    found = audit.made(walk, 2)
+    assert found["both"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert found["first_both_loading"].tolist() == [[1, 3, 5, 7]]
 
 
 def test_what_a_walk_records(few):
@@ -148,7 +156,7 @@ def test_walks_of_one_round_teach_nothing(tmp_path, capsys):
 
 def test_the_figure_s_bars(tmp_path):
     rows = [
-        ("digits", name, target, 0.1 * place + 0.01 * (target != "accuracy"), 0.0, 1.0, 60, 1800)
+        ("digits", name, target, 0.1 * place + 0.01 * (target != "accuracy"), 0.0, 2.0, 60, 1800)
         for place, name in enumerate(plot.OBSERVATIONS)
         for target in plot.TARGETS
     ]
@@ -157,11 +165,16 @@ def test_the_figure_s_bars(tmp_path):
     figure = plot.draw_explained(tables)
     (axis,) = figure.axes
     now, later = [c for c in axis.containers if hasattr(c, "patches")]
-    assert [b.get_width() for b in now] == pytest.approx([0.1 * i for i in range(10)])
-    assert [b.get_width() for b in later] == pytest.approx([0.1 * i + 0.01 for i in range(10)])
+    assert [b.get_width() for b in now] == pytest.approx([0.1 * i for i in range(len(now))])
+    assert [b.get_width() for b in later] == pytest.approx(
+        [0.1 * i + 0.01 for i in range(len(now))]
+    )
     assert [t.get_text() for t in axis.get_yticklabels()] == list(plot.OBSERVATIONS.values())
     assert "bundled digits, NOT MNIST" in figure.get_suptitle()
     plt.close(figure)
+    tables["episodes"].query("observation != 'both'").to_csv(tmp_path / "audit.csv", index=False)
+    with pytest.raises(UserError, match=r"audit\.csv: both is missing, audit\.py makes it again"):
+        plot.audit_report(tmp_path)
 
 
 def test_what_an_audit_sets_may_be_named():
@@ -175,7 +188,10 @@ def test_what_an_audit_sets_may_be_named():
         (["--walks", "0"], "argument --walks: got '0', takes an integer >= 1"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes 'fixed' in an audit"),
         (["--settings", "tuned"], "--settings: got it in an audit, which has no agent"),
-        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5 in an audit, which trains no agent"),
+        (
+            ["--set", "DISCOUNT=0.5"],
+            "DISCOUNT: got 0.5, takes none in an audit, which has no agent",
+        ),
         (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1 in an audit"),
     ],
 )

@@ -466,8 +466,10 @@ def test_several_nodes_per_round(tmp_path):
         (["--methods", ","], "--methods: got none, takes names"),
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs: got it beside --cluster"),
         (["--settings", "best"], "--settings: got 'best', takes paper or tuned"),
-        (["departures", "--settings", "tuned"], "--settings: got it in departures, which sets all"),
-        (["headline", "--settings", "tuned"], "the methods hl and tuned are the same"),
+        (["departures", "--settings", "tuned"], "--settings: got it in departures, takes none"),
+        (["headline", "--settings", "tuned"], "got 'tuned' with the methods hl,tuned,random,"),
+        (["worlds", "--settings", "paper"], "--settings: got it with the methods tuned,random,"),
+        (["headline", "--agent", "x"], "takes hl alone that learns"),
         (["--agent", "x", "--settings", "tuned"], "--settings: got it beside --agent"),
     ],
 )

@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from conftest import PROJECT, run
 from test_estimates import VALUES, write_comparison
 
+import compare
 import plot
 from config import UserError
 from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
@@ -263,16 +265,22 @@ def test_only_a_cost_far_beyond_random_s_is_cut_off(tmp_path, figures):
     assert goal.get_xlim()[1] == 1.06
 
 
+def write_variants(folder, parameter, variants, **more):
+    """A comparison's tables as ``write_comparison`` writes them, for each value of a parameter."""
+    jobs = []
+    for variant, values in variants.items():
+        write_comparison(folder / variant, values, **more)
+        part = pd.read_csv(folder / variant / "jobs.csv", dtype=str, keep_default_na=False)
+        part["folder"] = f"{variant}/" + part["folder"]
+        jobs.append(part.assign(comparison="some", parameter=parameter, variant=variant))
+    pd.concat(jobs).to_csv(folder / "jobs.csv", index=False)
+
+
 def test_all_methods_have_a_mark(tmp_path, figures):
     """Of a comparison of values, and what a script added as well."""
     names = [*plot.METHODS, "mine"]
-    jobs = []
-    for variant in ("0.7", "0.8"):
-        write_comparison(tmp_path / variant, {name: {0: [(10, 0.2)]} for name in names})
-        part = pd.read_csv(tmp_path / variant / "jobs.csv", keep_default_na=False)
-        part["folder"] = f"{variant}/" + part["folder"]
-        jobs.append(part.assign(comparison="goal", parameter="GOAL_ACCURACY", variant=variant))
-    pd.concat(jobs).to_csv(tmp_path / "jobs.csv", index=False)
+    values = {name: {0: [(10, 0.2)]} for name in names}
+    write_variants(tmp_path, "GOAL_ACCURACY", {"0.7": values, "0.8": values})
     plot.draw_comparison(tmp_path)
     legend = figures["variants"].axes[0].get_legend()
     labels = [text.get_text() for text in legend.get_texts()]
@@ -361,23 +369,39 @@ def test_band_of_the_learning_curve(tmp_path, figures):
 
 
 def test_a_figure_of_variants(tmp_path, figures):
-    jobs = []
-    for variant, extra in (("0.7", 0), ("0.8", 4)):
-        values = {
-            method: {s: [(r + extra, c) for r, c in pairs] for s, pairs in by_seed.items()}
-            for method, by_seed in VALUES.items()
-        }
-        write_comparison(tmp_path / variant, values)
-        part = pd.read_csv(tmp_path / variant / "jobs.csv", dtype=str, keep_default_na=False)
-        part["folder"] = f"{variant}/" + part["folder"]
-        jobs.append(part.assign(comparison="goal", parameter="GOAL_ACCURACY", variant=variant))
-    pd.concat(jobs).to_csv(tmp_path / "jobs.csv", index=False)
+    more = {
+        method: {s: [(r + 4, c) for r, c in pairs] for s, pairs in by_seed.items()}
+        for method, by_seed in VALUES.items()
+    }
+    write_variants(tmp_path, "GOAL_ACCURACY", {"0.7": VALUES, "0.8": more})
     plot.draw_comparison(tmp_path)
     assert set(figures) == {"variants"}
     axis = figures["variants"].axes[0]
     for container, mean in zip(axis.containers, (20, 172 / 6), strict=True):
         assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
     assert [t.get_text() for t in figures["variants"].axes[-1].get_xticklabels()] == ["0.7", "0.8"]
+
+
+def test_many_names_are_rows_that_can_be_read(tmp_path, figures):
+    """As many as "changes" has: each has a row, a label that touches no other, and a panel."""
+    variants = compare.COMPARISONS["changes"].variants
+    values = {name: {"hl": {0: [(9 + r, 0.1 * r)]}} for r, name in enumerate(variants)}
+    write_variants(tmp_path, "taken back", values, training={0: [(30, 1.0), (20, 0.5), (15, 0.1)]})
+    plot.draw_comparison(tmp_path)
+    rounds, cost, _ = figures["variants"].axes
+    assert list(rounds.containers[0].lines[0].get_xdata()) == [9 + r for r in range(len(variants))]
+    assert list(rounds.containers[0].lines[0].get_ydata()) == list(range(len(variants)))
+    assert [label.get_text() for label in rounds.get_yticklabels()] == list(variants)
+    assert rounds.yaxis_inverted()  # the first is at the top
+    assert list(cost.containers[0].lines[0].get_xdata())[:2] == [0.0, 0.1]
+    figures["variants"].canvas.draw()
+    boxes = [label.get_window_extent() for label in rounds.get_yticklabels()]
+    assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(boxes))
+    panels = [axis for axis in figures["training"].axes if axis.lines]
+    assert [axis.get_title() for axis in panels] == list(variants)
+    for axis in panels:
+        first, own = axis.lines
+        assert list(own.get_ydata()) == list(first.get_ydata()) == [30, 20, 15]
 
 
 def test_the_command_draws_a_comparison_again(tmp_path, capsys):
