@@ -617,9 +617,9 @@ def test_an_agent_with_a_basis_of_its_own(finished, tmp_path, capsys):
     assert tables(tmp_path / "again")["hl-seed0"] == tables(folder)["hl-seed0"]
     compare.parse([*agent, "--set", "GOAL_ACCURACY=0.5"])
     error = refusal(compare.parse, [*agent, "--set", "MAX_ROUNDS=7"], capsys)
-    assert "MAX_ROUNDS: got it beside --agent, whose basis depends on it" in error
+    assert "MAX_ROUNDS: got it beside --agent, takes what its basis was made with" in error
     error = refusal(compare.parse, [*agent, "--set", "DATA_FILE=other.npz"], capsys)
-    assert "DATA_FILE: got it beside --agent, whose basis depends on it" in error
+    assert "DATA_FILE: got it beside --agent, takes what its basis was made with" in error
 
 
 def test_what_the_teller_raises_ends_all(tmp_path):
