@@ -741,7 +741,7 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
     in_rows = parameter in ("STARTER_NODE", "DISTANCE_SEED") or not all(map(_is_number, variants))
     names = _methods(table)
     if in_rows:
-        height = (0.22 + 0.08 * len(names)) * len(variants) + 1.5
+        height = (0.2 + 0.07 * len(names)) * len(variants) + 1.5
         figure, axes = plt.subplots(1, 3, figsize=(9.6, height), sharey=True)
     else:
         figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.0), sharex=True)
@@ -757,7 +757,7 @@ def draw_variants(tables: dict[str, pd.DataFrame]) -> Figure:
             rows = table[(table["quantity"] == column) & (table["method"] == name)]
             rows = rows.set_index("variant").reindex(variants)
             # Side by side, that intervals don't cover each other.
-            apart = 0.6 / len(names) if in_rows else 0.06
+            apart = min(0.15, 0.6 / len(names)) if in_rows else 0.06
             along = np.arange(len(variants)) + (place - (len(names) - 1) / 2) * apart
             axis.errorbar(
                 *((rows["mean"], along) if in_rows else (along, rows["mean"])),
