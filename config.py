@@ -85,8 +85,7 @@ KEEP_MOMENTS = True
 OBSERVATION = "broadcast"
 # components kept, 0 for NUM_NODES; an integer >= 0, up to NUM_NODES (public code)
 PCA_COMPONENTS = 0
-# sign of a component in broadcast, local and both: scikit-learn's rule, or such that the node that
-# trained last is not negative; one of loading, holder (public code: loading)
+# sign of a component, scikit-learn's rule or ours; one of loading, holder (public code: loading)
 PCA_SIGNS = "loading"
 # factor of the scores that `broadcast` shows; a number > 0 (public code: 1)
 BROADCAST_SCALE = 1.0
