@@ -209,7 +209,9 @@ def explained(
 ) -> tuple[float, float, float]:
     """R2, the share of the values' variance that is predicted, and its 95 % interval.
 
-    The interval is that of percentiles when walks are drawn with replacement.
+    The interval is that of percentiles when walks are drawn with replacement; draws whose values
+    are all the same, as those of a single short walk may be, have no variance to explain, and
+    are left out.
 
     Args:
         values: (n,) float64.
@@ -224,10 +226,13 @@ def explained(
 
     def r2(total: np.ndarray) -> np.ndarray:
         error, squares, value, count = np.moveaxis(total, -1, 0)
-        return 1 - error / (squares - value**2 / count)
+        # The threshold is rounding's share of the sum of squares.
+        spread = squares - value**2 / count
+        spread = np.where(spread > 1e-12 * squares, spread, np.nan)
+        return 1 - error / spread
 
     draws = rng.integers(len(numbers), size=(_RESAMPLES, len(numbers)))
-    low, high = np.percentile(r2(sums[draws].sum(axis=1)), [2.5, 97.5])
+    low, high = np.nanpercentile(r2(sums[draws].sum(axis=1)), [2.5, 97.5])
     return float(r2(sums.sum(axis=0))), float(low), float(high)
 
 

@@ -114,6 +114,7 @@ class Job:
         if self.agent:
             weights = (absolute(self.agent) / "agent.npz").read_bytes()
             about["agent_sha256"] = hashlib.sha256(weights).hexdigest()
+            about["agent"] = self.agent
         return about
 
 

@@ -826,6 +826,11 @@ def main(arguments: list[str] | None = None) -> int:
             elif (folder / "audit.csv").exists():
                 draw_audit(folder)
                 print(audit_report(folder))
+            elif not any((folder / name).exists() for name in ("config.json", "episodes.csv")):
+                raise UserError(
+                    f"{folder}: holds no run, comparison or finished audit itself, takes "
+                    "results/<name>"
+                )
             else:
                 draw_run(folder)
                 print(summary(folder))

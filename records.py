@@ -244,6 +244,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
+def unwritable(folder: Path, error: OSError) -> RunError:
+    """What to raise when a folder of results can't be made, or nothing can be written there."""
+    return RunError(
+        f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
+    )
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Iterator[None]:
     """Makes a folder a program's for what it is about, and keeps other processes out meanwhile.
@@ -255,16 +262,18 @@ def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Ite
         program: that writes there.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or it can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{folder}: another {program} is writing there; wait for it, or choose another --name"
         ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from error
     try:
         if not (folder / name).exists():
             with replacing(folder / name) as file:
@@ -292,7 +301,7 @@ def check_claim(
         differing: from the file's content to what differs from what is wanted, in words.
 
     Raises:
-        UserError: it holds another, or something else, or the file is damaged.
+        UserError: it holds another, or something else, or can't be used, or the file is damaged.
     """
     path = folder / name
     try:
@@ -303,6 +312,8 @@ def check_claim(
             return
         told = foreign.format(found=min(files).name)
         raise UserError(f"{folder}: {told}; choose another --name") from None
+    except OSError as error:
+        raise unwritable(folder, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --name") from error
     if other:
@@ -397,8 +408,8 @@ class Run:
         dataset: its name, source, verdict and SHA-256 are stored.
         threads: how many CPU threads the run computes with.
         tables: files and columns, TRAINING_TABLES or TEST_TABLES.
-        about: what else makes this run what it is, stored in ``config.json`` and compared when it
-            is continued; JSON types only.
+        about: what else makes this run what it is, stored in ``config.json`` and, but for a place
+            on this machine (``agent``), compared when it is continued; JSON types only.
 
     Attributes:
         folder: where everything is.
@@ -448,10 +459,7 @@ class Run:
                 "another --name"
             ) from None
         except OSError as error:
-            raise RunError(
-                f"{self.folder}: can't be written ({reason(error)}); choose another RESULTS_DIR "
-                "or --name"
-            ) from error
+            raise unwritable(self.folder, error) from error
         try:
             self._open()
         except BaseException:
@@ -547,7 +555,8 @@ class Run:
             stored.pop(name, None)
             present.pop(name)
         differing = differences(stored, present)
-        differing += differences(config.get("about", {}), self._about)
+        there, now = config.get("about", {}), self._about
+        differing += differences({**there, "agent": None}, {**now, "agent": None})
         # What counts of DATASET is which data it led to: "auto" may have found the same.
         if config["dataset"]["sha256"] != self.dataset.sha256:
             there = config["dataset"]["name"]

@@ -28,6 +28,7 @@ from config import (
     make_settings,
     named_settings,
     overrides,
+    reason,
     seeds_of,
     setting_flags,
 )
@@ -156,17 +157,27 @@ def note(path: Path, row: dict[str, Any]) -> None:
     """Writes a row into the log, in place of an earlier one of the same trial, dataset and seed.
 
     Raises:
+        UserError: its folder can't be written.
         OSError: it can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     key = ["trial", "dataset", "seed"]
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: can't be written ({reason(error)}); choose another RESULTS_DIR"
+        ) from error
+    try:
         new = pd.DataFrame([row], columns=list(LOG_COLUMNS)).astype(str)
         if path.exists():
             old = pd.read_csv(path, dtype=str, keep_default_na=False)
             new = pd.concat([old, new]).drop_duplicates(key, keep="last")
         with replacing(path) as file:
             file.write(new.to_csv(index=False, lineterminator="\n").encode())
+    finally:
+        lock.release()
 
 
 def tune(parsed: argparse.Namespace) -> int:

@@ -45,6 +45,14 @@ def test_the_share_of_variance_by_hand():
     assert perfect == pytest.approx((1, 1, 1))
 
 
+@pytest.mark.filterwarnings("error")
+def test_draws_without_variance_are_left_out():
+    """Two walks of one value: half of the draws have the same walk twice; the others' R2 is 0."""
+    values, found = np.array([0.1, 0.7]), np.array([0.4, 0.4])
+    r2 = audit.explained(values, found, np.array([0, 1]), np.random.default_rng(0))
+    assert r2 == pytest.approx((0, 0, 0))
+
+
 def test_predictions_are_of_walks_that_were_not_learned_from():
     """Each walk has a value of its own: what a walk's number tells can't be learned from others."""
     rng = np.random.default_rng(0)
@@ -197,6 +205,15 @@ def test_what_an_audit_sets_may_be_named():
 )
 def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     assert words in refusal(audit.parse, arguments, capsys)
+
+
+def test_an_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--set", f"RESULTS_DIR={tmp_path / 'file'}", "--set", "SAMPLES_PER_NODE=64"]
+    assert audit.main(audit.parse(arguments)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"audit.py: {tmp_path / 'file' / 'audit-digits'}: can't be written (")
+    assert message.count("\n") == 1
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):

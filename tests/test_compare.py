@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -399,7 +400,7 @@ def test_a_trained_agent_on_other_data(finished, few, tmp_path, monkeypatch, cap
     assert compare.main(compare.parse([*agent, "--dataset", "digits"])) == 0
 
 
-def test_what_a_tested_agent_is_known_by(finished, tmp_path):
+def test_what_a_tested_agent_is_known_by(finished, tmp_path, capsys):
     agent = str(finished / "training-seed1")
     arguments = ["--agent", agent, "--methods", "hl", "--test-episodes", "1", "--jobs", "1"]
     arguments += ["--set", f"RESULTS_DIR={tmp_path}", "--set", f"THREADS={models.use_cpu(0)}"]
@@ -413,7 +414,28 @@ def test_what_a_tested_agent_is_known_by(finished, tmp_path):
     expected = (0.02 - walk["distance"] - 1).sum() - 30
     assert episode["episode_reward"] == pytest.approx(expected, rel=1e-12)
     about = json.loads((tmp_path / "paper-digits" / "hl-seed1" / "config.json").read_text())
-    assert len(about["about"]["agent_sha256"]) == 64
+    weights = (finished / "training-seed1" / "agent.npz").read_bytes()
+    assert about["about"]["agent_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert about["about"]["agent"] == agent
+    # The same agent elsewhere is the same: what is finished is left alone.
+    shutil.copytree(agent, tmp_path / "elsewhere")
+    capsys.readouterr()
+    arguments[1] = str(tmp_path / "elsewhere")
+    assert compare.main(compare.parse(arguments)) == 0
+    assert "jobs: 1 finished before, 0 started" in capsys.readouterr().out
+
+
+def test_an_unwritable_folder(tmp_path, capsys):
+    """A file where the folder should be, or where its lock: root may write everywhere."""
+    (tmp_path / "file").write_text("")
+    assert start(tmp_path / "file", methods="random") == 2
+    folder = tmp_path / "file" / "paper-digits"
+    assert capsys.readouterr().err.startswith(f"compare.py: {folder}: can't be written (")
+    (tmp_path / "paper-digits" / ".lock").mkdir(parents=True)
+    assert start(tmp_path, methods="random") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"compare.py: {tmp_path / 'paper-digits'}: can't be written (")
+    assert message.endswith("; choose another RESULTS_DIR or --name\n")
 
 
 def test_a_comparison_of_values(tmp_path, capsys):

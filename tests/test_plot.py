@@ -197,10 +197,13 @@ def test_a_single_episode_can_be_drawn(tmp_path):
     assert "| 1 |" in plot.summary(folder)
 
 
-def test_missing_and_foreign_files_are_named(tmp_path):
+def test_missing_and_foreign_files_are_named(tmp_path, capsys):
     done = run(tmp_path / "nowhere", script="plot.py")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "nowhere: no such folder" in done.stderr
+    (tmp_path / "results" / "digits-seed0").mkdir(parents=True)
+    assert plot.main([str(tmp_path / "results")]) == 2
+    assert "results: holds no run, comparison or finished audit" in capsys.readouterr().err
     folder = make_run(tmp_path / "x")
     shutil.copy(folder / "episodes.csv", folder / "rounds.csv")
     (folder / "rounds.csv").write_text("a,b\n1,2\n")

@@ -133,6 +133,15 @@ def test_other_settings_under_the_same_name_change_nothing(tmp_path, capsys):
     assert not (tmp_path / "tuning" / "one-digits" / "training-seed0").exists()
 
 
+def test_an_unwritable_folder(tmp_path, capsys):
+    """A file where the folder should be: root may write everywhere, so no mode bits here."""
+    (tmp_path / "file").write_text("")
+    assert start(tmp_path / "file", "wide", "--seeds", "1") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"tune.py: {tmp_path / 'file'}: can't be written (")
+    assert message.endswith("; choose another RESULTS_DIR\n")
+
+
 def test_a_seed_that_is_stopped_has_its_row(tmp_path, monkeypatch):
     def stop(environment, run, quiet):
         raise KeyboardInterrupt
