@@ -558,6 +558,12 @@ def _value(text: str) -> Any:
         return text
 
 
+def _named_values(name: str, default: Any) -> str:
+    """What a constant becomes by those of the named settings that change it."""
+    values = {which: agent[name] for which, agent in AGENTS.items() if name in agent}
+    return "".join(f"; {which}: {v!r}" for which, v in values.items() if v != default)
+
+
 def setting_flags(
     parser: argparse.ArgumentParser,
     flags: dict[str, str],
@@ -581,7 +587,9 @@ def setting_flags(
         Parser(prog="config.py").error(str(error))
     meanings = _meanings()
     listing = "\n".join(
-        f"  {name} = {getattr(defaults, name)!r}\n      {meanings.get(name, '')}" for name in RULES
+        f"  {name} = {getattr(defaults, name)!r}{_named_values(name, getattr(defaults, name))}\n"
+        f"      {meanings.get(name, '')}"
+        for name in RULES
     )
     parser.epilog = f"constants of config.py, for --set:\n{listing}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -451,8 +451,13 @@ def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return table[table["quantity"] == quantity].set_index("method")
 
 
-def _errors(rows: pd.DataFrame) -> np.ndarray:
-    """(2, n) lengths of the error bars from mean to low and to high; 0 without an interval."""
+def _errors(rows: pd.DataFrame) -> np.ndarray | None:
+    """(2, n) lengths of the error bars from mean to low and to high; 0 without an interval.
+
+    None if there are no intervals at all, as with one seed: no bars then, in the legend either.
+    """
+    if rows["low"].isna().all():
+        return None
     return np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy(float).T - rows["mean"].to_numpy()))
 
 

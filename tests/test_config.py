@@ -204,6 +204,8 @@ def test_help_shows_default_and_meaning_of_each():
     for name, meaning in config._meanings().items():
         assert f"{name} = {getattr(make_settings(), name)!r}" in done.stdout
         assert meaning in done.stdout
+    assert "\n  DISCOUNT = 0.9; tuned: 0.96\n" in done.stdout
+    assert "\n  EPSILON = 1.0\n" in done.stdout
 
 
 def test_named_settings_of_the_agent():
