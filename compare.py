@@ -281,7 +281,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     methods = ",".join(parsed.methods)
     for flag, given in (("--settings", parsed.agent_settings), ("--agent", parsed.agent)):
         if given and "hl" not in parsed.methods:
-            own = ", for tuned has its own" if flag == "--settings" and "tuned" in methods else ""
+            tuned = flag == "--settings" and "tuned" in parsed.methods
+            own = ", for tuned has its own" if tuned else ""
             parser.error(f"{flag}: got it with the methods {methods}, takes methods with hl{own}")
     if "tuned" in parsed.methods and "hl" in parsed.methods:
         if parsed.agent_settings == "tuned":

@@ -244,11 +244,28 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
-def unwritable(folder: Path, error: OSError) -> RunError:
+def unwritable(
+    folder: Path, error: OSError, instead: str = "another RESULTS_DIR or --name"
+) -> RunError:
     """What to raise when a folder of results can't be made, or nothing can be written there."""
-    return RunError(
-        f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
-    )
+    return RunError(f"{folder}: can't be written ({reason(error)}); choose {instead}")
+
+
+@contextlib.contextmanager
+def _entering(folder: Path, writer: str) -> Iterator[None]:
+    """Tells in a line why a folder could not be made or locked: ``writer`` holds it, or the system.
+
+    Raises:
+        RunError: instead of ``filelock.Timeout`` and ``OSError``.
+    """
+    try:
+        yield
+    except filelock.Timeout:
+        raise RunError(
+            f"{folder}: another {writer} is writing there; wait for it, or choose another --name"
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 @contextlib.contextmanager
@@ -265,15 +282,9 @@ def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Ite
         UserError: another process has it, or it can't be written.
     """
     lock = filelock.FileLock(folder / ".lock")
-    try:
+    with _entering(folder, program):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"{folder}: another {program} is writing there; wait for it, or choose another --name"
-        ) from None
-    except OSError as error:
-        raise unwritable(folder, error) from error
     try:
         if not (folder / name).exists():
             with replacing(folder / name) as file:
@@ -447,19 +458,12 @@ class Run:
         self._config: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
-        try:
+        with _entering(self.folder, "run"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_other_folders()
             _sync_folder(self.folder.parent)
             self._lock = filelock.FileLock(self.folder / ".lock")
             self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise RunError(
-                f"{self.folder}: another run is writing there; wait for it, or choose "
-                "another --name"
-            ) from None
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
         try:
             self._open()
         except BaseException:

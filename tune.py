@@ -28,7 +28,6 @@ from config import (
     make_settings,
     named_settings,
     overrides,
-    reason,
     seeds_of,
     setting_flags,
 )
@@ -117,7 +116,7 @@ import data
 import estimates
 from jobs import Job, Outcome, dataset_of, is_finished, own_settings, run_all
 from main import exit_status
-from records import EPISODE_COLUMNS, git_revision, read_table, replacing
+from records import EPISODE_COLUMNS, git_revision, read_table, replacing, unwritable
 
 
 def row_of(parsed: argparse.Namespace, outcome: Outcome, dataset: str) -> dict[str, Any]:
@@ -166,9 +165,7 @@ def note(path: Path, row: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise UserError(
-            f"{path.parent}: can't be written ({reason(error)}); choose another RESULTS_DIR"
-        ) from error
+        raise unwritable(path.parent, error, "another RESULTS_DIR") from error
     try:
         new = pd.DataFrame([row], columns=list(LOG_COLUMNS)).astype(str)
         if path.exists():

@@ -490,7 +490,11 @@ def test_several_nodes_per_round(tmp_path):
         (["--settings", "best"], "--settings: got 'best', takes paper or tuned"),
         (["departures", "--settings", "tuned"], "--settings: got it in departures, takes none"),
         (["headline", "--settings", "tuned"], "got 'tuned' with the methods hl,tuned,random,"),
-        (["worlds", "--settings", "paper"], "takes methods with hl, for tuned has its own"),
+        (
+            ["worlds", "--settings", "paper"],
+            "--settings: got it with the methods tuned,random,nearest_twice, takes methods "
+            "with hl, for tuned has its own",
+        ),
         (["headline", "--agent", "x"], "takes hl alone that learns"),
         (["--agent", "x", "--settings", "tuned"], "--settings: got it beside --agent"),
     ],

@@ -227,6 +227,48 @@ def test_numbers_of_the_tuned_agents_in_the_text():
         assert f"after {mean:.0f} [{low:.0f}, {high:.0f}]" in text
 
 
+def test_numbers_of_changes_taken_back_in_the_text():
+    text = " ".join(README[README.index("**Each change taken back**") :].split())
+    folder = PROJECT / "results/reference/changes-mnist"
+
+    def tested(change):
+        return pd.read_csv(folder / change / "hl-seed0" / "episodes.csv")
+
+    def trained(change):
+        return pd.read_csv(folder / change / "training-seed0" / "episodes.csv")["rounds"]
+
+    random = pd.read_csv(PROJECT / "results/reference/paper-mnist/random-seed0/episodes.csv")
+    assert (
+        f"random takes {random['rounds'].mean():.1f} rounds at a cost of "
+        f"{random['communication_cost'].mean():.3f} and reaches the goal in "
+        f"{100 * random['goal_reached'].mean():.0f} %"
+    ) in text
+    a, b, c = (tested(n) for n in ("steps", "target-network", "targets-not-normalized"))
+    means = [f"{test['rounds'].mean():.1f}" for test in (a, b, c)]
+    assert f"({means[0]}, {means[1]} and {means[2]} rounds, and a third to a half" in text
+    assert all(1 / 3 <= 1 - test["goal_reached"].mean() <= 1 / 2 for test in (a, b, c))
+    three = ("observation", "persistent-exploration", "updates")
+    rounds = sorted(tested(change)["rounds"].mean() for change in three)
+    assert f"with {rounds[0]:.1f} to {rounds[-1]:.1f} rounds" in text
+    for change, words in (
+        ("step-reward", "reward ({}: it stays"),
+        ("progress-reward", "not needed in the end ({} rounds"),
+        ("discount", "Discount ({})"),
+        ("epsilon-decay", "epsilon's decay ({})"),
+        ("miss-penalty", "the penalty for a miss ({})"),
+        ("scales", "the scales ({})"),
+        ("q-networks", "the number of networks ({})"),
+    ):
+        assert words.format(f"{tested(change)['rounds'].mean():.1f}") in text
+    first = [
+        (trained(change).rolling(10).mean() < 20).idxmax() + 1
+        for change in ("nothing", "progress-reward")
+    ]
+    assert f"in the mean after {first[0]} episodes, without it after {first[1]})" in text
+    last = [trained(change)[-20:].mean() for change in ("epsilon-decay", "nothing")]
+    assert f"take {last[0]:.2f} rounds instead of {last[1]:.2f})" in text
+
+
 def test_the_audit_on_mnist_is_of_its_walks(monkeypatch):
     folder = PROJECT / "results/reference/audit-mnist"
     table = pd.read_csv(folder / "audit.csv")
