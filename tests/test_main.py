@@ -165,13 +165,14 @@ def test_same_seed_same_bits_on_several_cores(tmp_path):
     if len(CORES) < 2:
         pytest.skip("this machine has one core")
     code = """if True:
-        import json, sys, data, main
+        import json, sys, data, main, plot
         import numpy as np
         from config import make_settings
         rng = np.random.default_rng(0)
         labels, images = rng.integers(10, size=2300), rng.random((2300, 28, 28), np.float32)
         parts = images[:2000], labels[:2000], images[2000:], labels[2000:]
         data.DATASETS["digits"] = lambda settings: data.Dataset("noise", *parts)
+        plot.save_figure = lambda path, draw, tables: None
         for name in ("one", "two"):
             main.main(make_settings(**json.loads(sys.argv[1]), NAME=name))
     """
@@ -524,19 +525,19 @@ def test_an_unwritable_folder(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-def test_a_full_disk(tmp_path, monkeypatch, digits):
+def test_a_full_disk(tmp_path, capsys):
     """A limit on file sizes stands for it: the first checkpoint does not fit."""
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
-    settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="full", EPISODES=2)
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-    full = run(*as_flags(settings), preexec_fn=limit)
-    assert full.returncode == 1
-    assert full.stderr.count("\n") == 1
-    assert "File too large" in full.stderr
-    assert "what was finished is kept" in full.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status, _ = start(tmp_path, "full", EPISODES=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "File too large" in error
+    assert "what was finished is kept" in error
     assert start(tmp_path, "full", EPISODES=2)[0] == 0
     assert start(tmp_path, "whole", EPISODES=2)[0] == 0
     assert without_times(tmp_path / "full") == without_times(tmp_path / "whole")
