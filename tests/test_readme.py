@@ -201,6 +201,59 @@ def test_the_headline_is_the_comparison_on_mnist():
                 assert (cell, method) == ("", "random")
 
 
+def test_numbers_of_other_worlds_in_the_text():
+    table = pd.read_csv(PROJECT / "results/reference/worlds-mnist/estimates.csv")
+    table = table.set_index(["method", "quantity", "variant"])["mean"].sort_index()
+    distances, starters = (f"distances-{n}" for n in (1, 2, 3)), ("starter-4", "starter-8")
+    text = " ".join(README.split())
+    fewer = table["tuned", "rounds_reduction"]
+    among = [fewer[name] for name in distances]
+    from_4, from_8 = (fewer[name] for name in starters)
+    goals = [f"{table['tuned', 'goal_reached', name]:.0%}".rstrip("%") for name in starters]
+    assert [table["random", "goal_reached", name] for name in starters] == [0.95, 0.95]
+    assert (
+        f"takes {100 * min(among):.0f} to {100 * max(among):.0f} % fewer rounds; from starters 4 "
+        f"and 8 it takes {100 * from_4:.0f} and {100 * from_8:.0f} % fewer, and reaches the goal "
+        f"in {goals[0]} and {goals[1]} % of the episodes, below random's 95 %"
+    ) in text
+    cost = table["tuned", "communication_cost_reduction"]
+    assert (
+        f"reduction of the rounds does not hold ({100 * from_4:.1f} and {100 * from_8:.1f} %), nor "
+        f"does the goal: {goals[0]} and {goals[1]} % of the episodes reach it where random reaches "
+        f"it in 95 %; that of the cost holds from starter 4 ({100 * cost['starter-4']:.1f} %), not "
+        f"from 8 ({100 * cost['starter-8']:.1f} %)"
+    ) in text
+
+
+def test_what_the_tuned_agents_do_after_their_stay():
+    """The first stay of four rounds or more: until when, and where to then."""
+    until, shares, walks = [], [], []
+    for seed in range(10):
+        path = PROJECT / f"results/reference/paper-mnist/tuned-seed{seed}/rounds.csv"
+        ends, then, whole = set(), [], set()
+        for _, rounds in pd.read_csv(path).groupby("episode"):
+            nodes = rounds["node"].tolist()
+            whole.add(tuple(nodes))
+            end = next(t for t in range(4, len(nodes)) if len(set(nodes[t - 4 : t])) == 1)
+            while nodes[end] == nodes[end - 1]:
+                end += 1
+            assert nodes[end - 1] == (8 if seed == 6 else 5)
+            ends.add(end)
+            then.append(nodes[end])
+        until.append(max(ends) - min(ends))
+        shares.append(sorted(map(then.count, set(then))))
+        walks.append(len(whole))
+    assert sorted(set(until)) == [1, 2]
+    assert shares[3] == [1, 19]
+    assert shares[9] == [7, 13]
+    assert shares.count([20]) == 8
+    assert (min(walks), max(walks)) == (7, 16)
+    text = " ".join(README.split())
+    assert "When it leaves differs by a round or two" in text
+    assert "in all 20 episodes, seed 3 in 19, seed 9 to one node in 13 and another in 7)" in text
+    assert "20 episodes are seven to sixteen different walks" in text
+
+
 def test_numbers_of_the_tuned_agents_in_the_text():
     text = " ".join(README.split())
 
