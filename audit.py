@@ -9,6 +9,7 @@ trees can't find in an observation, the DQN will hardly find with its fewer and 
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from config import (
 
 _EPISODES = 60
 
-# Of the agent's settings those that say how walks choose and what is recorded.
+# Of the agent's and the distances' settings those that say how walks choose and what is recorded.
 _USED = {
     "OBSERVATION",
     "PCA_COMPONENTS",
@@ -39,7 +40,7 @@ _USED = {
     "EXPLORATION_REPEAT",
     "REWARD_IMAGES",
 }
-_UNUSED = {"EPISODES", *AGENTS["paper"]} - _USED
+_UNUSED = {"EPISODES", "DISTANCE_SCALE", "DISTANCE_SEED", *AGENTS["paper"]} - _USED
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +72,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--settings: got it in an audit, which has no agent and takes none")
     changes = overrides(parser, parsed)
     for name in sorted(_UNUSED & set(changes)):
-        parser.error(f"{name}: got {changes[name]!r}, takes none in an audit, which has no agent")
+        parser.error(
+            f"{name}: got {changes[name]!r}, takes none in an audit, which has no agent and counts "
+            "no distances"
+        )
     fixed = {"OBSERVATION": "fixed", "PCA_SIGNS": "loading", "NODES_PER_ROUND": 1}
     for name, value in fixed.items():
         if changes.get(name, value) != value:
@@ -282,8 +286,9 @@ def audit(parsed: argparse.Namespace) -> int:
     about = {"sha256": dataset.sha256, "settings": settings.stored()}
     for name in {"NAME", "THREADS", "DATASET", *_UNUSED}:
         del about["settings"][name]
-    _check_folder(folder, about)
-    with claimed(folder, "audit.json", about | circumstances(threads), "audit.py"):
+    check = functools.partial(_check_folder, folder, about)
+    check()
+    with claimed(folder, "audit.json", about | circumstances(threads), "audit.py", check):
         environment = DecentralizedLearning(settings, dataset)
         walks = []
         for episode in tqdm(range(1, parsed.walks + 1), desc="walks", disable=None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -562,7 +563,8 @@ def compare(parsed: argparse.Namespace) -> int:
     jobs = make_jobs(parsed, folder)
     about = _about(parsed, dataset)
     # Refuses what it can't fill, and what it can't continue, before a file is written.
-    _check_folder(folder, about)
+    check = functools.partial(_check_folder, folder, about)
+    check()
     for job in jobs:
         data.make_shards(dataset, baselines.METHODS[job.method].settings(job.settings))
     _check_other_seeds(parsed, folder)
@@ -578,7 +580,7 @@ def compare(parsed: argparse.Namespace) -> int:
         except OSError as error:
             damaged.append(Outcome(job, "failed", 0.0, reason(error)))
     check_cluster(parsed.cluster)
-    with claimed(folder, "comparison.json", about, "compare.py"):
+    with claimed(folder, "comparison.json", about, "compare.py", check):
         return _run(parsed, folder, jobs, waiting, damaged, dataset.name)
 
 

@@ -114,7 +114,10 @@ class Job:
         if self.agent:
             weights = (absolute(self.agent) / "agent.npz").read_bytes()
             about["agent_sha256"] = hashlib.sha256(weights).hexdigest()
-            about["agent"] = self.agent
+            # Not where it lies on one machine: the place within the project, or the name alone.
+            folder = absolute(self.agent)
+            inside = folder.is_relative_to(PROJECT)
+            about["agent"] = folder.relative_to(PROJECT).as_posix() if inside else folder.name
         return about
 
 

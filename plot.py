@@ -333,8 +333,10 @@ TARGETS = {"accuracy": "accuracy now", "next_accuracy": "accuracy after the next
 def _read_audit(folder: Path) -> pd.DataFrame:
     path = folder / "audit.csv"
     table = read_table(path, AUDIT_COLUMNS)
-    if missing := [name for name in OBSERVATIONS if name not in set(table["observation"])]:
-        raise UserError(f"{path}: {missing[0]} is missing, audit.py makes it again")
+    there = set(zip(table["observation"], table["target"], strict=True))
+    for row in itertools.product(OBSERVATIONS, TARGETS):
+        if row not in there:
+            raise UserError(f"{path}: {' '.join(row)} is missing, audit.py makes it again")
     return table
 
 
@@ -667,7 +669,8 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
     """Rounds and cost over the DQN's training: moving average of each seed, mean and band.
 
     Of more than eight values of what the comparison varies, which lines in one panel can't tell
-    apart, each has a panel with the rounds' mean beside that of the first.
+    apart, each has a panel with the rounds' mean and band beside the mean of the first; without
+    the cost.
     """
     training, table = tables["training"], tables["estimates"]
     if training["method"].nunique() > 1:
@@ -675,24 +678,40 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         training = training.assign(variant=(titles + " " + training["variant"]).str.strip())
     variants = list(dict.fromkeys(training["variant"]))
     window = min(WINDOW, max(1, training["episode"].max() // 3))
+    limit = tables["episodes"]["max_rounds"].max()
+    banded = bool(training.groupby("variant")["seed"].nunique().max() >= _FEWEST)
+    band = ", with 95 % band" * banded
+
+    def smooth(variant: str, column: str) -> pd.DataFrame:
+        own = training[training["variant"] == variant]
+        return own.pivot(index="episode", columns="seed", values=column).rolling(window).mean()
+
+    def fill(axis: Axes, each: pd.DataFrame, column: str, color: str) -> None:
+        if each.shape[1] >= _FEWEST:
+            half = stats.t.ppf(0.975, each.shape[1] - 1) * each.sem(axis=1)
+            low, high = (each.mean(axis=1) - half).clip(lower=0), each.mean(axis=1) + half
+            if column == "rounds":
+                high = high.clip(upper=limit)
+            axis.fill_between(each.index, low, high, color=color, alpha=0.15, lw=0)
+
     seeds = _range(training.groupby("variant")["seed"].nunique())
     title = f"DQN training, {estimates.counted(seeds, 'seed')}"
     if len(variants) > 8:
-        labels = (f"episode (means of {window})", "rounds")
+        labels = (f"episode (means of {window}{band})", "rounds")
         figure, panels = _panels(len(variants), 4, (2.4, 1.6), (0, 0.8), labels)
-        means = training.groupby(["variant", "episode"])["rounds"].mean()
         for axis, variant in zip(panels, variants, strict=True):
             for name, color in ((variants[0], "0.65"), (variant, "black")):
-                axis.plot(means[name].rolling(window).mean(), color=color, lw=1.5)
+                each = smooth(name, "rounds")
+                axis.plot(each.mean(axis=1), color=color, lw=1.5)
+            fill(axis, each, "rounds", color)
             axis.set_title(variant, fontsize=9)
-            axis.set_ylim(0, tables["episodes"]["max_rounds"].max())
+            axis.set_ylim(0, limit)
         _title(figure, title, tables)
         figure.supxlabel(f"grey line: {variants[0]}", fontsize=8)
         return figure
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
     styles = [("-", "--", ":", "-.")[place % 4] for place in range(len(variants))]
     colors = [str(c) for c in np.linspace(0, 0.6, len(variants))]
-    banded = False
     for axis, (column, label) in zip(
         axes,
         (
@@ -702,23 +721,13 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         strict=True,
     ):
         for variant, style, color in zip(variants, styles, colors, strict=True):
-            own = training[training["variant"] == variant]
-            wide = own.pivot(index="episode", columns="seed", values=column)
-            smooth = wide.rolling(window).mean()
-            middle = smooth.mean(axis=1)
+            each = smooth(variant, column)
             if len(variants) == 1:
-                axis.plot(smooth.index, smooth, color="0.75", lw=0.7)
+                axis.plot(each.index, each, color="0.75", lw=0.7)
                 axis.plot([], [], color="0.75", lw=0.7, label="one seed")
-            if smooth.shape[1] >= _FEWEST:
-                half = stats.t.ppf(0.975, smooth.shape[1] - 1) * smooth.sem(axis=1)
-                low, high = (middle - half).clip(lower=0), middle + half
-                if column == "rounds":
-                    high = high.clip(upper=tables["episodes"]["max_rounds"].max())
-                axis.fill_between(smooth.index, low, high, color=color, alpha=0.15, lw=0)
-                banded = True
-            axis.plot(
-                smooth.index, middle, style, color=color, lw=1.8, label=variant or "mean of seeds"
-            )
+            fill(axis, each, column, color)
+            mean = each.mean(axis=1)
+            axis.plot(mean, style, color=color, lw=1.8, label=variant or "mean of seeds")
         # With several variants there are as many lines of random, in "variants".
         rows = _rows(table[table["variant"] == variants[0]], column)
         comparable = column == "rounds" or not training["several_nodes"].any()
@@ -727,7 +736,6 @@ def draw_training(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    band = ", with 95 % band" * banded
     axes[-1].set_xlabel(f"episode of training (means of {window}{band})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _title(figure, title, tables)

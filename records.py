@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -230,7 +231,12 @@ def _text(value: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes ``path``'s place once it is whole and on the disk, and not before."""
+    """A file that takes ``path``'s place once it is whole and on the disk, and not before.
+
+    Raises:
+        RunError: no file may be written into its folder.
+        OSError: the system refuses something else; the disk is full, say.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -239,21 +245,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(part, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if denied and str(error.filename) == str(part):
+            raise RunError(_unwritable(path.parent, error)) from error
+        raise
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def unwritable(
-    folder: Path, error: OSError, instead: str = "another RESULTS_DIR or --name"
-) -> RunError:
-    """What to raise when a folder of results can't be made, or nothing can be written there."""
-    return RunError(f"{folder}: can't be written ({reason(error)}); choose {instead}")
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{folder}: can't be written ({reason(error)})"
 
 
 @contextlib.contextmanager
-def _entering(folder: Path, writer: str) -> Iterator[None]:
+def entering(
+    folder: Path, writer: str, instead: str = "another RESULTS_DIR or --name"
+) -> Iterator[None]:
     """Tells in a line why a folder could not be made or locked: ``writer`` holds it, or the system.
+
+    Args:
+        folder: of results.
+        writer: what else may be writing there.
+        instead: what the user may choose.
 
     Raises:
         RunError: instead of ``filelock.Timeout`` and ``OSError``.
@@ -265,11 +280,13 @@ def _entering(folder: Path, writer: str) -> Iterator[None]:
             f"{folder}: another {writer} is writing there; wait for it, or choose another --name"
         ) from None
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise RunError(f"{_unwritable(folder, error)}; choose {instead}") from error
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Iterator[None]:
+def claimed(
+    folder: Path, name: str, about: dict[str, Any], program: str, check: Callable[[], None]
+) -> Iterator[None]:
     """Makes a folder a program's for what it is about, and keeps other processes out meanwhile.
 
     Args:
@@ -277,15 +294,17 @@ def claimed(folder: Path, name: str, about: dict[str, Any], program: str) -> Ite
         name: of the JSON file that says what it is about; left as it is if it is there.
         about: the file's content.
         program: that writes there.
+        check: refuses a folder of something else; called when nobody else can claim it any more.
 
     Raises:
-        UserError: another process has it, or it can't be written.
+        UserError: another process has it, it can't be written, or ``check`` refuses it.
     """
     lock = filelock.FileLock(folder / ".lock")
-    with _entering(folder, program):
+    with entering(folder, program):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     try:
+        check()
         if not (folder / name).exists():
             with replacing(folder / name) as file:
                 file.write(json.dumps(about, indent=2).encode() + b"\n")
@@ -312,19 +331,21 @@ def check_claim(
         differing: from the file's content to what differs from what is wanted, in words.
 
     Raises:
-        UserError: it holds another, or something else, or can't be used, or the file is damaged.
+        UserError: it holds another, or something else, or can't be read, or the file is damaged.
     """
     path = folder / name
     try:
+        if not path.exists():
+            files = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
+            if not files:
+                return
+            told = foreign.format(found=min(files).name)
+            raise UserError(f"{folder}: {told}; choose another --name")
         other = differing(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        files = [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
-        if not files:
-            return
-        told = foreign.format(found=min(files).name)
-        raise UserError(f"{folder}: {told}; choose another --name") from None
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise UserError(
+            f"{folder}: can't be read ({reason(error)}); choose another RESULTS_DIR or --name"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); choose another --name") from error
     if other:
@@ -458,7 +479,7 @@ class Run:
         self._config: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
-        with _entering(self.folder, "run"):
+        with entering(self.folder, "run"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_other_folders()
             _sync_folder(self.folder.parent)
@@ -479,7 +500,7 @@ class Run:
     ) -> None:
         if kind is not None and self._tables and not self.finished:
             # On a full disk this fails as well: the state then stays "running", without a lock.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RunError):
                 self._set_state("interrupted")
         self._close()
 
@@ -549,6 +570,8 @@ class Run:
         try:
             config = json.loads(self._config_path.read_text(encoding="utf-8"))
             config["settings"], config["dataset"]["sha256"], config["state"], config["sessions"]
+        except OSError as error:
+            raise RunError(f"{self._config_path}: can't be read ({reason(error)})") from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self._config_path}: damaged ({error}); {_ADVICE}") from error
         return config
@@ -559,6 +582,7 @@ class Run:
             stored.pop(name, None)
             present.pop(name)
         differing = differences(stored, present)
+        # An agent is known by its weights' SHA-256, whatever its folder is called.
         there, now = config.get("about", {}), self._about
         differing += differences({**there, "agent": None}, {**now, "agent": None})
         # What counts of DATASET is which data it led to: "auto" may have found the same.

@@ -116,7 +116,7 @@ import data
 import estimates
 from jobs import Job, Outcome, dataset_of, is_finished, own_settings, run_all
 from main import exit_status
-from records import EPISODE_COLUMNS, git_revision, read_table, replacing, unwritable
+from records import EPISODE_COLUMNS, entering, git_revision, read_table, replacing
 
 
 def row_of(parsed: argparse.Namespace, outcome: Outcome, dataset: str) -> dict[str, Any]:
@@ -161,11 +161,9 @@ def note(path: Path, row: dict[str, Any]) -> None:
     """
     key = ["trial", "dataset", "seed"]
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
+    with entering(path.parent, "trial", "another RESULTS_DIR"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        raise unwritable(path.parent, error, "another RESULTS_DIR") from error
     try:
         new = pd.DataFrame([row], columns=list(LOG_COLUMNS)).astype(str)
         if path.exists():

@@ -10,14 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import filelock
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, refusal, small_settings, without_times
+from conftest import PROJECT, SMALL, refusal, small_settings, without_rights, without_times
 
 import baselines
 import compare
@@ -31,7 +33,7 @@ import plot
 from config import JOINED_LATER, UserError, episode_seed, make_settings, seeds_of, stream
 from environment import DecentralizedLearning, distance_matrix
 from node import DQNAgent
-from records import read_arrays
+from records import check_claim, claimed, read_arrays
 
 METHODS = "hl,random,stay,fedavg"
 
@@ -416,7 +418,11 @@ def test_what_a_tested_agent_is_known_by(finished, tmp_path, capsys):
     about = json.loads((tmp_path / "paper-digits" / "hl-seed1" / "config.json").read_text())
     weights = (finished / "training-seed1" / "agent.npz").read_bytes()
     assert about["about"]["agent_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert about["about"]["agent"] == agent
+    # Not where things lie on one machine: the place within the project, or else the name alone.
+    assert about["about"]["agent"] == "training-seed1"
+    committed = "results/reference/mnist-seed0"
+    for given in (committed, str(PROJECT / committed)):
+        assert jobs.Job("hl", small_settings(), "", 1, given).about()["agent"] == committed
     # The same agent elsewhere is the same: what is finished is left alone.
     shutil.copytree(agent, tmp_path / "elsewhere")
     capsys.readouterr()
@@ -436,6 +442,43 @@ def test_an_unwritable_folder(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith(f"compare.py: {tmp_path / 'paper-digits'}: can't be written (")
     assert message.endswith("; choose another RESULTS_DIR or --name\n")
+
+
+def test_a_folder_of_somebody_else():
+    """One that may be locked, but not written; and one that may not even be listed."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        folder = Path(place) / "paper-digits"
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / ".lock").chmod(0o666)
+        folder.chmod(0o555)
+        with (
+            without_rights(),
+            pytest.raises(UserError, match=rf"{folder}: can't be written \(.*denied\)$"),
+            claimed(folder, "comparison.json", {}, "compare.py", lambda: None),
+        ):
+            pytest.fail("claimed")
+        folder.chmod(0o111)
+        with (
+            without_rights(),
+            pytest.raises(UserError, match=rf"{folder}: can't be read \(.*denied\); choose"),
+        ):
+            check_claim(folder, "comparison.json", "comparison", "holds {found}", pytest.fail)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_another_claims_meanwhile(tmp_path, monkeypatch, capsys):
+    check_cluster = compare.check_cluster
+
+    def claim(cluster):
+        monkeypatch.setattr(compare, "check_cluster", check_cluster)
+        assert start(tmp_path, methods="random", GOAL_ACCURACY=0.9) == 0
+
+    monkeypatch.setattr(compare, "check_cluster", claim)
+    assert start(tmp_path, "--seeds", "2", methods="random") == 2
+    assert "holds another comparison (GOAL_ACCURACY = 0.9 there" in capsys.readouterr().err
+    assert (tmp_path / "paper-digits" / "random-seed0").exists()
 
 
 def test_a_comparison_of_values(tmp_path, capsys):

@@ -390,6 +390,10 @@ def test_many_names_are_rows_that_can_be_read(tmp_path, figures):
     variants = compare.COMPARISONS["changes"].variants
     values = {name: {"hl": {0: [(9 + r, 0.1 * r)]}} for r, name in enumerate(variants)}
     write_variants(tmp_path, "taken back", values, training={0: [(30, 1.0), (20, 0.5), (15, 0.1)]})
+    for r, name in enumerate(variants):
+        path = tmp_path / name / "training-seed0" / "episodes.csv"
+        table = pd.read_csv(path)
+        table.assign(rounds=table["rounds"] - 0.5 * r).to_csv(path, index=False)
     plot.draw_comparison(tmp_path)
     rounds, cost, _ = figures["variants"].axes
     assert list(rounds.containers[0].lines[0].get_xdata()) == [9 + r for r in range(len(variants))]
@@ -404,9 +408,26 @@ def test_many_names_are_rows_that_can_be_read(tmp_path, figures):
     assert [axis.get_title() for axis in panels] == list(variants)
     # One seed has no interval: a point without bars, on the axes and in the legend.
     assert not rounds.containers[0].has_xerr
-    for axis in panels:
+    for r, axis in enumerate(panels):
         first, own = axis.lines
-        assert list(own.get_ydata()) == list(first.get_ydata()) == [30, 20, 15]
+        assert (first.get_color(), own.get_color()) == ("0.65", "black")
+        assert list(first.get_ydata()) == [30, 20, 15]
+        assert list(own.get_ydata()) == [30 - 0.5 * r, 20 - 0.5 * r, 15 - 0.5 * r]
+        assert not axis.collections  # nor has it a band
+
+
+def test_bands_in_panels(tmp_path, figures):
+    """Of nine values, each with five seeds, of which one differs."""
+    values = {f"v{r}": {"hl": {seed: [(10, 0.2)] for seed in range(5)}} for r in range(9)}
+    training = {seed: [(10 + 5 * (seed == 4), 1.0)] * 3 for seed in range(5)}
+    write_variants(tmp_path, "taken back", values, training=training)
+    plot.draw_comparison(tmp_path)
+    figure = figures["training"]
+    for axis in [axis for axis in figure.axes if axis.lines]:
+        # Four of 10 rounds and one of 15: 11, and 2.776 times the standard error of 1.
+        band = axis.collections[0].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == pytest.approx((8.224, 13.776), abs=1e-3)
+    assert any("with 95 % band" in text for text in texts(figure))
 
 
 def test_the_command_draws_a_comparison_again(tmp_path, capsys):
