@@ -283,42 +283,64 @@ def test_numbers_of_the_tuned_agents_in_the_text():
 def test_numbers_of_changes_taken_back_in_the_text():
     text = " ".join(README[README.index("**Each change taken back**") :].split())
     folder = PROJECT / "results/reference/changes-mnist"
+    ten = PROJECT / "results/reference/paper-mnist"
 
-    def tested(change):
-        return pd.read_csv(folder / change / "hl-seed0" / "episodes.csv")
+    def episodes(path):
+        return pd.read_csv(path / "episodes.csv")
 
-    def trained(change):
-        return pd.read_csv(folder / change / "training-seed0" / "episodes.csv")["rounds"]
+    def when(training):
+        """After how many episodes ten in a row take fewer than 20 rounds in the mean."""
+        few = training["rounds"].rolling(10).mean() < 20
+        return few.idxmax() + 1 if few.any() else None
 
-    random = pd.read_csv(PROJECT / "results/reference/paper-mnist/random-seed0/episodes.csv")
+    random = episodes(ten / "random-seed0")
     assert (
         f"random takes {random['rounds'].mean():.1f} rounds at a cost of "
         f"{random['communication_cost'].mean():.3f} and reaches the goal in "
         f"{100 * random['goal_reached'].mean():.0f} %"
     ) in text
-    a, b, c = (tested(n) for n in ("steps", "target-network", "targets-not-normalized"))
-    means = [f"{test['rounds'].mean():.1f}" for test in (a, b, c)]
-    assert f"({means[0]}, {means[1]} and {means[2]} rounds, and a third to a half" in text
-    assert all(1 / 3 <= 1 - test["goal_reached"].mean() <= 1 / 2 for test in (a, b, c))
-    three = ("observation", "persistent-exploration", "updates")
-    rounds = sorted(tested(change)["rounds"].mean() for change in three)
-    assert f"with {rounds[0]:.1f} to {rounds[-1]:.1f} rounds" in text
-    for change, words in (
-        ("step-reward", "reward ({}: it stays"),
-        ("progress-reward", "not needed in the end ({} rounds"),
-        ("discount", "Discount ({})"),
-        ("epsilon-decay", "epsilon's decay ({})"),
-        ("miss-penalty", "the penalty for a miss ({})"),
-        ("scales", "the scales ({})"),
-        ("q-networks", "the number of networks ({})"),
-    ):
-        assert words.format(f"{tested(change)['rounds'].mean():.1f}") in text
-    first = [
-        (trained(change).rolling(10).mean() < 20).idxmax() + 1
-        for change in ("nothing", "progress-reward")
-    ]
-    assert f"in the mean after {first[0]} episodes, without it after {first[1]})" in text
-    last = [trained(change)[-20:].mean() for change in ("epsilon-decay", "nothing")]
+    tested = {path.parent.name: episodes(path) for path in folder.glob("*/hl-seed0")}
+    trained = {path.parent.name: episodes(path) for path in folder.glob("*/training-seed0")}
+    rounds = {change: test["rounds"].mean() for change, test in tested.items()}
+    goal = {change: test["goal_reached"].mean() for change, test in tested.items()}
+    tuned = [episodes(ten / f"tuned-seed{seed}")["rounds"].mean() for seed in range(10)]
+    # 23.45 is a tie of rounding.
+    assert (min(tuned), max(tuned)) == (15.1, 23.45)
+    assert "the ten `tuned` agents take 15.1 to 23.4 rounds" in text
+
+    below = ("step-reward",)
+    missing = ("steps", "target-network", "targets-not-normalized")
+    reaching = ("observation", "persistent-exploration", "updates")
+    beyond = {change for change, mean in rounds.items() if mean > max(tuned)}
+    assert beyond == {*below, *missing, *reaching}
+    assert "Seven do." in text
+    a, b, c = (f"{rounds[change]:.1f}" for change in missing)
+    assert f"({a}, {b} and {c}) it misses the goal in a third to a half of the episodes" in text
+    assert all(1 / 3 <= 1 - goal[change] <= 1 / 2 for change in missing)
+    a, b, c = (f"{rounds[change]:.1f}" for change in reaching)
+    assert f"({a}, {b} and {c}) the agent reaches the goal" in text
+    assert all(goal[change] >= 0.95 for change in reaching)
+    assert f"reward ({rounds['step-reward']:.1f} rounds) it stays below the goal" in text
+    limit = tested["step-reward"]["max_rounds"].max()
+    assert (tested["step-reward"]["rounds"] == limit).mean() > 0.5
+    others = [mean for change, mean in rounds.items() if change not in {"nothing", *beyond}]
+    assert f"without them takes {min(others):.1f} to {max(others):.1f} rounds" in text
+
+    by_seed = [when(episodes(ten / f"training-tuned-seed{seed}")) for seed in range(10)]
+    assert by_seed[6] is None
+    reached = [count for count in by_seed if count is not None]
+    assert len(reached) == 9
+    assert (
+        f"after {when(trained['nothing'])} episodes here, and with the ten seeds after "
+        f"{min(reached)} to {max(reached)}, but for seed 6"
+    ) in text
+    late = {when(trained[change]) for change in ("scales", "dueling")}
+    assert f"it takes {late.pop()} episodes" in text
+    assert not late
+    assert when(trained["epsilon-decay"]) is None
+    within = {*rounds} - {"nothing", "scales", "dueling", "epsilon-decay", *beyond}
+    assert all(when(trained[change]) <= max(reached) for change in within)
+    last = [trained[change]["rounds"][-20:].mean() for change in ("epsilon-decay", "nothing")]
     assert f"take {last[0]:.2f} rounds instead of {last[1]:.2f})" in text
 
 
