@@ -283,6 +283,9 @@ def test_numbers_of_the_tuned_agents_in_the_text():
 def test_numbers_of_changes_taken_back_in_the_text():
     text = " ".join(README[README.index("**Each change taken back**") :].split())
     folder = PROJECT / "results/reference/changes-mnist"
+    assert (
+        len(compare.COMPARISONS["changes"].variants) == len(list(folder.glob("*/hl-seed0"))) == 18
+    )
     ten = PROJECT / "results/reference/paper-mnist"
 
     def episodes(path):
@@ -335,10 +338,12 @@ def test_numbers_of_changes_taken_back_in_the_text():
         f"{min(reached)} to {max(reached)}, but for seed 6"
     ) in text
     late = {when(trained[change]) for change in ("scales", "dueling")}
-    assert f"it takes {late.pop()} episodes" in text
+    all_images = when(trained["reward-images"])
+    assert f"it takes {late.pop()} episodes, with rewards judged by all images {all_images}" in text
     assert not late
+    assert all_images > max(reached)
     assert when(trained["epsilon-decay"]) is None
-    within = {*rounds} - {"nothing", "scales", "dueling", "epsilon-decay", *beyond}
+    within = {*rounds} - {"nothing", "scales", "dueling", "reward-images", "epsilon-decay", *beyond}
     assert all(when(trained[change]) <= max(reached) for change in within)
     last = [trained[change]["rounds"][-20:].mean() for change in ("epsilon-decay", "nothing")]
     assert f"take {last[0]:.2f} rounds instead of {last[1]:.2f})" in text
