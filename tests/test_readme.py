@@ -254,6 +254,39 @@ def test_what_the_tuned_agents_do_after_their_stay():
     assert "20 episodes are seven to sixteen different walks" in text
 
 
+def test_numbers_of_what_agents_learn_from_each_observation():
+    text = " ".join(README[README.index("**What an agent learns from each") :].split())
+    folder = PROJECT / "results/reference/observation-tuned-mnist"
+    walks = {path.parent.name: pd.read_csv(path / "rounds.csv") for path in folder.glob("*/hl-*")}
+    assert set(walks) == set(compare.COMPARISONS["observation"].variants)
+    last = {name: rounds.groupby("episode").last() for name, rounds in walks.items()}
+    mean = {name: rounds["round"].mean() for name, rounds in last.items()}
+    assert f"finds with both ({mean['both']:.1f} rounds)" in text
+    assert f"a tour of few nodes ({mean['broadcast']:.1f} rounds)" in text
+    assert walks["broadcast"]["node"].nunique() == 4
+    missed = last["local"][last["local"]["accuracy"] < 0.8]
+    assert (len(missed), sum(missed["node"] == 0)) == (8, 7)
+    assert f"where 40 % of the episodes miss the goal ({mean['local']:.1f})" in text
+    assert set(walks["last_node"]["node"]) == {0, 5}
+    assert f"to and fro between nodes 0 and 5 ({mean['last_node']:.1f})" in text
+    assert set(walks["fixed"].query("round > 1")["node"]) == {1, 5}
+    assert f"at node 1 or 5 until the limit ({mean['fixed']:.1f})" in text
+    (node,) = set(walks["zeros"].query("round > 1")["node"])
+    zeros = last["zeros"][last["zeros"]["accuracy"] >= 0.8]
+    assert (
+        f"goes to node {node} and stays there, which reaches the goal in {5 * len(zeros)} % of the "
+        f"episodes, within {zeros['round'].max()} rounds, and else never ({mean['zeros']:.1f})"
+    ) in text
+    assert len(last["zeros"]) == 20
+    worth = [mean["last_node"] - mean[name] for name in ("broadcast", "both", "local")]
+    assert [round(rounds) for rounds in worth] == [7, 15, 0]
+    assert "worth seven rounds to this agent in `broadcast`, fifteen in both kinds" in text
+    table = pd.read_csv(PROJECT / "results/reference/audit-mnist/audit.csv")
+    r2 = table.set_index(["target", "observation"])["r2"]["next_accuracy"]
+    read = f"`local` it reads {r2['local']:.2f} of the next accuracy's variance, of `broadcast`"
+    assert f"{read} {r2['broadcast']:.2f}" in text
+
+
 def test_numbers_of_the_tuned_agents_in_the_text():
     text = " ".join(README.split())
 
