@@ -262,7 +262,7 @@ def test_numbers_of_what_agents_learn_from_each_observation():
     last = {name: rounds.groupby("episode").last() for name, rounds in walks.items()}
     mean = {name: rounds["round"].mean() for name, rounds in last.items()}
     assert f"finds with both ({mean['both']:.1f} rounds)" in text
-    assert f"a tour of few nodes ({mean['broadcast']:.1f} rounds)" in text
+    assert f"a tour of four nodes ({mean['broadcast']:.1f} rounds)" in text
     assert walks["broadcast"]["node"].nunique() == 4
     missed = last["local"][last["local"]["accuracy"] < 0.8]
     assert (len(missed), sum(missed["node"] == 0)) == (8, 7)
