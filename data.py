@@ -1,38 +1,33 @@
 """Datasets, and how their training images are spread over the nodes as shards.
 
-Own data: add a function ``(settings) -> Dataset`` to ``DATASETS``; an own partition: add a
-function ``(labels, settings, rng) -> list of index arrays`` to ``SHARD_RULES``.
+To use other data, add a function ``(settings) -> Dataset`` to ``DATASETS``. To use another
+partition, add a function ``(labels, settings, rng) -> list of index arrays`` to ``SHARD_RULES``.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import gzip
 import hashlib
-import io
 import os
-import socket
 import struct
 import sys
 import textwrap
-import threading
-import time
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from config import PROJECT, ConfigError, Settings, UserError, absolute, reason, stream
-
-# The environment's counterpart of DATA_FILE.
-DATA_VARIABLE = "HL_DATA_FILE"
+from cli import warn
+from config import ConfigError, Settings, UserError, absolute, stream
 
 
 class DataError(UserError):
-    """A dataset's file is damaged, truncated or not what it should be."""
+    """A dataset's file is damaged, truncated or holds something else."""
 
 
 class DataNotFound(UserError):
@@ -44,14 +39,14 @@ class Dataset:
     """Images with labels, split into training and test.
 
     Attributes:
-        name: appears in the results' columns, their folder and on plots.
+        name: appears in tables, folder names and figures.
         x_train, x_test: (n, height, width) or (n, height, width, channels), uint8 in [0, 255],
             or float32 in [0, 1].
         y_train, y_test: (n,) integers, the classes 0, 1, ... without gaps in training.
         source: where the data came from, in words without a path.
         verdict: ``canonical`` (the arrays' SHA-256 are the published dataset's), ``not canonical``,
             ``unverified`` (no reference to compare with) or ``stand-in`` (bundled digits).
-        sha256: of each array, hexadecimal; see ``idx_sha256``. Filled in if empty.
+        sha256: of each array, hexadecimal; see ``idx_sha256``. Computed if empty.
 
     Raises:
         DataError: shapes, dtypes, ranges or labels that don't fit together.
@@ -69,31 +64,33 @@ class Dataset:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-            if x.ndim not in (3, 4) or len(x) == 0 or min(x.shape[1:3]) < 16:
-                raise DataError(
-                    f"{self.name}: x_{part} has shape {x.shape}, takes (n, height, width) or "
-                    "(n, height, width, channels) with n >= 1 and at least 16 x 16 pixels"
-                )
-            if x.dtype not in (np.uint8, np.float32):
-                raise DataError(f"{self.name}: x_{part} is {x.dtype}, takes uint8 or float32")
-            if x.dtype == np.float32 and not (x.min() >= 0 and x.max() <= 1):
-                raise DataError(f"{self.name}: float32 x_{part} must lie in [0, 1]")
-            if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-                raise DataError(
-                    f"{self.name}: y_{part} is {y.dtype} of shape {y.shape}, takes integers of "
-                    f"shape ({len(x)},)"
-                )
-            if y.min() < 0 or y.max() >= self.classes:
-                raise DataError(f"{self.name}: labels of y_{part} must be 0 to {self.classes - 1}")
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
-            raise DataError(
-                f"{self.name}: training images {self.x_train.shape[1:]} and test images "
-                f"{self.x_test.shape[1:]} differ in shape"
-            )
-        if self.classes < 2 or len(np.unique(self.y_train)) != self.classes:
-            raise DataError(f"{self.name}: the training labels must hold 0, 1, ... without gaps")
+            shape = "(n, height, width) or (n, height, width, channels), at least 16 x 16 pixels"
+            whole = x.ndim in (3, 4) and len(x) > 0 and min(x.shape[1:3]) >= 16
+            self._require(whole, f"x_{part}", f"shape {x.shape}", shape)
+            known = x.dtype in (np.uint8, np.float32)
+            self._require(known, f"x_{part}", x.dtype, "uint8 or float32")
+            span = f"values from {x.min()} to {x.max()}"
+            fits = x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 1)
+            self._require(fits, f"x_{part}", span, "float32 in [0, 1]")
+
+            whole = y.shape == x.shape[:1] and y.dtype.kind in "iu"
+            got = f"{y.dtype} of shape {y.shape}"
+            self._require(whole, f"y_{part}", got, f"integers of shape ({len(x)},)")
+            span = f"labels from {y.min()} to {y.max()}"
+            fits = y.min() >= 0 and y.max() < self.classes
+            self._require(fits, f"y_{part}", span, f"0 to {self.classes - 1}, as in y_train")
+        image = self.x_train.shape[1:]
+        got = f"images of shape {self.x_test.shape[1:]}"
+        self._require(self.x_test.shape[1:] == image, "x_test", got, f"{image}, as in x_train")
+        labels = np.unique(self.y_train).tolist()
+        whole = len(labels) == self.classes > 1
+        self._require(whole, "y_train", f"the labels {labels}", "0, 1, ... without gaps")
         if not self.sha256:
             object.__setattr__(self, "sha256", idx_sha256(self))
+
+    def _require(self, condition: bool, key: str, got: Any, takes: str) -> None:
+        if not condition:
+            raise DataError(f"{self.name}: {key}: got {got}, takes {takes}")
 
     @property
     def classes(self) -> int:
@@ -108,13 +105,13 @@ class Dataset:
 
 
 def idx_sha256(dataset: Dataset) -> dict[str, str]:
-    """SHA-256 of the arrays as the IDX files that hold them (big-endian header, raw values).
+    """Return the SHA-256 of each array as an IDX file (big-endian header, raw values).
 
-    This is independent of the container: the canonical IDX files, gzipped or not, and Keras'
-    ``mnist.npz`` all give the same four values.
+    It does not depend on the container: the published IDX files, gzipped or not, and Keras'
+    ``mnist.npz`` give the same four values.
     """
     sums = {}
-    for key in ("x_train", "y_train", "x_test", "y_test"):
+    for key in _IDX_FILES:
         array = np.ascontiguousarray(getattr(dataset, key))
         if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.max() < 256:
             array = array.astype(np.uint8)
@@ -128,51 +125,6 @@ def idx_sha256(dataset: Dataset) -> dict[str, str]:
 
 # --- MNIST and Fashion-MNIST -----------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class _Published:
-    """What is known of a dataset in MNIST's format."""
-
-    title: str
-    train_counts: tuple[int, ...]  # images of class 0, 1, ... in training
-    test_counts: tuple[int, ...]
-    folders: tuple[str, ...]  # of IDX files, below data/ and ~/.keras/datasets/
-    archives: tuple[str, ...]  # .npz files, there
-    downloads: dict[str, str | None]  # file below _KERAS_URL: its SHA-256 where Keras states it
-    sha256: dict[str, str] = field(default_factory=dict)  # as idx_sha256
-
-
-_PUBLISHED = {
-    "mnist": _Published(
-        title="MNIST",
-        train_counts=(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
-        test_counts=(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
-        folders=("mnist", "."),
-        archives=("mnist.npz",),
-        downloads={"mnist.npz": "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"},
-        sha256={
-            "x_train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "y_train": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "x_test": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "y_test": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        },
-    ),
-    # No SHA-256 of Fashion-MNIST's uncompressed files was at hand: its verdict is "unverified".
-    "fashion_mnist": _Published(
-        title="Fashion-MNIST",
-        train_counts=(6000,) * 10,
-        test_counts=(1000,) * 10,
-        folders=("fashion-mnist", "fashion_mnist"),
-        archives=("fashion_mnist.npz", "fashion-mnist.npz"),
-        downloads={
-            "fashion-mnist/train-images-idx3-ubyte.gz": None,
-            "fashion-mnist/train-labels-idx1-ubyte.gz": None,
-            "fashion-mnist/t10k-images-idx3-ubyte.gz": None,
-            "fashion-mnist/t10k-labels-idx1-ubyte.gz": None,
-        },
-    ),
-}
-
 _IDX_FILES = {
     "x_train": "train-images-idx3-ubyte",
     "y_train": "train-labels-idx1-ubyte",
@@ -180,246 +132,182 @@ _IDX_FILES = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 
-# Where keras.datasets downloads from. Fashion-MNIST's files lie at its top.
-_KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
+# Of the published arrays, as idx_sha256.
+_SHA256 = {
+    "mnist": {
+        "x_train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "y_train": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "x_test": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "y_test": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "fashion_mnist": {
+        "x_train": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "y_train": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "x_test": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "y_test": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+}
 
-# A download that brings less than this in a window is given up.
-_STALL_SECONDS = 15.0
-_STALL_BYTES = 50_000
+# What is downloaded: the address, and the files in Keras' cache with the SHA-256 of each. Those of
+# Fashion-MNIST are Zalando's own, which Keras mirrors; they hold the arrays above.
+_KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets"
+_ZALANDO_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
+_ZALANDO_SHA256 = {
+    "x_train": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "y_train": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "x_test": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "y_test": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+_DOWNLOADS = {
+    "mnist": (
+        _KERAS_URL,
+        {"mnist.npz": "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"},
+    ),
+    "fashion_mnist": (
+        _ZALANDO_URL,
+        {f"fashion-mnist/{_IDX_FILES[key]}.gz": sum_ for key, sum_ in _ZALANDO_SHA256.items()},
+    ),
+}
 
-_Arrays = dict[str, np.ndarray]
+_TIMEOUT = 15.0  # seconds in which some bytes of a download have to come
+
+# Debian's package dataset-fashion-mnist puts its files here.
+_SYSTEM_FOLDER = Path("/usr/share/datasets")
 
 
-def load_mnist(settings: Settings) -> Dataset:
-    """MNIST, from the first of: DATA_FILE or HL_DATA_FILE, ``data/``, Keras' cache, a download.
+def load_published(name: str, settings: Settings) -> Dataset:
+    """Return MNIST or Fashion-MNIST from DATA_DIR, Keras' cache or the system, or download it.
+
+    Args:
+        name: ``mnist`` or ``fashion_mnist``.
+        settings: only DATA_DIR is used.
 
     Raises:
-        DataError: the file that was found is damaged, truncated or not MNIST.
-        DataNotFound: there is no file, and the download failed.
+        ConfigError: DATA_DIR is not a folder.
+        DataError: what was found is damaged, incomplete or another dataset.
+        DataNotFound: nothing was found, and the download failed.
     """
-    return _load_published("mnist", settings)
-
-
-def load_fashion_mnist(settings: Settings) -> Dataset:
-    """Fashion-MNIST, searched and checked like MNIST (``load_mnist``)."""
-    return _load_published("fashion_mnist", settings)
-
-
-def _load_published(name: str, settings: Settings) -> Dataset:
-    published = _PUBLISHED[name]
-    arrays, path, source = _find(name, settings)
-    for part, counts in (("train", published.train_counts), ("test", published.test_counts)):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        n = sum(counts)
-        for key, array, shape in ((f"x_{part}", x, (n, 28, 28)), (f"y_{part}", y, (n,))):
-            if array.dtype != np.uint8 or array.shape != shape:
-                raise DataError(
-                    f"{path}: {key} is {array.dtype} of shape {array.shape}; "
-                    f"{published.title} has uint8 of shape {shape}"
-                )
-        if x.max() == 0:
-            raise DataError(f"{path}: all pixels of x_{part} are 0")
-        found = np.bincount(y, minlength=len(counts))
-        if tuple(found.tolist()) != counts:
-            raise DataError(
-                f"{path}: not {published.title}: y_{part} has {found.tolist()} images of classes "
-                f"0, 1, ...; {published.title} has {list(counts)}"
-            )
-    dataset = Dataset(name=name, source=source, **arrays)
-    if not published.sha256:
-        verdict = "unverified"
-    else:
-        verdict = "canonical" if dataset.sha256 == published.sha256 else "not canonical"
-    if verdict == "not canonical":
-        warn(f"{path} has {published.title}'s shapes and labels, but not its published pixels")
-    object.__setattr__(dataset, "verdict", verdict)
-    return dataset
-
-
-def _find(name: str, settings: Settings) -> tuple[_Arrays, Path, str]:
-    """The arrays, the path they came from, and that place in words."""
-    published = _PUBLISHED[name]
-    variable = os.environ.get(DATA_VARIABLE, "")
-    named = absolute(settings.DATA_FILE) if settings.DATA_FILE else None
-    given = Path(os.path.expanduser(variable)) if variable else None
-    for place, path in (("DATA_FILE", named), (DATA_VARIABLE, given)):
-        if path is not None:
-            if not path.exists():
-                raise DataError(f"{place}: {path} does not exist")
-            return _read(path), path, f"{place}: {path.name}"
-    for folder, words, some in (
-        (PROJECT / "data", "the project's data folder", any),
-        # Here a part of the files is a download that was cut off: it is continued below.
-        (_keras_cache(), "Keras' cache", all),
-    ):
-        for path in _candidates(folder, published, some):
-            return _read(path), path, f"{words}: {path.name}"
+    path, source = _find(name, settings)
+    arrays: dict[str, Any] = _read(path)
     try:
-        path = _download(published)
-    except Exception as error:  # whatever the network does, the user needs the three ways out
-        reason = " ".join(str(error).split()) or type(error).__name__
+        dataset = Dataset(name, source=source, **arrays)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    different = {key for key in arrays if dataset.sha256[key] != _SHA256[name][key]}
+    for key in ("y_train", "y_test"):
+        if key in different:  # another dataset, or its images in another order
+            counts = np.bincount(arrays[key]).tolist()
+            raise DataError(
+                f"{path}: {key}: got {counts} images of the classes 0, 1, ..., "
+                f"takes the labels of {name} in their published order"
+            )
+    if different:
+        warn(f"{path} has the labels of {name}, but not its published pixels")
+    verdict = "not canonical" if different else "canonical"
+    return dataclasses.replace(dataset, verdict=verdict)
+
+
+def _find(name: str, settings: Settings) -> tuple[Path, str]:
+    """Return an ``.npz`` file or a folder of IDX files, and in words where it was found."""
+    folder = absolute(settings.DATA_DIR)
+    if settings.DATA_DIR != "data" and not folder.is_dir():
+        raise ConfigError(f"DATA_DIR: got {settings.DATA_DIR!r}, takes a folder that exists")
+    # Elsewhere, some of the four IDX files may be a download that was cut off: it is continued.
+    for place, root, least in (
+        ("DATA_DIR", folder, 1),
+        ("Keras' cache", _keras_cache(), 4),
+        ("system", _SYSTEM_FOLDER, 4),
+    ):
+        path = _search(root, name, least)
+        if path is not None:
+            return path, f"{place}: {path.name}"
+    try:
+        return _download(name), "download"
+    except Exception as error:  # whatever the network does, the user needs the ways out
+        cause = " ".join(str(error).split()) or type(error).__name__
+        debian = "install Debian's dataset-fashion-mnist, " if name == "fashion_mnist" else ""
         raise DataNotFound(
-            f"DATASET: {name} is not on this machine and its download failed ({reason}). Provide "
-            f"{published.archives[0]} or the four IDX files in one of three ways: name the path in "
-            f"DATA_FILE or in the environment variable {DATA_VARIABLE}; put it into "
-            f"{PROJECT / 'data'}; "
-            "or run once with network, which fills Keras' cache"
+            f"DATASET: got {name!r}, which is not on this machine; its download failed ({cause}). "
+            f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
+            f"or the environment variable HL_DATA_DIR names, {debian}or run once with network"
         ) from error
-    return _read(path), path, "download by Keras"
 
 
 def _keras_cache() -> Path:
-    return Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "datasets"
+    return Path(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras")) / "datasets"
 
 
-def _candidates(
-    folder: Path, published: _Published, some: Callable[[Iterable[bool]], bool]
-) -> list[Path]:
-    """Archives below ``folder`` that exist, and folders with ``any`` or ``all`` IDX files."""
-    archives = [folder / name for name in published.archives if (folder / name).is_file()]
-    folders = [
-        folder / name
-        for name in published.folders
-        if some(_idx_path(folder / name, stem) is not None for stem in _IDX_FILES.values())
-    ]
-    return archives + folders
+def _search(root: Path, name: str, least: int) -> Path | None:
+    """Return an archive below ``root``, else a folder with at least some IDX files, or None."""
+    names = (name, name.replace("_", "-"))
+    folders = [root / folder for folder in (*names, ".")]
+    archives = [folder / f"{stem}.npz" for folder in folders for stem in names]
+    found = [path for path in archives if path.is_file()]
+    for folder in folders:
+        if sum(_idx_path(folder, stem).is_file() for stem in _IDX_FILES.values()) >= least:
+            found.append(folder)
+    return found[0] if found else None
 
 
-def _idx_path(folder: Path, stem: str) -> Path | None:
-    """An IDX file under one of the names that are in use, gzipped or not."""
-    for name in (stem, stem.replace("-idx", ".idx")):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    return None
+def _idx_path(folder: Path, stem: str) -> Path:
+    """Return an IDX file under the first of the names in use that exists, else the plain name."""
+    names = [name + end for name in (stem, stem.replace("-idx", ".idx")) for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), folder / stem)
 
 
-def _read(path: Path) -> _Arrays:
-    """The four arrays of an ``.npz`` file, or of the IDX files in a folder. Never unpickles."""
-    if path.is_dir():
-        archive = next((p for p in [path / "mnist.npz"] if p.is_file()), None)
-        return _read_npz(archive) if archive else _read_idx_folder(path)
-    if any(path.name.startswith((s, s.replace("-idx", ".idx"))) for s in _IDX_FILES.values()):
-        return _read_idx_folder(path.parent)
-    return _read_npz(path)
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an ``.npz`` file or of the IDX files in a folder; never unpickle.
 
-
-def _read_npz(path: Path) -> _Arrays:
+    Raises:
+        DataError: a file is missing, damaged or of another format.
+    """
+    folder, arrays = path, {}
     try:
-        if not zipfile.is_zipfile(path):
-            raise DataError(f"{path}: not a complete .npz archive (truncated, or another format)")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in _IDX_FILES if key not in archive.files]
-            if missing:
-                raise DataError(f"{path}: has no array {missing[0]}; it holds {archive.files}")
-            return {key: archive[key] for key in _IDX_FILES}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise DataError(f"{path}: damaged: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({reason(error)})") from error
-
-
-def _read_idx_folder(folder: Path) -> _Arrays:
-    arrays = {}
-    for key, stem in _IDX_FILES.items():
-        path = _idx_path(folder, stem)
-        if path is None:
-            raise DataError(f"{folder}: has no {stem} or {stem}.gz")
-        arrays[key] = _read_idx(path)
-    return arrays
+        if path.is_file():
+            if not zipfile.is_zipfile(path):
+                raise ValueError("not a complete .npz archive")
+            with np.load(path, allow_pickle=False) as archive:
+                return {key: archive[key] for key in _IDX_FILES}
+        for key, stem in _IDX_FILES.items():
+            path = _idx_path(folder, stem)
+            arrays[key] = _read_idx(path)
+        return arrays
+    except Exception as error:  # NumPy, zipfile, gzip and struct raise many types
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path}: can't be read: {cause}") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """One IDX file: 00 00, type (08 is uint8), rank, the sizes as big-endian uint32, values."""
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({reason(error)})") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path}: not an IDX file of uint8 values")
+    """Read 00 00, the type (08 is uint8), the rank, the sizes as big-endian uint32, the values."""
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    if content[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of uint8 values")
     rank = content[3]
-    shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
-    expected = int(np.prod(shape, dtype=np.int64))
-    if values.size != expected:
-        raise DataError(f"{path}: {values.size} values where the header says {expected}")
-    return values.reshape(shape)
+    shape = struct.unpack_from(f">{rank}I", content, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _download(published: _Published) -> Path:
-    """Brings a dataset into Keras' cache and returns its path there; raises what goes wrong."""
-    from keras.utils import get_file  # slow to import, and needed here alone
-
-    path = _keras_cache()
-    for name, sha256 in published.downloads.items():
-        subfolder, _, basename = name.rpartition("/")
-        target = _keras_cache() / subfolder / basename
-        # Loaded under another name and renamed: a killed download leaves no half file behind.
-        part = f"{basename}.part"
-
-        def fetch(
-            basename: str = basename,
-            part: str = part,
-            folder: Path = target.parent,
-            sha256: str | None = sha256,
-        ) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Keras would take what an earlier download left for the whole file.
-            (folder / part).unlink(missing_ok=True)
-            url = _KERAS_URL + basename
-            # Its progress is for people: nothing of it where the output is not a terminal.
-            shown = sys.stdout if sys.stdout.isatty() else io.StringIO()
-            with contextlib.redirect_stdout(shown):
-                loaded = get_file(part, url, file_hash=sha256, cache_subdir=str(folder))
-            os.replace(loaded, folder / basename)
-
+def _download(name: str) -> Path:
+    """Download what Keras' cache lacks of a dataset; return its archive or folder there."""
+    url, files = _DOWNLOADS[name]
+    target = _keras_cache()
+    for file, sha256 in files.items():
+        target = _keras_cache() / file
         if not target.is_file():
-            _call_unless_stalled(fetch, target.parent / part)
-        path = target
-    return path
+            _download_file(f"{url}/{target.name}", sha256, target)
+    return target if target.suffix == ".npz" else target.parent
 
 
-def _call_unless_stalled(fetch: Callable[[], None], growing: Path) -> None:
-    """Runs ``fetch`` in a thread, for as long as the file that it writes keeps growing.
+def _download_file(url: str, sha256: str, target: Path) -> None:
+    """Download a file, whole or not at all; give up when nothing comes for a while."""
+    import pooch
 
-    A socket's own time-out does not cover name resolution, nor a server that sends a byte now
-    and then; watching the file does.
-
-    Raises:
-        TimeoutError: less than 50 kB came in 15 s.
-        Exception: whatever ``fetch`` raised.
-    """
-    failures: list[Exception] = []
-
-    def guarded() -> None:
-        try:
-            fetch()
-        except Exception as error:
-            failures.append(error)
-
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_STALL_SECONDS)
-    try:
-        thread = threading.Thread(target=guarded, daemon=True)
-        thread.start()
-        size, since = 0, time.monotonic()
-        while thread.is_alive():
-            thread.join(0.2)
-            now = 0
-            with contextlib.suppress(OSError):
-                now = growing.stat().st_size
-            if now >= size + _STALL_BYTES:
-                size, since = now, time.monotonic()
-            elif time.monotonic() - since > _STALL_SECONDS:
-                raise TimeoutError(f"no progress for {_STALL_SECONDS:.0f} s")
-    finally:
-        socket.setdefaulttimeout(previous)
-    if failures:
-        raise failures[0]
+    pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
+    pooch.retrieve(url, sha256, target.name, target.parent, downloader=downloader)
+    os.chmod(target, 0o644)  # pooch makes files that their owner alone can read
 
 
 # --- The bundled digits ----------------------------------------------------------------------
@@ -432,21 +320,13 @@ _DIGITS_SEED = 0
 
 
 def load_digits(settings: Settings) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, brought to MNIST's format: a stand-in (ours).
+    """Return scikit-learn's 1,797 handwritten digits in MNIST's format: a stand-in (ours).
 
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
-    fifth of each class is the test set, untouched. Each class's other digits are repeated to
-    6,000 training images, each with a small seeded distortion: turned by up to 5 degrees,
-    scaled by 0.95 to 1.05, sheared by up to 0.05, shifted by up to half a pixel.
-
-    Raises:
-        ConfigError: DATA_FILE names a file, which this dataset would not use.
+    fifth of each class is the test set, not distorted. The other digits of a class are repeated
+    to 6,000 training images. Each gets a small seeded distortion: it is turned by up to 5
+    degrees, scaled by 0.95 to 1.05, sheared by up to 0.05 and shifted by up to half a pixel.
     """
-    if settings.DATA_FILE and settings.DATASET == "digits":
-        raise ConfigError(
-            f"DATA_FILE: got {settings.DATA_FILE!r}, takes '' with DATASET = 'digits', "
-            "which scikit-learn brings along"
-        )
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_bundled
 
@@ -482,7 +362,7 @@ def _to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each (n, 28, 28) image under a small random affine map about its middle."""
+    """Return each (n, 28, 28) image under a small random affine map about its middle."""
     from keras import ops
 
     n, height, width = images.shape
@@ -503,13 +383,13 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def load_auto(settings: Settings) -> Dataset:
-    """MNIST where it can be had, else the bundled digits with a warning.
+    """Return MNIST if it can be found or downloaded, else the bundled digits with a warning.
 
     Raises:
-        DataError: there is a file of MNIST, but it is damaged.
+        ConfigError, DataError: as ``load_published``.
     """
     try:
-        return load_mnist(settings)
+        return load_published("mnist", settings)
     except DataNotFound as error:
         bar = "=" * 88
         reasons = textwrap.fill(str(error), 88, break_long_words=False, break_on_hyphens=False)
@@ -521,33 +401,30 @@ def load_auto(settings: Settings) -> Dataset:
         return load_digits(settings)
 
 
-def warn(message: str) -> None:
-    """A warning to the user, on stderr."""
-    sys.stderr.write(f"warning: {message}\n")
-    sys.stderr.flush()
-
-
 # The values of DATASET. A function added here can be named there.
 DATASETS: dict[str, Callable[[Settings], Dataset]] = {
     "auto": load_auto,
-    "mnist": load_mnist,
-    "fashion_mnist": load_fashion_mnist,
+    "mnist": partial(load_published, "mnist"),
+    "fashion_mnist": partial(load_published, "fashion_mnist"),
     "digits": load_digits,
 }
-BUILT_IN = frozenset(DATASETS)  # those that depend on DATASET and DATA_FILE alone
 
 
 def load(settings: Settings) -> Dataset:
-    """The dataset that DATASET names.
+    """Return the dataset that DATASET names.
 
     Raises:
-        ConfigError: no such dataset, or a setting that it can't use.
+        ConfigError: no such dataset or shard rule, or DATA_DIR is not a folder.
         DataError, DataNotFound: as the dataset's own function.
     """
-    if settings.DATASET not in DATASETS:
-        raise ConfigError(f"DATASET: got {settings.DATASET!r}, takes one of {', '.join(DATASETS)}")
-    _check_shard_rule(settings)  # before a download, or a long warning
+    _check_name("DATASET", settings.DATASET, DATASETS)
+    _check_name("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)  # before a download
     return DATASETS[settings.DATASET](settings)
+
+
+def _check_name(setting: str, name: str, known: dict[str, Any]) -> None:
+    if name not in known:
+        raise ConfigError(f"{setting}: got {name!r}, takes one of {', '.join(known)}")
 
 
 # --- Shards ----------------------------------------------------------------------------------
@@ -556,7 +433,7 @@ def load(settings: Settings) -> Dataset:
 def main_class_shards(
     labels: np.ndarray, settings: Settings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """The public code's rule: node n has a main class, and some images of all the others.
+    """Return shards with a main class each, and some images of all others (public code).
 
     Of SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of the class n mod C and the
     rest of the other C - 1 classes. Both are taken in the dataset's order: with g = n // C, the
@@ -569,38 +446,27 @@ def main_class_shards(
     classes = int(labels.max()) + 1
     size = settings.SAMPLES_PER_NODE
     main = round(settings.HETEROGENEITY * size)
-    rest = size - main
     shards = []
     for node in range(settings.NUM_NODES):
         group, digit = divmod(node, classes)
         own, others = np.flatnonzero(labels == digit), np.flatnonzero(labels != digit)
-        if len(own) < (group + 1) * main:
-            raise ConfigError(
-                f"SAMPLES_PER_NODE: got {size} for NUM_NODES = {settings.NUM_NODES}, takes a size "
-                f"whose {main} main images fit: node {node} needs {(group + 1) * main} training "
-                f"images of class {digit}, the dataset has {len(own)}"
-            )
-        if len(others) < (group + 1) * rest:
-            raise ConfigError(
-                f"SAMPLES_PER_NODE: got {size} for NUM_NODES = {settings.NUM_NODES}, takes a size "
-                f"whose {rest} supplementary images fit: node {node} needs {(group + 1) * rest} "
-                f"training images outside class {digit}, the dataset has {len(others)}"
-            )
-        shards.append(
-            np.concatenate(
-                [
-                    own[group * main : (group + 1) * main],
-                    others[group * rest : (group + 1) * rest],
-                ]
-            )
-        )
+        taken = []
+        for images, count, kind in ((own, main, "of"), (others, size - main, "outside")):
+            end = (group + 1) * count
+            if len(images) < end:
+                raise ConfigError(
+                    f"SAMPLES_PER_NODE: got {size}, takes fewer: node {node} needs {end} training "
+                    f"images {kind} class {digit}, the dataset has {len(images)}"
+                )
+            taken.append(images[end - count : end])
+        shards.append(np.concatenate(taken))
     return shards
 
 
 def iid_shards(
     labels: np.ndarray, settings: Settings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """IID: every node draws its images from all of them, without overlap (the field's usual).
+    """Return IID shards: drawn from all images, without overlap (the field's usual).
 
     Raises:
         ConfigError: the dataset has fewer than N * SAMPLES_PER_NODE training images.
@@ -613,11 +479,11 @@ def iid_shards(
 def dirichlet_shards(
     labels: np.ndarray, settings: Settings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Dirichlet(alpha): every node draws its own class shares, then its images, without overlap.
+    """Return shards of the same size whose class shares are drawn for each, without overlap.
 
     The shares are Dirichlet with concentration DIRICHLET_ALPHA for each class (Hsu, Qi and
-    Brown 2019, arXiv 1909.06335); all shards have the same size. Where a class runs out, its
-    share goes to the classes that are left, in proportion.
+    Brown 2019, arXiv 1909.06335). Where a class runs out, its share goes to the classes that
+    are left, in proportion.
 
     Raises:
         ConfigError: the dataset has fewer than N * SAMPLES_PER_NODE training images.
@@ -644,12 +510,11 @@ def dirichlet_shards(
 
 
 def _check_disjoint(labels: np.ndarray, settings: Settings) -> None:
-    needed = settings.NUM_NODES * settings.SAMPLES_PER_NODE
-    if needed > len(labels):
+    size, most = settings.SAMPLES_PER_NODE, len(labels) // settings.NUM_NODES
+    if size > most:
         raise ConfigError(
-            f"SAMPLES_PER_NODE: got {settings.SAMPLES_PER_NODE}, takes at most "
-            f"{len(labels) // settings.NUM_NODES}: {settings.NUM_NODES} nodes need {needed} "
-            f"training images, the dataset has {len(labels)}"
+            f"SAMPLES_PER_NODE: got {size}, takes at most {most}: the dataset has {len(labels)} "
+            f"training images for NUM_NODES = {settings.NUM_NODES}"
         )
 
 
@@ -661,30 +526,19 @@ SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], lis
 }
 
 
-def _check_shard_rule(settings: Settings) -> None:
-    if settings.SHARD_RULE not in SHARD_RULES:
-        raise ConfigError(
-            f"SHARD_RULE: got {settings.SHARD_RULE!r}, takes one of {', '.join(SHARD_RULES)}"
-        )
-
-
 def make_shards(dataset: Dataset, settings: Settings) -> list[np.ndarray]:
-    """Which training images each node has: N arrays of indices into ``dataset.x_train``.
+    """Return which training images each node has: N int32 arrays of indices into ``x_train``.
 
     Raises:
         ConfigError: no such rule, or one that the dataset can't fill.
     """
-    _check_shard_rule(settings)
+    _check_name("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)
     rule = SHARD_RULES[settings.SHARD_RULE]
     shards = list(map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards"))))
     size = len(dataset.y_train)
     good = all(
-        shard.ndim == 1
-        and shard.dtype.kind in "iu"
-        and shard.size > 0
-        and shard.min() >= 0
-        and shard.max() < size
-        for shard in shards
+        s.ndim == 1 and s.size > 0 and s.dtype.kind in "iu" and s.min() >= 0 and s.max() < size
+        for s in shards
     )
     if len(shards) != settings.NUM_NODES or not good:
         raise ConfigError(

@@ -7,19 +7,20 @@ trains it on its own shard and passes it on; the action is who trains next.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
 import data
-from config import Settings, make_settings, stream
+from config import Settings, stream
 from models import Moments, shared_foundation_model, tf, use_cpu
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
-    """(N, N) float64: the communication distance between each two nodes (public code).
+    """Return (N, N) float64: the communication distance of each two nodes (public code).
 
     Uniform in [0, DISTANCE_SCALE) by the legacy generator that the public code seeds, made
     symmetric by the mean with its transpose, zero on the diagonal. Without a unit.
@@ -33,27 +34,24 @@ def distance_matrix(settings: Settings) -> np.ndarray:
 
 
 def reward(accuracy: float, distance: float, settings: Settings) -> float:
-    """A round's reward, r = h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
+    """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
 
-    With REWARD_CEILING (ours) the power counts so much at most: a large h, which makes each round
-    below the goal cost about one point, would else pay without bound for passing the goal.
+    REWARD_CEILING (ours) bounds the power. A large h makes each round below the goal cost about one
+    point; without a bound it would reward any excess over the goal far more.
     """
     progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
     if settings.REWARD_CEILING:
         progress = min(progress, settings.REWARD_CEILING)
-    return progress - distance - settings.STEP_PENALTY
+    return progress - distance - 1
 
 
 def progress_reward(accuracy: float, before: float, settings: Settings) -> float:
-    """What REWARD_PROGRESS adds to a round's reward (ours).
+    """Return what REWARD_PROGRESS adds to a round's reward (ours).
 
     Potential-based shaping (Ng, Harada and Russell 1999): DISCOUNT times the potential after the
-    round less that before it. The potential is REWARD_PROGRESS times what the accuracy falls short
-    of the goal, with a negative sign, and 0 from the goal on, as it has to be where episodes end.
-    So progress pays at once, and of walks to the goal none is better for it: what is lost again has
-    to be paid back, while a power of the accuracy pays again in each round for staying close to the
-    goal. An episode that the limit ends keeps its last potential, as if more rounds followed: it
-    ends worse by DISCOUNT * REWARD_PROGRESS times what its accuracy falls short of the goal.
+    round, less the potential before it. The potential is REWARD_PROGRESS * min(accuracy - goal, 0).
+    So progress pays at once, what is lost again is paid back, and the best walk to the goal stays
+    the best. At the round limit the potential is kept, as if more rounds followed.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -64,8 +62,8 @@ def progress_reward(accuracy: float, before: float, settings: Settings) -> float
     return settings.REWARD_PROGRESS * (settings.DISCOUNT * after - before)
 
 
-def turned_to(holder: int, scores: np.ndarray) -> np.ndarray:
-    """Scores of which no component is negative at the holder (ours).
+def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
+    """Return the scores with the signs for which no component is negative at the holder (ours).
 
     Args:
         holder: node that trained last, in [0, N).
@@ -75,7 +73,7 @@ def turned_to(holder: int, scores: np.ndarray) -> np.ndarray:
 
 
 def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
-    """The PCA scores of all nodes' weights, as scikit-learn's full PCA gives them.
+    """Return the PCA scores of all nodes' weights, as scikit-learn's full PCA does.
 
     Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
     that of a singular value decomposition of M vectors, however many nodes there are.
@@ -85,7 +83,7 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
 
     Args:
         models: (M, P) float, the distinct weight vectors.
-        owners: (N,) int in [0, M), which of them each node has; each is had by some node.
+        owners: (N,) int in [0, M), which row each node has; every row belongs to at least one node.
         components: C, how many components to keep.
 
     Returns:
@@ -125,13 +123,13 @@ class DistinctNodes(spaces.MultiDiscrete):
         return f"DistinctNodes({self._nodes}, {self._per_round})"
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
-        """K nodes drawn without replacement; masks are not supported."""
+        """Draw k nodes without replacement; masks are not supported."""
         if mask is not None or probability is not None:
             raise ValueError("DistinctNodes samples without a mask")
         return self.np_random.permutation(self._nodes)[: self._per_round]
 
     def contains(self, x: Any) -> bool:
-        """Whether x is an array of k distinct nodes."""
+        """Return whether x is an array of k distinct nodes."""
         return super().contains(x) and len(set(np.asarray(x).tolist())) == self._per_round
 
 
@@ -139,64 +137,43 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     """N nodes that train one foundation model in turn (paper, Section 3.3).
 
     Actions: the node that trains next, in [0, N); with NODES_PER_ROUND = k > 1, k distinct nodes,
-    the first of which hands the averaged model on. The current node is allowed, and free.
+    the first of which passes the averaged model on. The current node is allowed, and free.
 
-    Observations: (N * C,) float32, the first C PCA scores of every node's weights, node by node.
-    ``broadcast`` (public code): every node gets each round's new model, and the PCA sees the nodes
-    just before that, so only the nodes that trained differ. ``local`` (what the paper's figures
-    show): each node keeps the model that it last trained itself. ``both`` (ours), of shape (2 * N *
-    C,): the former and then the latter. ``fixed`` (ours): as ``local``, but in a basis that is not
-    fitted to what it shows: the PCA, made once, of how far the models of a pilot episode have moved
-    from their initial one. The sign of a component that is fitted anew has no meaning: by
-    scikit-learn's rule (public code) it turns from round to round; with PCA_SIGNS = ``holder``
-    (ours) the node that trained last never has a negative score: in ``broadcast``, where it alone
-    differs, the sign is always the same then; in ``local`` the component turns when the model goes
-    to a node on the other side, so there the sign also tells something of who trained last:
-    ``both`` shows that in the weights anyway, ``local`` alone does not, nor does either tell which
-    of several nodes was the first. BROADCAST_SCALE and LOCAL_SCALE (ours; ``fixed`` takes the
-    latter) multiply the scores: how far a late round moves the model is little beside how far the
-    nodes' models lie apart, and a Q-network hardly sees it beside them. To tell what the weights
-    are worth, two that hold none (ours), of shape (N,): ``last_node``, 1 for the nodes that trained
-    last and 0 for the others; ``zeros``.
+    Observations: see ``observe``. Rewards: ``reward`` and, from round 2 on, ``progress_reward``
+    (ours, 0 by default), less MISS_PENALTY (ours) in a last round that misses the goal.
 
-    Rewards: ``reward`` and from round 2 on ``progress_reward`` (ours, 0 by default) above, less
-    MISS_PENALTY (ours) in a last round that misses the goal. An episode terminates when the
-    accuracy on the whole test set is at least GOAL_ACCURACY, and is truncated after MAX_ROUNDS
-    rounds. With REWARD_IMAGES (ours) the accuracy of a round is that on so many test images, drawn
-    anew for each: quicker, and noisier (all, if there are no more). All judge whether the goal is
-    reached: a round is left to the few only if by them it falls short of the goal by more than
-    three standard errors.
+    An episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
+    truncated after MAX_ROUNDS rounds.
 
     Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
     ``accuracy`` (share of the images that judged the round), ``distance`` (that the model travelled
     to this round's first node), ``communication_cost`` (sum of the episode's distances),
     ``reward``, ``goal_reached`` and ``diverged`` (some weight is not finite).
 
-    Adam's moments belong to the node and are kept within an episode (public code), or start anew at
-    each visit without KEEP_MOMENTS (ours). A node is a shard, a weight vector and these moments; no
-    node has a Keras model of its own.
+    A node is a shard, a weight vector and Adam's moments; no node has a Keras model of its own. The
+    moments belong to the node and are kept within an episode (public code).
 
     Args:
         settings: by default those of config.py.
         dataset: by default the one that the settings name.
 
     Raises:
-        ConfigError, DataError, DataNotFound: what the settings ask for can't be had.
+        ConfigError, DataError, DataNotFound: the settings ask for what does not exist.
 
     Attributes:
         settings, dataset: as given.
         shards: each node's training images, indices into ``dataset.x_train``.
         distances: (N, N) float64.
-        foundation: a ``FoundationModel``, trains and evaluates.
+        foundation: a ``FoundationModel``; trains and evaluates.
+        observation_size: length of an observation.
     """
 
-    # A Gymnasium class attribute that every environment has to state.
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata = {"render_modes": []}  # noqa: RUF012  # as Gymnasium declares it
 
     def __init__(
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
-        self.settings = settings or make_settings()
+        self.settings = settings or Settings()
         use_cpu(self.settings.THREADS)  # before a dataset is made, which may compute as well
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
@@ -206,24 +183,24 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         # Scores have no bound of their own; infinite ones are what Gymnasium warns of.
         greatest = np.finfo(np.float32).max
-        size = n * self.settings.components if self.settings.sees_weights else n
-        size *= 2 if self.settings.OBSERVATION == "both" else 1
-        self.observation_space = spaces.Box(-greatest, greatest, (size,), np.float32)
+        self.observation_size = n * self.settings.components if self.settings.sees_weights else n
+        self.observation_size *= 2 if self.settings.OBSERVATION == "both" else 1
+        shape = (self.observation_size,)
+        self.observation_space = spaces.Box(-greatest, greatest, shape, np.float32)
+        self._accuracy = 0.0  # after the last round
         self._over = True
-        if self.settings.OBSERVATION == "fixed":
-            self._basis, self._basis_mean = self._pilot_basis()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Makes a new foundation model and trains round 1, which is STARTER_NODE's.
+        """Make a new foundation model and train round 1 at STARTER_NODE.
 
         Departure: in the public code node 0 trains round 1 whatever ``--starter`` says, which
         there only changes the distance of that round. With the default they are the same.
 
         Args:
-            seed: of the model's weights and of the order of the images; the same seed gives the
-                same of both, whatever the actions are. None goes on with the generator as it is.
+            seed: of the model's weights and the order of the images, whatever the actions are.
+                None continues with the generator as it is.
             options: ``{"nodes": [...]}`` lets these distinct nodes train round 1 instead.
 
         Returns:
@@ -252,7 +229,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     def step(
         self, action: int | np.integer | np.ndarray
     ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Sends the model to the node(s), trains LOCAL_EPOCHS there and evaluates the result.
+        """Send the model to the node(s), train LOCAL_EPOCHS there and evaluate the result.
 
         Returns:
             Observation, reward, terminated, truncated, info, as the class describes.
@@ -315,7 +292,12 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
 
     def _judged(self) -> float:
-        """The accuracy that the round counts with, in [0, 1]."""
+        """Return the accuracy that the round counts with, in [0, 1].
+
+        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round. It is left to
+        them only if they fall short of the goal by more than three standard errors: the whole test
+        set judges whether the goal is reached.
+        """
         count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
         if 0 < count < size:
             judges = self._judging.choice(size, count, replace=False)
@@ -327,10 +309,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.foundation.evaluate(self._model, None)
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
-        """The weights after LOCAL_EPOCHS on the node's shard; keeps the node's Adam moments."""
+        """Return the weights after LOCAL_EPOCHS on the node's shard; keep its Adam moments."""
         shard = self.shards[node]
-        kept = self._moments.get(node) if self.settings.KEEP_MOMENTS else None
-        moments = kept or Moments.fresh(self.foundation.network.size)
+        moments = self._moments.get(node) or Moments.fresh(self.foundation.network.size)
         for _ in range(self.settings.LOCAL_EPOCHS):
             order = shard[self._shuffling.permutation(len(shard))]
             weights, moments = self.foundation.train_epoch(weights, moments, tf.constant(order))
@@ -338,32 +319,33 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return weights
 
     def observe(self, kind: str) -> np.ndarray:
-        """What the nodes hold after the last round, as one of the values of OBSERVATION shows it.
+        """Return what one of the values of OBSERVATION shows of the nodes after the last round.
 
-        Args:
-            kind: any of them; ``fixed`` only if it is that of the settings.
+        ``broadcast`` (public code): the first C PCA scores of every node's weights, node by node.
+        Every node gets each round's new model, and the PCA sees the nodes just before that. So
+        only the nodes that trained differ. ``local`` (the paper's figures): the same when each node
+        keeps the model that it last trained. ``both`` (ours): the former, then the latter.
+        ``last_node`` (ours): 1 for the nodes that trained last, 0 for the others. ``zeros`` (ours):
+        nothing. The last two are controls: they show what the weights are worth.
+
+        A component's sign has no meaning of its own. By scikit-learn's rule (public code) it flips
+        from round to round. With PCA_SIGNS = ``holder`` (ours) the last node's score is never
+        negative. BROADCAST_SCALE and LOCAL_SCALE (ours) multiply the scores: late rounds move the
+        model little compared with how far the nodes' models lie apart.
 
         Returns:
-            Float32, of the shape that the class describes.
+            Float32: (N * C,), for ``both`` (2 * N * C,), for ``last_node`` and ``zeros`` (N,).
 
         Raises:
             KeyError: another word.
         """
-        n, components = self.settings.NUM_NODES, self.settings.components
         if kind == "both":
-            return np.concatenate([self.observe(k) for k in ("broadcast", "local")])
+            return np.concatenate([self.observe("broadcast"), self.observe("local")])
+        n = self.settings.NUM_NODES
         if kind in ("last_node", "zeros"):
             seen = np.zeros(n, np.float32)
             seen[list(self._trained)] = kind == "last_node"
             return seen
-        if kind == "fixed":
-            moved = np.zeros((n, self.foundation.network.size))
-            for node, model in self._own.items():
-                moved[node] = model - self._initial
-            if not np.isfinite(moved).all():
-                return np.zeros(n * components, np.float32)
-            scores = (moved - self._basis_mean) @ self._basis.T
-            return np.float32(self.settings.LOCAL_SCALE * scores).ravel()
         differing, rest, scale = {
             "broadcast": (self._trained, self._received, self.settings.BROADCAST_SCALE),
             "local": (self._own, self._initial, self.settings.LOCAL_SCALE),
@@ -373,31 +355,64 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
-        scores = pca_scores(np.stack(models), owners, components)
+        scores = pca_scores(np.stack(models), owners, self.settings.components)
         if self.settings.PCA_SIGNS == "holder":
-            scores = turned_to(self._holder, scores)
+            scores = positive_at(self._holder, scores)
         return np.float32(scale) * scores.ravel()
 
-    def _pilot_basis(self) -> tuple[np.ndarray, np.ndarray]:
-        """(C, P) and (P,): components and mean of how the models of a pilot episode have moved.
 
-        Its nodes are random; model, order and nodes are of a stream of their own, so the same seed
-        gives the same basis, and nothing is evaluated: the agent learns nothing from it.
-        """
-        from sklearn.decomposition import PCA
+# --- Episodes --------------------------------------------------------------------------------
 
-        settings = self.settings
-        rng = self._shuffling = stream(settings.SEED, "basis")
-        self._moments = {}
-        initial = model = self.foundation.network.initial_weights(rng)
-        moved = []
-        for _ in range(max(settings.MAX_ROUNDS, settings.components)):
-            model = self._train_locally(int(rng.integers(settings.NUM_NODES)), model)
-            moved.append((model - initial).numpy())
-        if not np.isfinite(moved).all():  # diverged: as with the other kinds, nothing to see
-            return np.zeros((settings.components, initial.shape[0])), np.zeros(initial.shape[0])
-        pca = PCA(settings.components, svd_solver="full").fit(moved)
-        return pca.components_, pca.mean_
+# (observation, info) -> the next node (or NODES_PER_ROUND of them), and what chose it.
+Policy = Callable[[np.ndarray, dict[str, Any]], tuple[Any, str]]
+
+
+class Round(NamedTuple):
+    """One round of an episode.
+
+    Attributes:
+        observation: float32, before the round; None in round 1, which the policy does not choose.
+        action: the node or nodes that the policy chose; None in round 1.
+        chosen_by: ``starter`` in round 1, else what the policy says.
+        reward: of the round.
+        next_observation: float32, after the round.
+        terminated, truncated: whether the episode ended with the goal, or at the limit.
+        info: the environment's, after the round.
+    """
+
+    observation: np.ndarray | None
+    action: Any
+    chosen_by: str
+    reward: float
+    next_observation: np.ndarray
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def rollout(
+    environment: DecentralizedLearning,
+    policy: Policy,
+    seed: int,
+    first_nodes: list[int] | None = None,
+) -> Iterator[Round]:
+    """Play one episode and yield each round as soon as it is over.
+
+    Args:
+        environment: is reset first.
+        policy: chooses who trains in each round but the first.
+        seed: of the episode: initial weights and order of the images.
+        first_nodes: who trains round 1; by default STARTER_NODE.
+    """
+    options = None if first_nodes is None else {"nodes": first_nodes}
+    observation, info = environment.reset(seed=seed, options=options)
+    done = info["goal_reached"]
+    yield Round(None, None, "starter", info["reward"], observation, done, False, info)
+    while not done:
+        action, chosen_by = policy(observation, info)
+        following, reward_, terminated, truncated, info = environment.step(action)
+        yield Round(observation, action, chosen_by, reward_, following, terminated, truncated, info)
+        observation, done = following, terminated or truncated
 
 
 gymnasium.register(id="HomogeneousLearning-v0", entry_point="environment:DecentralizedLearning")

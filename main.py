@@ -1,51 +1,51 @@
-"""Homogeneous Learning: train a DQN to pick the nodes that train a shared model.
+"""Homogeneous Learning: train a DQN that picks the nodes which train a shared model.
 
 Usage: python3 main.py [--help]; the settings are in config.py.
 """
 
 from __future__ import annotations
 
-import signal
+import math
 import sys
 import time
-from collections.abc import Callable
-from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from config import Settings, UserError, episode_seed, from_command_line, reason
+from cli import exit_status, settings_of_run
+from config import Settings, UserError, episode_seed
 
-if __name__ == "__main__":
-    # Before TensorFlow, which takes seconds to import: a typo is reported at once, and Ctrl-C
-    # ends the program without a traceback.
-    SETTINGS = from_command_line()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# TensorFlow takes seconds to import. The functions below import what needs it, so that a mistake
+# on the command line is reported at once.
+if TYPE_CHECKING:
+    import numpy as np
 
-from tqdm import tqdm
-
-import data
-import models
-import plot
-from environment import DecentralizedLearning
-from node import DQNAgent
-from records import Run
+    from environment import DecentralizedLearning, Round
+    from node import DQNAgent
+    from records import Run
 
 
 def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> None:
-    """Trains the agent for EPISODES episodes, each one training of a fresh foundation model.
+    """Train the agent for EPISODES episodes, each one training of a fresh foundation model.
 
     Args:
         environment: with the settings, which are the agent's as well.
-        run: where everything is recorded, and where an earlier run of it is continued from.
-        quiet: no progress bar and no figures, for trainings that are many.
+        run: where everything is recorded, and where an earlier session is continued from.
+        quiet: without progress bar.
+
+    ``agent.npz`` is written at the end. The caller then declares the run finished.
     """
+    from tqdm import tqdm
+
+    from environment import rollout
+    from node import DQNAgent
+    from records import save_agent
+
     settings = environment.settings
-    agent = DQNAgent(
-        environment.observation_space.shape[0],
-        settings.NUM_NODES,
-        settings,
-        settings.NODES_PER_ROUND,
-    )
+    agent = DQNAgent(environment.observation_size, settings)
     restore(agent, run)
-    run.start(environment.shards)
+    run.start(environment.shards, environment.distances)
+
+    def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
+        return agent.act(observation)
 
     bar = tqdm(
         total=settings.EPISODES,
@@ -56,45 +56,31 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
             started = time.perf_counter()
-            observation, info = environment.reset(seed=episode_seed(settings.SEED, episode))
-            run.record_round(episode, info, chosen_by="starter")
-            episode_reward = info["reward"]
-            done = info["goal_reached"]
-
-            while not done:
-                nodes, chosen_by = agent.act(observation)
-                next_observation, reward, terminated, truncated, info = environment.step(nodes)
-                done = terminated or truncated
-                agent.remember(observation, nodes, reward, next_observation, terminated, truncated)
-                observation = next_observation
-                episode_reward += reward
-                run.record_round(episode, info, chosen_by)
-                bar.set_postfix_str(
-                    f"round {info['round']}, accuracy {info['accuracy']:.3f}, "
-                    f"cost {info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
-                )
-
+            rounds = []
+            for round_ in rollout(environment, policy, episode_seed(settings.SEED, episode)):
+                rounds.append(round_)
+                record_round(run, episode, round_)
+                if round_.observation is not None:  # round 1 is the starter's, not a choice
+                    agent.remember(
+                        round_.observation,
+                        round_.action,
+                        round_.reward,
+                        round_.next_observation,
+                        done=round_.terminated or round_.truncated,
+                    )
+                bar.set_postfix_str(progress(round_, agent.epsilon))
             q_loss = agent.train()
-            run.record_episode(
-                episode,
-                info,
-                episode_reward=episode_reward,
-                epsilon=agent.epsilon,
-                q_loss=q_loss,
-                seconds=time.perf_counter() - started,
-            )
+            record_episode(run, episode, rounds, agent.epsilon, q_loss, started)
             agent.decay_epsilon()
-            run.checkpoint(agent.state(), agent.memory.latest(info["round"] - 1))
+            run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
             bar.update()
 
-    run.save_agent(agent.q.network.named_arrays(agent.weights))
-    if not quiet:
-        plot.draw_run(run.folder)
-    run.finish()
+    weights = agent.q.network.named_arrays(agent.weights)
+    save_agent(run.folder / "agent.npz", weights, settings, environment.dataset)
 
 
 def restore(agent: DQNAgent, run: Run) -> None:
-    """Takes the agent to where the run's last checkpoint left it, if there is one.
+    """Take the agent to where the run's last checkpoint left it, if there is one.
 
     Raises:
         RunError: the checkpoint does not fit this agent.
@@ -103,74 +89,96 @@ def restore(agent: DQNAgent, run: Run) -> None:
     if state is None:
         return
     try:
-        agent.load_state(state, run.transitions(agent.memory.capacity))
+        agent.load_state(state, run.transitions(agent.replay.capacity))
     except (ValueError, KeyError) as error:
         raise run.damaged_checkpoint(error) from error
 
 
-def main(settings: Settings) -> int:
-    """Runs or continues the training that the settings describe.
-
-    Returns:
-        The exit status: 0, or 2 after a user's mistake, 1 when the system refuses a file, 130
-        after Ctrl-C, 143 after SIGTERM; each with one line on stderr.
-    """
-
-    def run_or_continue() -> int:
-        threads = models.use_cpu(settings.THREADS)
-        dataset = data.load(settings)
-        data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
-        with Run(settings, dataset, threads) as run:
-            if run.finished:
-                print(f"{run.folder} is finished already; for another run choose a --name")
-            else:
-                if run.episodes_finished:
-                    print(f"continuing {run.folder} after episode {run.episodes_finished}")
-                train(DecentralizedLearning(settings, dataset), run)
-            print(plot.summary(run.folder))
-        return 0
-
-    return exit_status("main.py", run_or_continue, "what was finished is kept: mend this")
+def progress(round_: Round, epsilon: float) -> str:
+    """Return what the progress bar shows of a round."""
+    info = round_.info
+    return (
+        f"round {info['round']}, accuracy {info['accuracy']:.3f}, "
+        f"cost {info['communication_cost']:.2f}, epsilon {epsilon:.2f}"
+    )
 
 
-def exit_status(program: str, work: Callable[[], int], advice: str) -> int:
-    """Does a command's work, ending it in order on Ctrl-C and SIGTERM; one line for what stops it.
+def record_round(run: Run, episode: int, round_: Round) -> None:
+    """Write a row of ``rounds.csv``."""
+    row = {name: round_.info[name] for name in ("round", "node", "distance", "accuracy", "reward")}
+    run.add("rounds.csv", {"episode": episode, "chosen_by": round_.chosen_by, **row})
+
+
+def record_episode(
+    run: Run,
+    episode: int,
+    rounds: list[Round],
+    epsilon: float,
+    q_loss: float | None,
+    started: float,
+) -> None:
+    """Write a row of ``episodes.csv``; ``started`` is the episode's start by ``perf_counter``."""
+    info = rounds[-1].info
+    row = {
+        "episode": episode,
+        "rounds": info["round"],
+        "goal_reached": info["goal_reached"],
+        "final_accuracy": info["accuracy"],
+        "episode_reward": sum(round_.reward for round_ in rounds),
+        "communication_cost": info["communication_cost"],
+        "epsilon": epsilon,
+        "q_loss": q_loss,
+        "diverged": info["diverged"] or (q_loss is not None and not math.isfinite(q_loss)),
+        "goal_accuracy": run.settings.GOAL_ACCURACY,
+        "max_rounds": run.settings.MAX_ROUNDS,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    run.add("episodes.csv", row)
+
+
+def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
+    """Run or continue the training that the settings describe; return exit status 0.
 
     Args:
-        program: its name, in front of the line.
-        work: returns the exit status if nothing stops it.
-        advice: to the user whose system refuses a file.
+        settings: of the run.
+        data_sha256: of the data that the run has to have; empty for any.
+
+    Raises:
+        UserError, OSError: what the user or the system has to correct.
+    """
+    import data
+    import models
+    import plot
+    from environment import DecentralizedLearning
+    from records import Run
+
+    threads = models.use_cpu(settings.THREADS)
+    dataset = data.load(settings)
+    if data_sha256 not in ({}, dataset.sha256):
+        raise UserError(f"--config: the {dataset.name} data here is not the data of that run")
+    data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
+    with Run(settings, dataset, threads) as run:
+        if run.finished:
+            print(f"{run.folder} is finished already; for another run choose a --name")
+        else:
+            if run.episodes_finished:
+                print(f"continuing {run.folder} after episode {run.episodes_finished}")
+            train(DecentralizedLearning(settings, dataset), run)
+            plot.draw_run(run.folder)
+            run.finish()
+        print(plot.summary(run.folder))
+    return 0
+
+
+def main(settings: Settings, data_sha256: dict[str, str] | None = None) -> int:
+    """Run or continue a training; return the exit status, with one line on stderr unless it is 0.
 
     Returns:
-        The exit status, as ``main`` has it.
+        0, or 2 after a user's mistake, 1 when the system refuses a file, 130 after Ctrl-C, 143
+        after SIGTERM.
     """
-    previous = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
-    try:
-        return work()
-    except UserError as error:
-        message, status = str(error), 2
-    except OSError as error:
-        message, status = f"{reason(error)}; {advice}, and the same command continues", 1
-    except KeyboardInterrupt as interrupt:
-        message = "interrupted; the same command continues"
-        status = 143 if isinstance(interrupt, Terminated) else 130
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    sys.stderr.write(f"{program}: {message}\n")
-    return status
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is: files are closed and the state is written."""
-
-
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    return exit_status("main.py", lambda: run_or_continue(settings, data_sha256 or {}))
 
 
 if __name__ == "__main__":
-    sys.exit(main(SETTINGS))
+    sys.exit(main(*settings_of_run()))

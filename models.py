@@ -7,32 +7,17 @@ passing a model on is passing a reference, and saving or copying one is saving o
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import ConfigError, Settings, available_cores
+from cli import available_cores, without_stderr
+from config import ConfigError, Settings
 from data import Dataset
 
-
-@contextlib.contextmanager
-def _silenced_stderr() -> Iterator[None]:
-    """Nothing on stderr: TensorFlow writes start-up notes there before it reads any switch."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with _silenced_stderr():
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read at the import: TensorFlow looks for no GPU
+with without_stderr():  # its start-up notes
     import keras
     import tensorflow as tf
 
@@ -350,7 +335,6 @@ class QNetwork:
         moments: Moments,
         observations: np.ndarray,
         targets: np.ndarray,
-        share: float = 1.0,
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
         """One pass of Adam over the samples in their order.
 
@@ -359,16 +343,14 @@ class QNetwork:
             moments: of the steps before.
             observations: (n, inputs) float32.
             targets: (n, K, A) float32, for each network.
-            share: of Q_LEARNING_RATE, at which the steps are made.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
             each batch's taken before its step (as Keras reports it).
         """
-        rate = self._learning_rate * share
         # Decoupled from the gradient (Loshchilov and Hutter 2019).
-        decay = rate * self._weight_decay
-        return self._compiled_fit(weights, moments, observations, targets, rate, decay)
+        rates = self._learning_rate, self._learning_rate * self._weight_decay
+        return self._compiled_fit(weights, moments, observations, targets, *rates)
 
     def _fit(
         self,
@@ -423,9 +405,10 @@ def use_cpu(threads: int) -> int:
     wanted = threads or cores
     if _threads == 0:
         try:
-            tf.config.set_visible_devices([], "GPU")
             tf.config.threading.set_intra_op_parallelism_threads(wanted)
             tf.config.threading.set_inter_op_parallelism_threads(1)
+            with without_stderr():  # it looks for CUDA even so, and reports that there is none
+                tf.config.list_logical_devices()
             _threads = wanted
         except RuntimeError:  # somebody has used TensorFlow before, with its default: all cores
             _threads = cores

@@ -1,46 +1,40 @@
-"""How long a round takes and what it needs: against plain Keras, the machine, and more nodes.
+"""Measure what a round costs: against the machine, plain Keras, and with more nodes.
 
-Usage: python3 benchmarks/rounds.py [--repeats 5] [--output results/benchmark]
+Usage: ``python3 -m benchmarks.rounds [--output results/benchmark]``
 
-Takes MNIST as main.py does, or else the bundled digits. Prints the report and writes it as
-``report.md``, with the sizes' table ``scaling.csv`` and its plot. Nine minutes on two cores,
-which nothing else should use. Linux only: it reads memory from /proc.
+Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it as
+``report.md``. Nothing else should use the cores meanwhile. Linux only: it reads memory from /proc.
 
-Whatever is compared takes turns within one run, and ratios are the medians of the turns' ratios:
-a machine that gets slower or faster meanwhile changes the seconds, and much less the ratios.
+Whatever is compared takes turns within one run, and a ratio is the median of the turns' ratios. A
+machine that gets slower or faster meanwhile changes the seconds much, and the ratios little.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import os
+import contextlib
+import functools
+import importlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import data
-import models
-import plot
-from config import Settings, make_settings, stream
-from environment import DecentralizedLearning
-from models import Moments, tf
+import main
+from cli import Parser, available_cores
+from config import NAMED_SETTINGS, PROJECT, Settings, absolute, stream
+from environment import DecentralizedLearning, rollout
+from models import Moments, tf, use_cpu
 from node import DQNAgent
 from records import Run, cpu_name
-from reference import Reference
 
 # Floating-point operations of the foundation model on one image, a multiplication and an addition
 # counted as two:
@@ -51,479 +45,256 @@ from reference import Reference
 FORWARD = 576_000 + 3_200_000 + 16_000
 BACKWARD = FORWARD + 3_200_000 + 16_000
 
-_MATRIX = 2048
-_PRODUCTS = 4  # in a turn, so that it takes about as long as a local epoch
+# The product of two matrices of this size takes about as long as a local epoch.
+MATRIX = 2048
+PRODUCT = 2 * MATRIX**3
 
-_ROUNDS = 6  # in a turn of the comparison of processes
-_SIZES = (10, 100, 1000)
-_SIZES_SAMPLES = 50  # images on a node: 1,000 nodes of the default 500 would need 500,000
-_SIZES_COMPONENTS = 10
+REPEATS = 5  # turns, or starts of main.py
+PARTS = ("training", "evaluation", "agent")
 
-# The complete run whose memory is watched: every episode is played to its limit.
-_MEMORY_RUN = {"DATASET": "digits", "GOAL_ACCURACY": 1.0, "MAX_ROUNDS": 8}
-_MEMORY_FROM = 5
+# Trainings by the settings of main.py; those in one list run side by side. Of the trainings with N
+# nodes only the rest of a round counts, beside local training and evaluation: few images will do.
+SIDE_BY_SIDE = {
+    "one": [{"MAX_ROUNDS": 6}],
+    "two": [{"MAX_ROUNDS": 6, "THREADS": 1, "SEED": seed} for seed in (0, 1)],
+}
+_FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
+SIZES = {f"N = {nodes}": [{**_FEW, "NUM_NODES": nodes}] for nodes in (10, 100, 1000)}
+TUNED = {"tuned": [{**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 18, "THREADS": 1}]}  # it needs 17
 
-_MB = 1e6
+# The run whose memory is watched. Its DQN is trained from about episode 33 on.
+MEMORY_RUN = {"DATASET": "digits", "EPISODES": 120, "MAX_ROUNDS": 5, "SAMPLES_PER_NODE": 100}
 
-
-class Bench:
-    """An environment, an agent and a run's folder, as main.py has them, and what is timed of them.
-
-    Args:
-        settings: the environment's and the agent's; the goal should be out of reach.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        dataset = data.load(settings)
-        threads = models.use_cpu(settings.THREADS)
-        self.env = DecentralizedLearning(settings, dataset)
-        self.agent = DQNAgent(self.env.observation_space.shape[0], settings.NUM_NODES, settings)
-        self.agent.epsilon = 0.0
-        self.run = Run(settings, dataset, threads)
-        self.run.__enter__()  # until the process ends; the folder is a temporary one
-        self.run.start(self.env.shards)
-        self._begin()
-        self.round()
-
-    def _begin(self) -> None:
-        self.observation, self.info = self.env.reset(seed=0)
-        self._over = False
-
-    def round(self) -> float:
-        """Seconds of one round; the model goes around all nodes in turn."""
-        if self._over:
-            self._begin()
-        started = time.perf_counter()
-        self.decision()
-        node = self.info["round"] % self.settings.NUM_NODES
-        self.observation, _, terminated, truncated, self.info = self.env.step(node)
-        self.record()
-        self._over = terminated or truncated
-        return time.perf_counter() - started
-
-    def rounds(self, count: int) -> list[float]:
-        """Seconds of each of several rounds."""
-        return [self.round() for _ in range(count)]
-
-    def observe(self) -> None:
-        """The observation in which every node that was visited has a model of its own."""
-        self.env.observe("local")
-
-    def decision(self) -> None:
-        """The Q-network's choice."""
-        self.agent.best_actions(self.observation)
-
-    def record(self) -> None:
-        """A row of rounds.csv."""
-        self.run.record_round(1, self.info, "greedy")
-
-    def rest(self, repeats: int) -> dict[str, float]:
-        """Median seconds of what a round needs beside training and evaluation.
-
-        At its dearest: at the end of an episode whose every round was on another node, with the
-        tables and the replay memory of a whole run of such episodes; each checkpoint reads the
-        tables again. What is done once per episode is divided by its rounds.
-        """
-        while self.info["round"] < self.settings.MAX_ROUNDS:
-            self.round()
-        rounds = self.settings.MAX_ROUNDS
-        for _ in range(self.settings.EPISODES):
-            for _ in range(rounds):
-                self.record()
-            for _ in range(rounds - 1):
-                self.agent.memory.add(self.observation, 0, 0.0, self.observation, False)
-            self.run.record_episode(
-                1, self.info, episode_reward=0.0, epsilon=0.0, q_loss=None, seconds=0.0
-            )
-        parts: dict[str, Callable[[], object]] = {
-            "observation": self.observe,
-            "decision": self.decision,
-            "records": self.record,
-            "checkpoint": lambda: self.run.checkpoint(
-                self.agent.state(), self.agent.memory.latest(rounds - 1)
-            ),
-            "agent's training": self.agent.train,
-        }
-        times = seconds(parts, repeats)
-        for name in ("checkpoint", "agent's training"):
-            times[name] = [value / rounds for value in times[name]]
-        median = {name: float(np.median(values)) for name, values in times.items()}
-        median["records"] += median.pop("checkpoint")
-        return median
-
-    def peak_memory(self) -> float:
-        """The most memory that this process ever held, in MB.
-
-        ``round`` stores no transition and trains no agent, so neither is part of it.
-        """
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / _MB
+Row = tuple[str, str, str]  # what, measured, compared
+Episodes = dict[str, list[list[dict[str, float]]]]  # by kind, turn and process
 
 
-class Worker:
-    """A ``Bench`` in a process of its own, for other threads or settings; a context manager.
-
-    Args:
-        overrides: of the settings.
-        deterministic: with TensorFlow's op determinism.
-    """
-
-    def __init__(self, deterministic: bool = False, **overrides: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, overrides, deterministic), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        self._connection.recv()  # it is ready
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.join()
-
-    def begin(self, name: str, *arguments: object) -> None:
-        """Starts a method of the bench."""
-        self._connection.send((name, arguments))
-
-    def result(self) -> Any:
-        """What it returned.
-
-        Raises:
-            EOFError: the process has failed.
-        """
-        return self._connection.recv()
-
-    def call(self, name: str, *arguments: object) -> Any:
-        """``begin`` and ``result``."""
-        self.begin(name, *arguments)
-        return self.result()
-
-
-def _work(connection: Connection, overrides: dict[str, Any], deterministic: bool) -> None:
-    if deterministic:
-        tf.config.experimental.enable_op_determinism()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(make_settings(**{"GOAL_ACCURACY": 1.0, "RESULTS_DIR": folder} | overrides))
-        connection.send(None)
-        while True:
-            try:
-                name, arguments = connection.recv()
-            except EOFError:
-                return
-            connection.send(getattr(bench, name)(*arguments))
-
-
-def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each action, which take turns; each has run once before."""
+def take_turns(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Return each action's (repeats,) seconds; they take turns, after a first one that compiles."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         for name, action in actions.items():
             started = time.perf_counter()
             action()
             times[name].append(time.perf_counter() - started)
-    return times
+    return {name: np.array(values[1:]) for name, values in times.items()}
 
 
-def table(header: str, rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; the header's cells are divided by ``|``."""
-    lines = [header, "|".join("---" for _ in header.split("|"))]
-    return "\n".join(f"|{line}|" for line in lines + ["|".join(f" {c} " for c in r) for r in rows])
-
-
-def measure_round(bench: Bench, repeats: int) -> str:
-    """One round, its parts' share of the matrix product's rate, and the reference's round."""
-    settings, env = bench.settings, bench.env
-    dataset = env.dataset
-    matrix = tf.random.normal((_MATRIX, _MATRIX))
-    product = tf.function(lambda a: a @ a)
-    weights = env.foundation.network.initial_weights(stream(0, "initialisation"))
-    fresh = Moments.fresh(env.foundation.network.size)
-    order = tf.constant(env.shards[0])
-    shuffling = np.random.default_rng(0)
-    reference = Reference(
+def measure_round(dataset: data.Dataset, repeats: int) -> dict[str, np.ndarray]:
+    """Return the seconds of a round, its parts, the matrix product and the reference's round."""
+    settings = Settings(GOAL_ACCURACY=1.0, MAX_ROUNDS=repeats + 1)
+    environment = DecentralizedLearning(settings, dataset)
+    foundation = environment.foundation
+    matrix = tf.random.normal((MATRIX, MATRIX))
+    weights = foundation.network.initial_weights(stream(0, "initialisation"))
+    fresh = Moments.fresh(foundation.network.size)
+    order = tf.constant(environment.shards[0])
+    reference = importlib.import_module("tests.reference").Reference(
         ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)),
-        [part.numpy() for part in env.foundation.network.split(weights)],
-        (shuffling.permutation(settings.SAMPLES_PER_NODE) for _ in range(10**6)),
+        [part.numpy() for part in foundation.network.split(weights)],
+        (np.random.default_rng(i).permutation(500) for i in range(repeats + 1)),
     )
-    # Keras compiles each node's model at its first fit: those rounds are timed on their own. The
-    # public code makes new models in every episode, so both kinds are part of its rounds.
-    nodes = iter(range(10**6))
-    for node in (0, 1):
-        reference.round([node])
-    unvisited = iter(range(2, settings.NUM_NODES))
-
-    def first_visit() -> None:
-        reference.round([next(unvisited)])
-
-    def products() -> None:
-        for _ in range(_PRODUCTS):
-            product(matrix).numpy()
-
-    times = seconds(
-        {
-            "product": products,
-            "reference": lambda: reference.round([next(nodes) % 2]),
-            "reference, a node's first round": first_visit,
-            "round": bench.round,
-            "evaluation": lambda: env.foundation.evaluate(weights),
-            "training": lambda: env.foundation.train_epoch(weights, fresh, order)[0].numpy(),
-        },
-        repeats,
-    )
-    median = {name: float(np.median(values)) for name, values in times.items()}
-    product_flop = _PRODUCTS * 2 * _MATRIX**3
-    flop = {
-        "evaluation": FORWARD * len(dataset.y_test),
-        "training": (FORWARD + BACKWARD) * settings.SAMPLES_PER_NODE,
+    # The model goes around all nodes here. The reference stays at node 0, for Keras compiles a
+    # node's model in its first round.
+    rounds = rollout(environment, lambda _, info: (info["round"] % settings.NUM_NODES, ""), seed=0)
+    actions: dict[str, Callable[[], object]] = {
+        "product": lambda: tf.matmul(matrix, matrix).numpy(),
+        "evaluation": lambda: foundation.evaluate(weights),
+        "training": lambda: foundation.train_epoch(weights, fresh, order)[0].numpy(),
+        "round": lambda: next(rounds),
+        "reference": lambda: reference.round([0]),
     }
-    one = product_flop / _PRODUCTS
-    rate = product_flop / median["product"]
-    rows = [
-        (
-            f"matrix product, {_MATRIX} x {_MATRIX}, float32",
-            f"{median['product'] / _PRODUCTS:.4f}",
-            f"{one / 1e9:.1f}",
-            f"{rate / 1e9:.0f}",
-            "100 %",
-        )
-    ]
-    for name, count in flop.items():
-        share = np.median(np.divide(times["product"], times[name])) * count / product_flop
-        gflops = f"{count / median[name] / 1e9:.0f}"
-        rows.append(
-            (name, f"{median[name]:.4f}", f"{count / 1e9:.1f}", gflops, f"{share * 100:.0f} %")
-        )
-    whole = ("round", "reference", "reference, a node's first round")
-    rows += [(name, f"{median[name]:.4f}", "", "", "") for name in whole]
-    ratios = [np.median(np.divide(times[name], times["round"])) for name in whole[1:]]
-    header = " what | seconds | GFLOP | GFLOP/s | share of the matrix product's rate "
-    return (
-        f"{table(header, rows)}\n\n"
-        f"A round of the reference takes {ratios[0]:.2f} times as long as a round here, on a node "
-        f"that it visits for the first time {ratios[1]:.2f} times."
-    )
+    return take_turns(actions, repeats)
 
 
-def measure_processes(bench: Bench, repeats: int) -> str:
-    """Rounds per second of one process, of two side by side, and with op determinism."""
-    threads = models.use_cpu(bench.settings.THREADS)
-    kinds = {
-        f"one run on {threads} threads": [{"THREADS": threads}],
-        "two runs side by side, one thread each": [{"THREADS": 1, "SEED": s} for s in (0, 1)],
-        f"one run on {threads} threads with op determinism": [
-            {"THREADS": threads, "deterministic": True}
-        ],
-    }
-    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    with ExitStack() as stack:
-        groups = {
-            kind: [stack.enter_context(Worker(**overrides)) for overrides in group]
-            for kind, group in kinds.items()
+def round_rows(times: dict[str, np.ndarray], test_images: int, samples: int) -> list[Row]:
+    """Return the table's rows for the seconds of ``measure_round``'s actions."""
+    product = times["product"]
+    rate = f"{PRODUCT / np.median(product) / 1e9:.0f} GFLOP/s"
+    rows = [(f"matrix product, {MATRIX} x {MATRIX}, float32", _seconds(product), rate)]
+    operations = {"evaluation": FORWARD, "training": FORWARD + BACKWARD}
+    for name, images in {"evaluation": test_images, "training": samples}.items():
+        flop = operations[name] * images
+        rate = f"{flop / np.median(times[name]) / 1e9:.0f} GFLOP/s"
+        share = np.median(product / times[name]) * flop / PRODUCT
+        compared = f"{rate}, {share:.0%} of the matrix product's"
+        rows.append((f"{name}, {images} images", _seconds(times[name]), compared))
+    ratio = f"{np.median(times['reference'] / times['round']):.2f} times a round"
+    rows.append(("round", _seconds(times["round"]), ""))
+    return [*rows, ("round of the reference", _seconds(times["reference"]), ratio)]
+
+
+def _seconds(values: np.ndarray) -> str:
+    return f"{np.median(values):.4f} s"
+
+
+def memory(name: str, process: int | str = "self") -> float:
+    """Return VmRSS, what a process holds, or VmHWM, the most that it ever held, in MB."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024 / 1e6
+
+
+class Training:
+    """A training as main.py's, at its end, of which one episode at a time is played and timed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.environment = DecentralizedLearning(settings)
+        observation = np.zeros(self.environment.observation_space.shape or (), np.float32)
+        self.agent = DQNAgent(len(observation), settings)
+        self.agent.epsilon = 0.0
+        for _ in range(settings.EPISODES * (settings.MAX_ROUNDS - 1)):  # as in a whole training
+            self.agent.replay.add(observation, [0], 0.0, observation, False)
+        self._run = Run(settings, self.environment.dataset, use_cpu(settings.THREADS))
+        self._run.__enter__()  # until the process ends; the folder is a temporary one
+        self._run.start(self.environment.shards, self.environment.distances)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._time(self.environment.foundation, "train_epoch", "training")
+        self._time(self.environment.foundation, "evaluate", "evaluation")
+        self._time(self.agent, "act", "agent")
+        self._time(self.agent, "train", "agent")
+
+    def _time(self, owner: Any, name: str, part: str) -> None:
+        """Let each call of a method add its seconds to a part."""
+        method = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*arguments)
+            self._seconds[part] += time.perf_counter() - started
+            return result
+
+        setattr(owner, name, timed)
+
+    def _policy(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
+        """Let the agent choose, but visit all nodes in turn, so that most nodes' models differ."""
+        _, chosen_by = self.agent.act(observation)
+        return [info["round"] % self.agent.actions], chosen_by
+
+    def episode(self) -> dict[str, float]:
+        """Play an episode as ``main.train`` does.
+
+        Returns:
+            Seconds per round, in all (``round``) and of its parts (``training``, ``evaluation``,
+            ``agent``), and ``memory``, the most that the process ever held in MB.
+        """
+        agent, run, rounds = self.agent, self._run, []
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        started = time.perf_counter()
+        for round_ in rollout(self.environment, self._policy, seed=0):
+            rounds.append(round_)
+            main.record_round(run, 1, round_)
+            if round_.observation is not None:
+                done = round_.terminated or round_.truncated
+                kept = round_.observation, round_.action, round_.reward, round_.next_observation
+                agent.remember(*kept, done=done)
+        main.record_episode(run, 1, rounds, agent.epsilon, agent.train(), started)
+        run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
+        self._seconds["round"] = time.perf_counter() - started
+        per_round = {part: value / len(rounds) for part, value in self._seconds.items()}
+        return {**per_round, "memory": memory("VmHWM")}
+
+
+@functools.cache
+def _training(folder: str, **overrides: Any) -> Training:
+    own = tempfile.mkdtemp(dir=folder)
+    return Training(Settings(GOAL_ACCURACY=1.0, RESULTS_DIR=own, **overrides))
+
+
+def play_episode(folder: str, overrides: dict[str, Any]) -> dict[str, float]:
+    """Play the next episode of this process's training with these settings."""
+    return _training(folder, **overrides).episode()
+
+
+def play_in_turns(kinds: dict[str, list[dict[str, Any]]], repeats: int) -> Episodes:
+    """Play an episode of each kind in turns; a kind's trainings run side by side."""
+    episodes: Episodes = {kind: [] for kind in kinds}
+    spawn = get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        processes = {
+            kind: [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in trainings]
+            for kind, trainings in kinds.items()
         }
-        for _ in range(repeats):
-            for kind, workers in groups.items():
-                for worker in workers:
-                    worker.begin("rounds", _ROUNDS)
-                rates[kind].append(sum(_ROUNDS / sum(worker.result()) for worker in workers))
-    baseline = next(iter(rates.values()))
+        for _ in range(repeats + 1):
+            for kind, trainings in kinds.items():
+                pairs = zip(processes[kind], trainings, strict=True)
+                futures = [process.submit(play_episode, folder, own) for process, own in pairs]
+                episodes[kind].append([future.result() for future in futures])
+    return {kind: turns[1:] for kind, turns in episodes.items()}  # the first one compiles
+
+
+def training_rows(episodes: Episodes) -> list[Row]:
+    """Return the table's rows for the episodes of SIDE_BY_SIDE, TUNED and SIZES."""
+
+    def values(kind: str, part: str) -> np.ndarray:
+        return np.array([turn[0][part] for turn in episodes[kind]])
+
+    one = 1 / values("one", "round")
+    two = np.array([sum(1 / episode["round"] for episode in turn) for turn in episodes["two"]])
+    ratio, tuned = f"{np.median(two / one):.2f} times one run", values("tuned", "round")
     rows = [
-        (
-            kind,
-            f"{np.median(values):.2f}",
-            f"{np.median(np.divide(values, baseline)):.2f}",
-        )
-        for kind, values in rates.items()
+        ("one run on all threads", f"{np.median(one):.2f} rounds/s", ""),
+        ("two runs side by side, one thread each", f"{np.median(two):.2f} rounds/s", ratio),
+        ("round of a tuned training, one thread", _seconds(tuned), ""),
     ]
-    return table(" what | rounds per second | against the first ", rows)
+    for part in PARTS:
+        share = f"{np.median(values('tuned', part) / tuned):.0%} of it"
+        rows.append((f"its {part}", _seconds(values("tuned", part)), share))
+    for size in SIZES:
+        rest = values(size, "round") - values(size, "training") - values(size, "evaluation")
+        peak = f"{values(size, 'memory').max():.0f} MB at the peak"
+        rows.append((f"{size}: round without training and evaluation", _seconds(rest), peak))
+    return rows
 
 
-def measure_rest(bench: Bench, repeats: int) -> str:
-    """What a round needs beside training and evaluation, at N = 10 and N = 100."""
-    threads = models.use_cpu(bench.settings.THREADS)
-    rows = []
-    for nodes in (10, 100):
-        with Worker(NUM_NODES=nodes, THREADS=threads, OBSERVATION="local") as worker:
-            rest = worker.call("rest", repeats)
-            whole = float(np.median(worker.call("rounds", repeats)))
-        training = rest.pop("agent's training")
-        cells = [f"{value * 1e3:.1f}" for value in (*rest.values(), training)]
-        share = sum(rest.values()) / whole
-        rows.append((str(nodes), f"{whole * 1e3:.0f}", *cells, f"{share * 100:.1f} %"))
-    header = (
-        " N | round, ms | observation | decision | records | agent's training | "
-        "observation, decision and records in a round "
-    )
-    return table(header, rows)
+def watch_main(table: str, counts: tuple[int, ...], **overrides: Any) -> list[tuple[float, float]]:
+    """Run main.py until a table has so many rows; return seconds and memory in MB at each count."""
+    found, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run" / table
+        flags = {"RESULTS_DIR": folder, "NAME": "run", **overrides}
+        options = [f"--set={name}={value}" for name, value in flags.items()]
+        command = [sys.executable, str(PROJECT / "main.py"), *options]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            for count in counts:
+                while not (path.exists() and path.read_bytes().count(b"\n") > count):
+                    if process.poll() is not None:
+                        raise RuntimeError(f"main.py ended with status {process.returncode}")
+                    time.sleep(0.005)
+                found.append((time.perf_counter() - started, memory("VmRSS", process.pid)))
+            process.kill()
+    return found
 
 
-def measure_scaling(bench: Bench) -> pd.DataFrame:
-    """Seconds per round and memory of 10 to 1,000 nodes, each in a process of its own.
-
-    Both without the replay memory and the agent's training.
-    """
-    threads = models.use_cpu(bench.settings.THREADS)
-    rows = []
-    for observation in ("broadcast", "local"):
-        for nodes in _SIZES:
-            with Worker(
-                NUM_NODES=nodes,
-                SAMPLES_PER_NODE=_SIZES_SAMPLES,
-                PCA_COMPONENTS=_SIZES_COMPONENTS,
-                OBSERVATION=observation,
-                THREADS=threads,
-            ) as worker:
-                # The constructor has taken two rounds of the episode; the last ten are counted,
-                # when most nodes' models differ.
-                times = worker.call("rounds", bench.settings.MAX_ROUNDS - 2)[-10:]
-                rows.append(
-                    {
-                        "observation": observation,
-                        "nodes": nodes,
-                        "seconds_per_round": round(float(np.median(times)), 4),
-                        "peak_memory_mb": round(worker.call("peak_memory")),
-                    }
-                )
-    return pd.DataFrame(rows)
+def report(rows: list[Row], dataset: str) -> str:
+    """Return the table as Markdown, below a line with data, machine and versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy"))
+    machine = f"{available_cores()} cores of {cpu_name() or 'an unknown processor'}"
+    table = [("what", "measured", "compared"), ("---", "---", "---"), *rows]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return f"{dataset}, {machine}, {versions}; medians of {REPEATS}.\n\n{lines}"
 
 
-def draw_scaling(scaling: pd.DataFrame) -> plot.Figure:
-    """Seconds per round and memory by number of nodes, both axes logarithmic."""
-    quantities = {"seconds_per_round": "seconds per round", "peak_memory_mb": "peak memory (MB)"}
-    figure, axes = plot.plt.subplots(1, 2, figsize=(7.2, 3.0))
-    for axis, (column, label) in zip(axes, quantities.items(), strict=True):
-        for observation, rows in scaling.groupby("observation"):
-            marker = "o" if observation == "broadcast" else "s"
-            axis.loglog(rows["nodes"], rows[column], marker=marker, label=observation)
-        sizes = np.array(sorted(scaling["nodes"].unique()))
-        least = scaling[column].min()
-        axis.loglog(sizes, least * sizes / sizes[0], ":", color="0.5", label="linear in N")
-        axis.set(xlabel="nodes N", ylabel=label, ylim=(least / 3, least * 100))
-    axes[0].legend()
-    figure.suptitle(f"{_SIZES_SAMPLES} images per node, {_SIZES_COMPONENTS} components")
-    return figure
-
-
-def measure_start(folder: Path, repeats: int, threads: int) -> float:
-    """Median seconds from the end of the imports to the end of the first round."""
-    command = [sys.executable, "-c", "import main, os; os._exit(0)"]
-
-    def imports() -> None:
-        subprocess.run(command, cwd=PROJECT, check=True)
-
-    runs = iter(range(10**6))
-
-    def first_round() -> None:
-        name = f"start{next(runs)}"
-        with _started_main(folder, NAME=name, THREADS=threads) as process:
-            _wait_for_rows(folder / name / "rounds.csv", 1, process)
-
-    times = seconds({"imports": imports, "first round": first_round}, repeats)
-    return float(np.median(np.subtract(times["first round"], times["imports"])))
-
-
-def measure_memory(folder: Path, threads: int) -> tuple[float, float]:
-    """MB that a complete run of 120 episodes holds after episode 5 and after the last."""
-    held = []
-    # It is killed while it draws its figures, which is not what is asked.
-    with _started_main(folder, NAME="memory", THREADS=threads, **_MEMORY_RUN) as process:
-        for episode in (_MEMORY_FROM, make_settings().EPISODES):
-            _wait_for_rows(folder / "memory" / "episodes.csv", episode, process)
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            held.append(pages * os.sysconf("SC_PAGE_SIZE") / _MB)
-    return held[0], held[1]
-
-
-@contextmanager
-def _started_main(folder: Path, **overrides: object) -> Iterator[subprocess.Popen[bytes]]:
-    """main.py in a process of its own, killed at the end."""
-    options = [f"--set={k}={v}" for k, v in {"RESULTS_DIR": folder, **overrides}.items()]
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / "main.py"), *options], stdout=subprocess.DEVNULL
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_for_rows(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    while not (path.exists() and path.read_bytes().count(b"\n") > count):
-        if process.poll() is not None:
-            raise RuntimeError(f"main.py ended with status {process.returncode}")
-        time.sleep(0.005)
-
-
-def measured_on(dataset: data.Dataset, threads: int) -> str:
-    """Data, machine and versions, in a line."""
-    packages = ", ".join(f"{p} {version(p)}" for p in ("tensorflow", "keras", "numpy"))
-    return f"{dataset.name}, {threads} threads of {os.cpu_count()} CPUs ({cpu_name()}), {packages}"
-
-
-def report(bench: Bench, scaling: pd.DataFrame, sections: dict[str, str]) -> str:
-    """The whole report as Markdown."""
-    threads = models.use_cpu(bench.settings.THREADS)
-    rows = [tuple(str(cell) for cell in row) for row in scaling.itertuples(index=False)]
-    title = (
-        f"Number of nodes ({_SIZES_SAMPLES} images each, {_SIZES_COMPONENTS} components; without "
-        "the replay memory and the agent's training)"
-    )
-    sections = sections | {
-        title: table(" observation | N | seconds per round | peak memory, MB ", rows)
-    }
-    text = f"{measured_on(bench.env.dataset, threads)}\n"
-    return text + "".join(f"\n### {title}\n\n{content}\n" for title, content in sections.items())
-
-
-def main() -> None:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [default: 5]")
-    parser.add_argument("--threads", type=int, default=0, help="0 for all cores [default: 0]")
-    parser.add_argument(
-        "--output", type=Path, default=PROJECT / "results" / "benchmark", help="folder"
-    )
-    arguments = parser.parse_args()
-    repeats = arguments.repeats
-    if not 1 <= repeats <= 7:
-        parser.error(f"--repeats: got {repeats}, takes 1 to 7")
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = make_settings(
-            THREADS=arguments.threads, GOAL_ACCURACY=1.0, RESULTS_DIR=name, NAME="here"
-        )
-        bench = Bench(settings)
-        threads = models.use_cpu(settings.THREADS)
-        sections = {"A round": measure_round(bench, repeats)}
-        sections["Processes"] = measure_processes(bench, repeats)
-        sections["The rest of a round"] = measure_rest(bench, repeats)
-        scaling = measure_scaling(bench)
-        start = measure_start(folder, repeats, threads)
-        before, after = measure_memory(folder, threads)
-        sections["Start and memory"] = table(
-            " what | measured ",
-            [
-                ("from the end of the imports to the end of the first round", f"{start:.2f} s"),
-                (f"memory after episode {_MEMORY_FROM}", f"{before:.1f} MB"),
-                ("memory after the last episode of 120", f"{after:.1f} MB"),
-                ("growth", f"{after - before:.1f} MB"),
-            ],
-        )
-        text = report(bench, scaling, sections)
-    print(text)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "report.md").write_text(text, encoding="utf-8")
-    scaling.to_csv(arguments.output / "scaling.csv", index=False)
-    plot.save_figure(arguments.output / "scaling", draw_scaling, scaling)
+def run(arguments: list[str] | None = None) -> None:
+    """Measure everything, print the report and write it."""
+    parser = Parser("benchmarks.rounds", "Measure what a round costs.")
+    parser.add_argument("--output", default="results/benchmark", help="folder of report.md")
+    output = absolute(parser.parse_args(arguments).output)
+    use_cpu(0)
+    dataset = data.load(Settings())
+    times = measure_round(dataset, REPEATS)
+    rows = round_rows(times, len(dataset.y_test), Settings().SAMPLES_PER_NODE)
+    episodes = play_in_turns(SIDE_BY_SIDE, REPEATS)
+    rows += training_rows({**episodes, **play_in_turns({**TUNED, **SIZES}, REPEATS)})
+    starts = [watch_main("rounds.csv", (1,))[0][0] for _ in range(REPEATS)]
+    rows.append(("start of main.py to the end of round 1", _seconds(np.array(starts)), ""))
+    (_, before), (_, after) = watch_main("episodes.csv", (40, 120), **MEMORY_RUN)
+    growth = f"{after - before:+.1f} MB since episode 40"
+    rows.append(("memory of a run after episode 120", f"{after:.1f} MB", growth))
+    text = report(rows, dataset.name)
+    print(text, end="")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run()

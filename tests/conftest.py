@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
 
 # Two test processes, each with a core of its own, are quicker than two that share both.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -18,15 +17,15 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw").removeprefix("gw")
 if CORES and WORKER:
     os.sched_setaffinity(0, [CORES[int(WORKER) % len(CORES)]])
 
+# The folder of datasets that a user names. Only tests that ask for ``mnist_dir`` depend on it.
+DATA_DIR = os.environ.pop("HL_DATA_DIR", "")
+
 import config
 import data
 import models
 
 # Before anything computes, as main.py does it: the number can't be changed later.
 models.use_cpu(0)
-
-# The MNIST that a user names.
-MNIST = os.environ.get(data.DATA_VARIABLE, "")
 
 # Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
 SMALL = {
@@ -40,21 +39,15 @@ SMALL = {
 
 
 def small_settings(**overrides):
-    return config.make_settings(**{**SMALL, **overrides})
+    return config.Settings(**{**SMALL, **overrides})
 
 
 # Files that take long come first, so that both processes end at about the same time.
-LONG = ("test_compare", "test_main", "test_reference", "test_plot", "test_readme", "test_data")
+LONG = ("test_compare", "test_jobs", "test_main", "test_reference", "test_docs", "test_data")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [*LONG, item.path.stem].index(item.path.stem))
-
-
-@pytest.fixture(autouse=True)
-def no_named_file(monkeypatch):
-    """Only tests that ask for ``mnist_path`` may depend on it."""
-    monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -71,40 +64,43 @@ def few(digits):
 
 
 @pytest.fixture(scope="session")
-def mnist_path():
-    if not MNIST:
-        pytest.skip(f"{data.DATA_VARIABLE} names no MNIST file")
-    return Path(MNIST)
+def mnist_dir():
+    if not DATA_DIR:
+        pytest.skip("HL_DATA_DIR names no folder with MNIST")
+    return Path(DATA_DIR)
 
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """No file of any dataset on this machine, and a download that fails at once."""
 
-    def refuse(published):
+    def refuse(name):
         raise OSError("no network")
 
     monkeypatch.setattr(data, "_download", refuse)
-    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(data, "_SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(config, "PROJECT", tmp_path / "project")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
 
 
 def as_flags(settings):
-    """The --set flags that give ``settings``."""
-    defaults = config.make_settings()
+    """Return the --set flags that give ``settings``."""
+    defaults = config.Settings()
     flags = []
-    for name in config.RULES:
+    for name in config.Settings.model_fields:
         if getattr(settings, name) != getattr(defaults, name):
             flags += ["--set", f"{name}={getattr(settings, name)}"]
     return flags
 
 
 def command(*arguments, script="main.py"):
-    return [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    """A command line; a script without a suffix is a module: experiments.compare."""
+    program = [str(PROJECT / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *program, *map(str, arguments)]
 
 
-def run(*arguments, script="main.py", cwd=None, **options):
-    """Runs a script as a user does and returns the finished process."""
+def run(*arguments, script="main.py", cwd=PROJECT, **options):
+    """Run a script as a user does and return the finished process."""
     return subprocess.run(
         command(*arguments, script=script),
         capture_output=True,
@@ -118,7 +114,7 @@ def run(*arguments, script="main.py", cwd=None, **options):
 
 @contextlib.contextmanager
 def without_rights():
-    """What root does here, it does as nobody: modes of files mean nothing to root."""
+    """Do as nobody what root does here: file modes mean nothing to root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -130,7 +126,7 @@ def without_rights():
 
 
 def refusal(parse, arguments, capsys):
-    """The one line with which a command line is refused, status 2."""
+    """Return the one line with which a command line is refused, status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         parse(arguments)
@@ -141,7 +137,7 @@ def refusal(parse, arguments, capsys):
 
 
 def without_times(folder):
-    """A run's CSVs as lines, without the column that holds seconds."""
+    """Return a run's CSVs as lines, without the column that holds seconds."""
     episodes = (folder / "episodes.csv").read_text().splitlines()
     assert episodes[0].endswith(",seconds")
     return {

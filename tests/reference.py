@@ -1,9 +1,9 @@
 """Decentralized learning written as plainly as possible, to check the fast environment against.
 
 One Keras model with its own optimizer on every node, trained by ``fit``, evaluated by
-``evaluate``, observed by scikit-learn's PCA, as the public code does it. Written from the paper's
-facts, without the project's code: distances, shards, reward and the end of an episode included.
-Only what is random is handed in: the initial weights and the order of the images.
+``evaluate``, observed by scikit-learn's PCA, as the public code does it. Distances, shards, reward
+and the end of an episode are written from the paper, without the project's code. Only what is
+random is passed in: the initial weights and the order of the images.
 """
 
 import keras
@@ -24,12 +24,8 @@ def foundation_model():
             layers.Dense(10, activation="softmax"),
         ]
     )
-    compile_model(model)
-    return model
-
-
-def compile_model(model):
     model.compile(keras.optimizers.Adam(0.001), "categorical_crossentropy", metrics=["accuracy"])
+    return model
 
 
 def flat(weights):
@@ -39,7 +35,7 @@ def flat(weights):
 def scores(weights):
     pca = PCA(n_components=len(weights), svd_solver="full")
     found = pca.fit_transform(np.array(weights))
-    # The components without variance hold rounding noise: nothing to compare.
+    # Components without variance are rounding noise, which can't be compared.
     found[:, pca.explained_variance_ < 1e-9 * pca.explained_variance_[0]] = 0
     return found.flatten()
 
@@ -57,10 +53,9 @@ class Reference:
         rest=100,
         kinds=("broadcast",),
         epochs=1,
-        keep_moments=True,
     ):
         (x_train, y_train), (x_test, y_test) = data
-        self.kinds, self.epochs, self.keep_moments = kinds, epochs, keep_moments
+        self.kinds, self.epochs = kinds, epochs
         self.orders = orders  # yields the order of a shard's images, an epoch at a time
         self.x_test = x_test.astype("float32")[..., None] / 255
         self.y_test = keras.utils.to_categorical(y_test, 10)
@@ -104,8 +99,6 @@ class Reference:
         self.rounds += 1
         for n in chosen:
             x, y = self.shards[n]
-            if not self.keep_moments:
-                compile_model(self.models[n])
             for _ in range(self.epochs):
                 order = next(self.orders)
                 self.models[n].fit(

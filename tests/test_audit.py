@@ -1,89 +1,89 @@
-"""The audit of the observations: its numbers by hand, its walks, its command."""
-
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import SMALL, refusal, run, small_settings
 
-import audit
+import config
 import data
 import models
 import plot
-from config import UserError, episode_seed
+from config import episode_seed
 from environment import DecentralizedLearning
-from records import read_arrays
+from experiments import audit
+from records import read_arrays, write_arrays
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, few):
-    """A small dataset, few trees, and figures that are kept instead of written."""
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
-    monkeypatch.setattr(plot, "save_figure", lambda path, draw, tables: plt.close(draw(tables)))
-    trees = audit.ExtraTreesRegressor
-    monkeypatch.setattr(audit, "ExtraTreesRegressor", lambda _, **more: trees(5, **more))
+    monkeypatch.setattr(audit, "_TREES", 5)
 
 
 def start(folder, *arguments, **overrides):
     settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0), **overrides}
-    for name in ("EPISODES", "REPLAY_SAMPLE"):  # an agent's
+    for name in config.names_of("agent") & {"EPISODES", "REPLAY_SAMPLE"}:
         del settings[name]
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    return audit.main(audit.parse([*arguments, *sets]))
+    return audit.main([*arguments, *sets])
 
 
-def test_the_share_of_variance_by_hand():
-    """Mean 2, squares 4 + 1 + 0 + 1 + 4 = 10 around it; errors 1 + 0 + 0 + 1 + 0 = 2."""
-    values, found = np.array([0.0, 1, 2, 3, 4]), np.array([1.0, 1, 2, 2, 4])
+# --- Numbers by hand ---
+
+
+def test_r2_by_hand():
+    # Mean 2: squares 4 + 1 + 0 + 1 + 4 = 10 around it; errors 1 + 0 + 0 + 1 + 0 = 2.
+    values, predictions = np.array([0.0, 1, 2, 3, 4]), np.array([1.0, 1, 2, 2, 4])
     walks = np.array([0, 0, 7, 7, 7])
-    r2, low, high = audit.explained(values, found, walks, np.random.default_rng(0))
+    r2, low, high = audit.r2_interval(values, predictions, walks, np.random.default_rng(0))
     assert r2 == pytest.approx(0.8)
     assert low <= 0.8 <= high
-    perfect = audit.explained(values, values, walks, np.random.default_rng(0))
+    perfect = audit.r2_interval(values, values, walks, np.random.default_rng(0))
     assert perfect == pytest.approx((1, 1, 1))
 
 
 @pytest.mark.filterwarnings("error")
-def test_draws_without_variance_are_left_out():
-    """Two walks of one value: half of the draws have the same walk twice; the others' R2 is 0."""
-    values, found = np.array([0.1, 0.7]), np.array([0.4, 0.4])
-    r2 = audit.explained(values, found, np.array([0, 1]), np.random.default_rng(0))
+def test_resamples_without_variance_are_left_out():
+    # Two walks of one value: half of the resamples have the same walk twice; the others' R2 is 0.
+    values, predictions = np.array([0.1, 0.7]), np.array([0.4, 0.4])
+    r2 = audit.r2_interval(values, predictions, np.array([0, 1]), np.random.default_rng(0))
     assert r2 == pytest.approx((0, 0, 0))
 
 
-def test_predictions_are_of_walks_that_were_not_learned_from():
-    """Each walk has a value of its own: what a walk's number tells can't be learned from others."""
+def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to():
+    # Each walk has a value of its own: it can't be predicted from the walk's number.
     rng = np.random.default_rng(0)
     walks = np.repeat(np.arange(30), 8)
     own = rng.normal(size=30)[walks]
     shared = rng.normal(size=240)
     features = np.column_stack([own, shared]).astype(np.float32)
-    assert np.corrcoef(audit.predicted(features, shared, walks, 0), shared)[0, 1] > 0.9
-    told_by_number = audit.predicted(walks[:, None].astype(np.float32), own, walks, 0)
-    assert abs(np.corrcoef(told_by_number, own)[0, 1]) < 0.5
+    predictions = audit.cross_predictions(features, shared, walks, 0)
+    assert np.corrcoef(predictions, shared)[0, 1] > 0.9
+    by_number = audit.cross_predictions(walks[:, None].astype(np.float32), own, walks, 0)
+    assert abs(np.corrcoef(by_number, own)[0, 1]) < 0.5
 
 
-def test_references_by_hand():
-    found = audit.references(np.array([2, 0, 0]), 3, 4)
-    assert found["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
-    visits, ago, rounds = np.split(found["history"], [3, 6], axis=1)
+def test_features_that_are_added_by_hand():
+    # Three rounds; three nodes with two components each.
+    scores = np.arange(18, dtype=np.float32).reshape(3, 6)
+    walk = {"nodes": np.array([2, 0, 0]), "broadcast": scores, "local": scores + 100}
+    features = audit.all_features(walk, 3, max_rounds=4)
+    assert features["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
+    visits, age, rounds = np.split(features["history"], [3, 6], axis=1)
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
-    assert ago.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never: twice the longest
+    assert age.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never visited: 2 * 4
     assert rounds.ravel().tolist() == [1, 2, 3]
+    assert features["both"][0].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104, 105]
+    assert features["first_both_loading"][0].tolist() == [0, 2, 4, 100, 102, 104]
+    assert features["nodes"] is walk["nodes"]
 
 
-def test_observations_that_recorded_ones_contain_by_hand():
-    """Of two nodes with two components each."""
-    walk = {"broadcast": np.arange(1, 5)[None], "local": np.arange(5, 9)[None]}
-    found = audit.made(walk, 2)
-    assert found["both"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
-    assert found["first_both_loading"].tolist() == [[1, 3, 5, 7]]
+# --- Walks ---
 
 
 def test_what_a_walk_records(few):
-    settings = small_settings(OBSERVATION="fixed", EXPLORATION_REPEAT=0.5)
+    settings = small_settings(OBSERVATION="zeros")
     walk = audit.record_walk(DecentralizedLearning(settings, few), 3)
     assert walk["nodes"].shape == walk["accuracies"].shape == (5,)
     for kind in ("broadcast", "local"):
@@ -98,6 +98,7 @@ def test_what_a_walk_records(few):
             half = walk["first_both"][:, :4] if kind == "broadcast" else walk["first_both"][:, 4:]
             if signs == "holder":
                 np.testing.assert_array_equal(half, np.array(seen)[:, ::4])
+    assert walk["zeros"].tolist() == np.zeros((5, 4)).tolist()
     assert walk["last_node"].tolist() == np.eye(4)[walk["nodes"]].tolist()
     np.testing.assert_array_equal(walk["last_node_moved"][:, :4], walk["last_node"])
     # The starter has moved the fresh model; of four rows one differs by it, centred 3/4 of it.
@@ -107,129 +108,209 @@ def test_what_a_walk_records(few):
     assert walk["last_node_moved"][0, 4] == pytest.approx(moved * np.sqrt(3) / 2, rel=1e-4)
 
 
-def test_choices_repeat_and_are_the_episode_s(few):
-    env = DecentralizedLearning(
-        small_settings(OBSERVATION="fixed", EXPLORATION_REPEAT=1.0, STARTER_NODE=2), few
-    )
-    assert set(audit.record_walk(env, 1)["nodes"]) == {2}
-    env = DecentralizedLearning(small_settings(OBSERVATION="fixed", MAX_ROUNDS=20), few)
+def test_choices_by_hand(few):
+    # The stream's draws: a share of REPEAT stays, the others go to a uniform node, also the same.
+    settings = small_settings(OBSERVATION="zeros", MAX_ROUNDS=20, STARTER_NODE=2)
+    rng, nodes = config.stream(0, "exploration", 1), [2]
+    while len(nodes) < 20:
+        nodes.append(nodes[-1] if rng.random() < 0.6 else int(rng.integers(4)))
+    env = DecentralizedLearning(settings, few)
     walks = [audit.record_walk(env, episode)["nodes"].tolist() for episode in (1, 1, 2)]
-    assert walks[0] == walks[1] != walks[2]
-    assert len(set(walks[0])) == 4
+    assert walks[0] == walks[1] == nodes != walks[2]
+
+
+def test_a_walk_that_always_repeats(few, monkeypatch):
+    monkeypatch.setattr(audit, "REPEAT", 1.0)
+    env = DecentralizedLearning(small_settings(OBSERVATION="zeros", STARTER_NODE=2), few)
+    assert set(audit.record_walk(env, 1)["nodes"]) == {2}
+
+
+# --- The command ---
 
 
 def test_an_audit_from_start_to_end(tmp_path, capsys):
     assert start(tmp_path, "--walks", "6") == 0
-    folder = tmp_path / "audit-digits"
+    folder, walks = tmp_path / "audit-digits", tmp_path / "audit-digits" / "walks"
     table = pd.read_csv(folder / "audit.csv")
-    assert list(table) == list(plot.AUDIT_COLUMNS)
-    assert table["observation"].tolist() == [o for o in plot.OBSERVATIONS for _ in plot.TARGETS]
-    lengths = [len(read_arrays(folder / f"walk-{e}.npz")["nodes"]) for e in range(1, 7)]
+    assert list(table) == list(audit.AUDIT_COLUMNS)
+    assert table["observation"].tolist() == [o for o in audit.OBSERVATIONS for _ in audit.TARGETS]
+    lengths = [len(read_arrays(walks / f"walk-{e}.npz")["nodes"]) for e in range(1, 7)]
     assert set(table["rounds"]) == {sum(lengths) - 6}
     assert set(table["episodes"]) == {6}
     assert (table["low"] <= table["high"]).all()
-    # Nothing seen: no better than the mean, which each part has from the others.
+    # Nothing observed: no better than the mean of the other parts.
     nothing = table[(table["observation"] == "zeros") & (table["target"] == "accuracy")]
     assert nothing["r2"].item() <= 0
-    first = (folder / "audit.csv").read_bytes()
-    (folder / "walk-4.npz").unlink()
-    others = (folder / "walk-5.npz").stat().st_mtime_ns
-    assert start(tmp_path, "--walks", "6") == 0
-    assert (folder / "audit.csv").read_bytes() == first
-    assert (folder / "walk-5.npz").stat().st_mtime_ns == others
-    assert plot.main([str(folder)]) == 0
-    assert "| broadcast (public code) | " in capsys.readouterr().out
-    # Another one does not go there.
-    assert start(tmp_path, "--walks", "6", LEARNING_RATE=0.1) == 2
-    error = capsys.readouterr().err
-    assert "holds another audit (LEARNING_RATE = 0.001 there, 0.1 now); choose" in error
     about = json.loads((folder / "audit.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
     assert about["versions"]["numpy"] == np.__version__
-    # What joined the constants later had the public code's value before.
-    del about["settings"]["KEEP_MOMENTS"], about["settings"]["PCA_SIGNS"]
-    (folder / "audit.json").write_text(json.dumps(about))
+    assert (folder / "audit.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+
+    first = (folder / "audit.csv").read_bytes()
+    (folder / "audit.csv").unlink()
+    (walks / "walk-4.npz").unlink()
+    others = (walks / "walk-5.npz").stat().st_mtime_ns
     assert start(tmp_path, "--walks", "6") == 0
-    capsys.readouterr()
-    (folder / "audit.json").write_text("{}")
-    assert start(tmp_path, "--walks", "6") == 2
-    assert "audit.json: damaged ('settings'); choose another --name" in capsys.readouterr().err
+    assert (folder / "audit.csv").read_bytes() == first
+    assert (walks / "walk-5.npz").stat().st_mtime_ns == others
+    assert capsys.readouterr().out == printed
+    # A finished table is drawn again without its walks.
+    (folder / "audit.png").unlink()
+    for path in walks.iterdir():
+        path.unlink()
+    assert start(tmp_path, "--walks", "6") == 0
+    assert capsys.readouterr().out == printed
+    assert (folder / "audit.png").exists()
+    assert list(walks.iterdir()) == []
 
 
-def test_walks_of_one_round_teach_nothing(tmp_path, capsys):
-    """With a goal of 1 % each ends with the starter's training."""
-    assert start(tmp_path, "--walks", "6", GOAL_ACCURACY=0.01) == 2
-    assert "0 walks with a second round, takes 6 or more" in capsys.readouterr().err
+def prepare_folder(folder, settings, count, **changes):
+    """Make a folder with recorded walks and audit.json, without recording."""
+    (folder / "walks").mkdir(parents=True)
+    dataset = data.load(settings)
+    about = {"sha256": dataset.sha256, "settings": {**settings.stored(), **changes}}
+    (folder / "audit.json").write_text(json.dumps(about))
+    rng = np.random.default_rng(0)
+    names = [o for o in audit.OBSERVATIONS if o not in ("both", "first_both_loading", "history")]
+    for episode in range(1, count + 1):
+        walk = {name: rng.random((5, 8), np.float32) for name in names if name != "last_node_round"}
+        walk |= {"nodes": rng.integers(4, size=5), "accuracies": rng.random(5)}
+        write_arrays(folder / "walks" / f"walk-{episode}.npz", walk)
 
 
-def test_the_figure_s_bars(tmp_path):
-    rows = [
-        ("digits", name, target, 0.1 * place + 0.01 * (target != "accuracy"), 0.0, 2.0, 60, 1800)
-        for place, name in enumerate(plot.OBSERVATIONS)
-        for target in plot.TARGETS
-    ]
-    pd.DataFrame(rows, columns=list(plot.AUDIT_COLUMNS)).to_csv(tmp_path / "audit.csv", index=False)
-    tables = {"episodes": pd.read_csv(tmp_path / "audit.csv")}
-    figure = plot.draw_explained(tables)
-    (axis,) = figure.axes
-    now, later = [c for c in axis.containers if hasattr(c, "patches")]
-    assert [b.get_width() for b in now] == pytest.approx([0.1 * i for i in range(len(now))])
-    assert [b.get_width() for b in later] == pytest.approx(
-        [0.1 * i + 0.01 for i in range(len(now))]
-    )
-    assert [t.get_text() for t in axis.get_yticklabels()] == list(plot.OBSERVATIONS.values())
-    assert "bundled digits, NOT MNIST" in figure.get_suptitle()
-    plt.close(figure)
-    # The file as a cut leaves it: without its last row.
-    table = tables["episodes"]
-    table.iloc[:-1].to_csv(tmp_path / "audit.csv", index=False)
-    last = " ".join(table.iloc[-1][["observation", "target"]])
-    with pytest.raises(
-        UserError, match=rf"audit\.csv: {last} is missing, audit\.py makes it again"
-    ):
-        plot.audit_report(tmp_path)
-
-
-def test_what_an_audit_sets_may_be_named():
-    assert audit.parse(["--set", "NODES_PER_ROUND=1"]).settings.NODES_PER_ROUND == 1
+def test_more_walks_make_another_table(tmp_path):
+    folder = tmp_path / "audit-digits"
+    prepare_folder(folder, small_settings(), 8)
+    for count in (6, 8):
+        assert start(tmp_path, "--walks", str(count)) == 0
+        table = pd.read_csv(folder / "audit.csv")
+        assert set(table["episodes"]) == {count}
+        assert set(table["rounds"]) == {count * 4}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("changes", "words"),
     [
-        (["--walks", "5"], "--walks: got 5, takes at least 6"),
-        (["--walks", "0"], "argument --walks: got '0', takes an integer >= 1"),
-        (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes 'fixed' in an audit"),
-        (["--settings", "tuned"], "--settings: got it in an audit, which has no agent"),
-        (
-            ["--set", "DISCOUNT=0.5"],
-            "DISCOUNT: got 0.5, takes none in an audit, which has no agent and counts no distances",
-        ),
-        (["--set", "DISTANCE_SEED=1"], "DISTANCE_SEED: got 1, takes none in an audit"),
-        (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1 in an audit"),
+        ({"LEARNING_RATE": 0.1}, "LEARNING_RATE = 0.1 there, 0.001 now"),
+        ({"SEED": 4}, "SEED = 4 there, 0 now"),
+        ({"LOCAL_SCALE": 0.5}, "LOCAL_SCALE = 0.5 there, 1.0 now"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, words, capsys):
-    assert words in refusal(audit.parse, arguments, capsys)
+def test_another_audit_is_left_alone(tmp_path, capsys, changes, words):
+    prepare_folder(tmp_path / "audit-digits", small_settings(), 6, **changes)
+    assert start(tmp_path, "--walks", "6") == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "audit-digits" / "audit.csv").exists()
 
 
-def test_an_unwritable_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    arguments = ["--set", f"RESULTS_DIR={tmp_path / 'file'}", "--set", "SAMPLES_PER_NODE=64"]
-    assert audit.main(audit.parse(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"audit.py: {tmp_path / 'file' / 'audit-digits'}: can't be written (")
-    assert message.count("\n") == 1
+def test_settings_of_an_agent_make_no_other_audit(tmp_path):
+    prepare_folder(tmp_path / "audit-digits", small_settings(), 6, DISCOUNT=0.5, THREADS=7)
+    assert start(tmp_path, "--walks", "6") == 0
+
+
+def test_a_damaged_folder(tmp_path, capsys):
+    prepare_folder(tmp_path / "audit-digits", small_settings(), 6)
+    (tmp_path / "audit-digits" / "audit.json").write_text("{}")
+    assert start(tmp_path, "--walks", "6") == 2
+    assert "audit.json: damaged ('settings')" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "audit-digits").mkdir()
     (tmp_path / "audit-digits" / "notes.txt").write_text("mine")
     assert start(tmp_path, "--walks", "6") == 2
-    assert "holds no audit" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "audit-digits").iterdir()] == ["notes.txt"]
+    assert "notes.txt" in capsys.readouterr().err
+    left = [p.name for p in (tmp_path / "audit-digits").iterdir() if p.name[0] != "."]
+    assert left == ["notes.txt"]
 
 
-def test_help_outside(tmp_path):
-    done = run("--help", script="audit.py", cwd=tmp_path)
+def test_an_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert start(tmp_path / "file", "--walks", "6") == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path / "file" / "audit-digits") in message
+    assert message.count("\n") == 1
+
+
+def test_walks_of_one_round_teach_nothing(tmp_path, capsys):
+    # With a goal of 1 % each ends with the starter's training.
+    assert start(tmp_path, "--walks", "6", GOAL_ACCURACY=0.01) == 2
+    assert "got 0 with a second round, takes at least 6" in capsys.readouterr().err
+
+
+# --- Figure and report ---
+
+
+@pytest.fixture
+def table():
+    rows = [
+        ("digits", name, target, 0.1 * place + 0.01 * (target != "accuracy"), 0.0, 2.0, 60, 1800)
+        for place, name in enumerate(audit.OBSERVATIONS)
+        for target in audit.TARGETS
+    ]
+    return pd.DataFrame(rows, columns=list(audit.AUDIT_COLUMNS))
+
+
+def test_the_figure_shows_the_table(table):
+    figure = audit.draw_audit(table)
+    (axis,) = figure.axes
+    now, following = axis.containers
+    count = len(audit.OBSERVATIONS)
+    assert now[0].get_xdata() == pytest.approx([0.1 * i for i in range(count)])
+    assert following[0].get_xdata() == pytest.approx([0.1 * i + 0.01 for i in range(count)])
+    for container in (now, following):
+        ends = np.array(container[2][0].get_segments())[:, :, 0]
+        assert ends == pytest.approx(np.tile([0.0, 2.0], (count, 1)), abs=1e-12)
+    assert [t.get_text() for t in axis.get_yticklabels()] == list(audit.OBSERVATIONS.values())
+    assert plot.data_note("digits") in figure.get_suptitle()
+
+
+def test_the_report_shows_the_table(table):
+    lines = audit.report(table).splitlines()
+    assert len(lines) == 2 + len(audit.OBSERVATIONS)
+    assert lines[2].endswith("| 0.00 [0.00, 2.00] | 0.01 [0.00, 2.00] |")
+    assert lines[5].endswith("| 0.30 [0.00, 2.00] | 0.31 [0.00, 2.00] |")
+
+
+def test_a_table_that_was_cut_is_made_again(tmp_path, table):
+    path = tmp_path / "audit.csv"
+    table.to_csv(path, index=False)
+    assert audit._read_finished(path, 60) is not None
+    assert audit._read_finished(path, 61) is None
+    table.iloc[:-1].to_csv(path, index=False)
+    assert audit._read_finished(path, 60) is None
+
+
+# --- Command line ---
+
+
+def test_settings_of_an_audit():
+    settings, walks = audit.parse(["--set", "NODES_PER_ROUND=1", "--set", "LOCAL_SCALE=0.4"])
+    assert (settings.LOCAL_SCALE, settings.DATASET, walks) == (0.4, "digits", 60)
+    settings, walks = audit.parse(["--dataset", "mnist", "--walks", "7", "--seed", "3"])
+    assert (settings.DATASET, settings.SEED, walks) == ("mnist", 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--walks", "5"], "--walks: got 5, takes at least 6"),
+        (["--walks", "0"], "--walks: got '0', takes an integer >= 1"),
+        (["--settings", "tuned"], "--settings: got 'tuned', takes none"),
+        (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
+        (["--set", "PCA_SIGNS=holder"], "PCA_SIGNS: got 'holder', takes none"),
+        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),
+        (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1"),
+        (["--set", "PCA_COMPONENTS=11"], "PCA_COMPONENTS: got 11, takes at most NUM_NODES = 10"),
+    ],
+)
+def test_mistakes_are_reported_in_one_line(arguments, words, capsys):
+    assert words in refusal(audit.parse, arguments, capsys)
+
+
+def test_help():
+    done = run("--help", script="experiments.audit")
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,10 +1,10 @@
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import http.server
 import socket
 import struct
+import sys
 import threading
 import time
 
@@ -14,14 +14,14 @@ from conftest import small_settings
 
 import config
 import data
-from config import ConfigError, make_settings
+from config import ConfigError, Settings
 from data import DataError, DataNotFound, Dataset
 
 # --- Shards ----------------------------------------------------------------------------------
 
 
 def slow_main_class_shard(labels, node, main, rest):
-    """The public code's rule for one node, image by image."""
+    # The public code's rule for one node, image by image.
     group, digit = node // 10, node % 10
     own = [i for i, label in enumerate(labels) if label == digit]
     others = [i for i, label in enumerate(labels) if label != digit]
@@ -31,7 +31,7 @@ def slow_main_class_shard(labels, node, main, rest):
 def test_main_class_shards_by_hand():
     # Two classes, four nodes, 4 images a node of which H = 0.75 are of the main class.
     labels = np.array([0, 0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1])
-    settings = make_settings(NUM_NODES=4, SAMPLES_PER_NODE=4, HETEROGENEITY=0.75)
+    settings = Settings(NUM_NODES=4, SAMPLES_PER_NODE=4, HETEROGENEITY=0.75)
     shards = data.main_class_shards(labels, settings, None)
     assert [shard.tolist() for shard in shards] == [
         [0, 1, 3, 2],  # class 0: its images 0-2, and the first other image
@@ -54,28 +54,26 @@ def test_main_class_shards_against_the_slow_rule(digits, nodes, heterogeneity):
 
 def test_main_class_shards_reach_as_far_as_the_data(digits):
     # 6,000 images a class, 400 a node: 15 nodes of each class fit, 151 nodes do not.
-    assert len(data.make_shards(digits, make_settings(NUM_NODES=150))) == 150
-    with pytest.raises(ConfigError, match=r"node 150 needs 6400 training images of class 0"):
-        data.make_shards(digits, make_settings(NUM_NODES=151))
+    assert len(data.make_shards(digits, Settings(NUM_NODES=150))) == 150
+    with pytest.raises(ConfigError, match=r"SAMPLES_PER_NODE: got 500.* 150 .* 6400 .* 6000"):
+        data.make_shards(digits, Settings(NUM_NODES=151))
 
 
 def test_iid_shards_are_disjoint_and_even(digits):
-    settings = make_settings(SHARD_RULE="iid", NUM_NODES=20, SAMPLES_PER_NODE=3000)
+    settings = Settings(SHARD_RULE="iid", NUM_NODES=20, SAMPLES_PER_NODE=3000)
     shards = data.make_shards(digits, settings)
     assert sorted(np.concatenate(shards).tolist()) == list(range(60_000))
     # Hypergeometric: 300 of each class expected, standard deviation 16.
     for shard in shards:
         counts = np.bincount(digits.y_train[shard], minlength=10)
         assert abs(counts - 300).max() < 5 * 16
-    with pytest.raises(ConfigError, match="takes at most 3000"):
-        data.make_shards(digits, dataclasses.replace(settings, SAMPLES_PER_NODE=3001))
+    with pytest.raises(ConfigError, match=r"SAMPLES_PER_NODE: got 3001, .* 3000"):
+        data.make_shards(digits, settings.replace(SAMPLES_PER_NODE=3001))
 
 
 def test_dirichlet_shards(digits):
     def shares(alpha, seed=0):
-        settings = make_settings(
-            SHARD_RULE="dirichlet", DIRICHLET_ALPHA=alpha, SEED=seed, NUM_NODES=50
-        )
+        settings = Settings(SHARD_RULE="dirichlet", DIRICHLET_ALPHA=alpha, SEED=seed, NUM_NODES=50)
         shards = data.make_shards(digits, settings)
         assert all(len(shard) == 500 for shard in shards)
         assert len(set(np.concatenate(shards).tolist())) == 50 * 500
@@ -91,7 +89,7 @@ def test_dirichlet_shards(digits):
 
 def test_dirichlet_shards_use_up_the_data():
     labels = np.repeat(np.arange(4), 25)
-    settings = make_settings(
+    settings = Settings(
         SHARD_RULE="dirichlet", DIRICHLET_ALPHA=0.01, NUM_NODES=10, SAMPLES_PER_NODE=10
     )
     shards = data.dirichlet_shards(labels, settings, config.stream(0, "shards"))
@@ -112,9 +110,7 @@ def test_dirichlet_shards_use_up_the_data():
 )
 def test_what_a_rule_makes_is_checked(digits, monkeypatch, shards):
     monkeypatch.setitem(data.SHARD_RULES, "mine", lambda labels, settings, rng: shards)
-    with pytest.raises(
-        ConfigError, match=r"SHARD_RULE: got . shards of 'mine', takes NUM_NODES = 4"
-    ):
+    with pytest.raises(ConfigError, match=r"SHARD_RULE: got . .*'mine'.* NUM_NODES = 4"):
         data.make_shards(digits, small_settings(SHARD_RULE="mine"))
 
 
@@ -134,7 +130,7 @@ def test_digits(digits):
 
 
 def test_digits_test_images_are_untouched_and_not_in_training(digits):
-    """Each test image is one original, enlarged by nothing but bilinear interpolation."""
+    # Each test image is one original, enlarged by nothing but bilinear interpolation.
     from sklearn.datasets import load_digits
 
     originals = load_digits()
@@ -160,7 +156,7 @@ def test_digits_test_images_are_untouched_and_not_in_training(digits):
 
 
 class Fixed:
-    """Stands for a generator: each draw is a constant, in the order of the calls."""
+    # A generator whose draws are constants, in the order of the calls.
 
     def __init__(self, *values):
         self.values = iter(values)
@@ -170,7 +166,7 @@ class Fixed:
 
 
 def test_distortions_by_hand():
-    """In the order angle, scale, shear, shift: by whole pixels and right angles."""
+    # In the order angle, scale, shear, shift: by whole pixels and right angles.
     image = np.zeros((1, 28, 28), np.float32)
     image[0, 10, 12:15] = [0.25, 0.5, 1.0]
     same = data._distorted(image, Fixed(0, 1, 0, 0))
@@ -189,11 +185,12 @@ def test_distortions_by_hand():
 
 
 def test_every_training_digit_is_distorted_in_its_own_way(digits):
-    assert len(np.unique(digits.x_train.reshape(60_000, -1), axis=0)) > 59_900
+    assert len({image.tobytes() for image in digits.x_train}) > 59_900
 
 
 def test_digits_distortions_are_small_and_not_seeded_by_the_run(digits):
-    again = data.load_digits(make_settings(SEED=5))
+    # DATA_DIR changes nothing either.
+    again = data.load(small_settings(SEED=5, DATA_DIR="nowhere"))
     assert again.sha256 == digits.sha256
     # Mass and middle stay about where they are: 0.5 pixels of shift, 5 degrees, 5 %.
     rows = np.arange(28)
@@ -207,286 +204,334 @@ def test_digits_distortions_are_small_and_not_seeded_by_the_run(digits):
 
 # --- Files -----------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def mnist_like():
-    """Arrays with MNIST's shapes and label counts; the pixels are not MNIST's."""
-    published = data._PUBLISHED["mnist"]
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, counts in (("train", published.train_counts), ("test", published.test_counts)):
-        labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), counts))
-        arrays[f"x_{part}"] = rng.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
-        arrays[f"y_{part}"] = labels
-    return arrays
+NAMES = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
 
 
-def write_idx(folder, arrays, zipped, dotted=False):
-    folder.mkdir(exist_ok=True)
-    for key, stem in data._IDX_FILES.items():
-        array = arrays[key]
-        content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-        content += array.tobytes()
-        name = stem.replace("-idx", ".idx") if dotted else stem
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-        else:
-            (folder / name).write_bytes(content)
+def idx_bytes(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def idx_files(arrays, dotted=False, zipped=False):
+    # The four IDX files' names and contents.
+    files = {}
+    for key, name in NAMES.items():
+        content = idx_bytes(arrays[key])
+        name = name.replace("-idx", ".idx") if dotted else name
+        files[name + ".gz" * zipped] = gzip.compress(content, 1) if zipped else content
+    return files
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     return folder
 
 
-def load_file(path, dataset="mnist"):
-    return data.load(make_settings(DATASET=dataset, DATA_FILE=str(path)))
+def write_npz(path, arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    return path
 
 
-@pytest.mark.parametrize("form", ["npz", "idx", "idx.gz", ".idx"])
-def test_forms_of_mnist(tmp_path, mnist_like, form, capsys):
+@pytest.fixture
+def arrays(monkeypatch):
+    # A small dataset that takes MNIST's and Fashion-MNIST's places as the published one.
+    rng = np.random.default_rng(0)
+    made = {}
+    for part, n in (("train", 30), ("test", 20)):
+        made[f"x_{part}"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        made[f"y_{part}"] = rng.permutation(np.resize(np.arange(10, dtype=np.uint8), n))
+    sums = {key: hashlib.sha256(idx_bytes(array)).hexdigest() for key, array in made.items()}
+    monkeypatch.setattr(data, "_SHA256", {"mnist": sums, "fashion_mnist": sums})
+    return made
+
+
+def load_from(folder, name="mnist"):
+    return data.load(Settings(DATASET=name, DATA_DIR=str(folder)))
+
+
+@pytest.mark.parametrize("form", ["npz", "idx", "idx.gz", ".idx", ".idx.gz"])
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [
+        ("mnist", "."),
+        ("mnist", "mnist"),
+        ("fashion_mnist", "."),
+        ("fashion_mnist", "fashion-mnist"),
+        ("fashion_mnist", "fashion_mnist"),
+    ],
+)
+def test_forms_and_folders(tmp_path, arrays, no_network, form, name, below):
     if form == "npz":
-        path = tmp_path / "any.npz"
-        np.savez(path, **mnist_like)
+        write_npz(tmp_path / "here" / below / f"{name}.npz", arrays)
     else:
-        path = write_idx(tmp_path / "idx", mnist_like, form == "idx.gz", form == ".idx")
-    dataset = load_file(path)
-    for key, array in mnist_like.items():
+        dotted, zipped = form.startswith("."), form.endswith(".gz")
+        write(tmp_path / "here" / below, idx_files(arrays, dotted, zipped))
+    dataset = load_from(tmp_path / "here", name)
+    for key, array in arrays.items():
         assert (getattr(dataset, key) == array).all()
-    # Right shapes and labels, other pixels: taken, with a warning.
-    assert dataset.verdict == "not canonical"
-    assert "not its published pixels" in capsys.readouterr().err
+    assert (dataset.name, dataset.verdict) == (name, "canonical")
+    assert dataset.source.startswith("DATA_DIR: ")
 
 
-def test_sha256_is_that_of_the_idx_files(tmp_path, mnist_like):
-    folder = write_idx(tmp_path / "idx", mnist_like, zipped=False)
-    sums = load_file(folder).sha256
-    for key, stem in data._IDX_FILES.items():
-        assert sums[key] == hashlib.sha256((folder / stem).read_bytes()).hexdigest()
+def test_other_spelling_of_the_archive(tmp_path, arrays, no_network):
+    write_npz(tmp_path / "fashion-mnist.npz", arrays)
+    assert load_from(tmp_path, "fashion_mnist").source == "DATA_DIR: fashion-mnist.npz"
 
 
-def test_one_idx_file_stands_for_its_folder(tmp_path, mnist_like):
-    folder = write_idx(tmp_path / "idx", mnist_like, zipped=False)
-    assert len(load_file(folder / "t10k-labels-idx1-ubyte").y_train) == 60_000
-
-
-def test_canonical_mnist(mnist_path):
-    dataset = load_file(mnist_path)
+def test_canonical_mnist(mnist_dir):
+    dataset = load_from(mnist_dir)
     assert dataset.verdict == "canonical"
-    assert dataset.source == f"DATA_FILE: {mnist_path.name}"
+    assert np.bincount(dataset.y_train).tolist() == [
+        *(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+    ]
     assert dataset.y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert dataset.y_test[:5].tolist() == [7, 2, 1, 0, 4]
     assert (dataset.classes, dataset.input_shape) == (10, (28, 28, 1))
 
 
-def test_order_of_places(tmp_path, mnist_like, no_network, monkeypatch):
+def test_canonical_fashion_mnist(mnist_dir):
+    if not (mnist_dir / "fashion-mnist").is_dir():
+        pytest.skip("no Fashion-MNIST there")
+    dataset = load_from(mnist_dir, "fashion_mnist")
+    assert dataset.verdict == "canonical"
+    assert np.bincount(dataset.y_test).tolist() == [1000] * 10
+    # Under MNIST's names, it is refused.
+    with pytest.raises(DataError, match=r"y_train: got \[6000, .* mnist"):
+        load_from(mnist_dir / "fashion-mnist")
+
+
+def test_order_of_places(tmp_path, arrays, no_network, monkeypatch, capsys):
     def place(folder, value):
-        folder.mkdir(parents=True)
-        marked = dict(mnist_like, x_test=mnist_like["x_test"].copy())
+        marked = dict(arrays, x_test=arrays["x_test"].copy())
         marked["x_test"][0, 0, 0] = value
-        np.savez(folder / "mnist.npz", **marked)
-        return folder / "mnist.npz"
+        write_npz(tmp_path / folder / "mnist.npz", marked)
 
     def found(**settings):
-        return data.load(make_settings(DATASET="mnist", **settings)).x_test[0, 0, 0]
+        return data.load(Settings(DATASET="mnist", **settings)).x_test[0, 0, 0]
 
-    place(tmp_path / "keras" / "datasets", 1)
+    place("system/mnist", 1)
     assert found() == 1
-    place(tmp_path / "project" / "data", 2)
+    place("keras/datasets", 2)
     assert found() == 2
-    monkeypatch.setenv(data.DATA_VARIABLE, str(place(tmp_path / "variable", 3)))
+    place("project/data", 3)
     assert found() == 3
-    named = place(tmp_path / "named", 4)
-    assert found(DATA_FILE=str(named)) == 4
+    place("named", 4)
+    assert found(DATA_DIR=str(tmp_path / "named")) == 4
+    # An empty folder is no mistake; the search goes on.
+    (tmp_path / "empty").mkdir()
+    assert found(DATA_DIR=str(tmp_path / "empty")) == 2
 
 
-def test_fashion_mnist_in_its_place(tmp_path, no_network):
-    folder = tmp_path / "keras" / "datasets"
-    folder.mkdir(parents=True)
-    write_idx(folder / "fashion-mnist", fashion_arrays(), zipped=True)
-    dataset = data.load(make_settings(DATASET="fashion_mnist"))
-    assert (dataset.name, dataset.verdict) == ("fashion_mnist", "unverified")
-    with pytest.raises(DataError, match="not MNIST: y_train has"):
-        load_file(folder / "fashion-mnist")
+def test_data_dir_that_does_not_exist(tmp_path, arrays, no_network):
+    write_npz(tmp_path / "keras" / "datasets" / "mnist.npz", arrays)
+    assert load_from("data").source == "Keras' cache: mnist.npz"
+    for folder in ("dat", str(tmp_path / "nowhere"), str(tmp_path / "keras/datasets/mnist.npz")):
+        with pytest.raises(ConfigError, match=f"DATA_DIR: got '{folder}'"):
+            load_from(folder)
+        with pytest.raises(ConfigError, match=f"DATA_DIR: got '{folder}'"):
+            load_from(folder, "auto")
+
+
+def test_other_pixels_and_other_labels(tmp_path, arrays, capsys):
+    other = arrays["x_test"].copy()
+    other[0, 0, 0] ^= 1
+    write_npz(tmp_path / "pixels" / "mnist.npz", dict(arrays, x_test=other))
+    assert load_from(tmp_path / "pixels").verdict == "not canonical"
+    assert str(tmp_path / "pixels" / "mnist.npz") in capsys.readouterr().err
+    # Even in another order: shards are taken in the dataset's order.
+    path = tmp_path / "labels" / "mnist.npz"
+    write_npz(path, dict(arrays, y_train=np.roll(arrays["y_train"], 1)))
+    with pytest.raises(DataError, match=f"{path}: y_train: got .3, 3, 3, 3, 3, 3, 3, 3, 3, 3."):
+        load_from(path.parent)
 
 
 class Unpickled:
-    """Leaves a trace when it is unpickled."""
-
+    # Leaves a trace when it is unpickled.
     def __reduce__(self):
         return (pytest.fail, ("a pickle was loaded",))
 
 
-def test_damaged_and_foreign_files_are_named(tmp_path, mnist_like):
-    whole = tmp_path / "whole.npz"
-    np.savez(whole, **mnist_like)
-    content = whole.read_bytes()
-
-    def refuses(name, written, words):
-        path = tmp_path / name
+def test_damaged_and_foreign_files_are_named(tmp_path, arrays):
+    path = write_npz(tmp_path / "mnist.npz", arrays)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[1000] ^= 0xFF
+    pickled = np.array([Unpickled()] * 3, dtype=object)
+    for written in (
+        content[: len(content) // 2],
+        bytes(flipped),
+        b"",
+        b"<html>404</html>",
+        {"x_train": arrays["x_train"]},
+        dict(arrays, y_test=pickled),
+        dict(arrays, x_test=arrays["x_test"].astype(float)),
+        dict(arrays, x_train=arrays["x_train"][:-1]),
+        dict(arrays, x_train=arrays["x_train"][:, :8, :8]),
+    ):
         if isinstance(written, bytes):
             path.write_bytes(written)
         else:
             np.savez(path, **written)
         with pytest.raises(DataError) as caught:
-            load_file(path)
-        assert str(path) in str(caught.value)
-        assert words in str(caught.value)
+            load_from(tmp_path)
+        assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
-    refuses("truncated.npz", content[: len(content) // 2], "not a complete .npz")
-    flipped = bytearray(content)
-    flipped[1000] ^= 0xFF
-    refuses("flipped.npz", bytes(flipped), "damaged")
-    refuses("empty.npz", b"", "not a complete .npz")
-    refuses("text.npz", b"<html>404</html>", "not a complete .npz")
-    refuses("keys.npz", {"images": np.zeros(3)}, "has no array x_train")
-    pickled = dict(mnist_like, y_test=np.array([Unpickled()] * 3, dtype=object))
-    refuses("pickled.npz", pickled, "damaged")
-    refuses("dtype.npz", dict(mnist_like, x_test=np.zeros((10_000, 28, 28))), "x_test is float64")
-    refuses("shape.npz", dict(mnist_like, x_train=mnist_like["x_train"][:-1]), "(59999, 28, 28)")
-    other = mnist_like["y_train"].copy()
-    other[np.flatnonzero(other == 3)[0]] = 4
-    refuses("labels.npz", dict(mnist_like, y_train=other), "not MNIST: y_train has")
-    refuses(
-        "black.npz", dict(mnist_like, x_test=np.zeros((10_000, 28, 28), np.uint8)), "all pixels"
-    )
 
-
-def test_damaged_idx_files_are_named(tmp_path, mnist_like):
-    folder = write_idx(tmp_path / "idx", mnist_like, zipped=True)
-    path = folder / "t10k-images-idx3-ubyte.gz"
+def test_damaged_idx_files_are_named(tmp_path, arrays):
+    write(tmp_path, idx_files(arrays, zipped=True))
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
     content = path.read_bytes()
-
-    def refuses(written, words):
+    whole = gzip.decompress(content)
+    for written in (
+        content[:1000],
+        content[:-1],
+        whole[:-1],
+        whole + b"0",
+        whole[:3],
+        whole[:7],
+        b"\0\0\x0d\x01" + bytes(8),
+    ):
         path.write_bytes(written)
-        with pytest.raises(DataError, match=words) as caught:
-            load_file(folder)
-        assert str(path) in str(caught.value)
-
-    refuses(content[:1000], "damaged gzip file")
-    refuses(gzip.decompress(content)[:-1], "7839999 values where the header says 7840000")
-    refuses(b"\0\0\x0d\x01" + bytes(8), "not an IDX file of uint8")
-    path.unlink()
-    with pytest.raises(DataError, match="has no t10k-images-idx3-ubyte"):
-        load_file(folder)
+        with pytest.raises(DataError) as caught:
+            load_from(tmp_path)
+        assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_mnist_never_falls_back(no_network):
-    with pytest.raises(DataNotFound) as caught:
-        data.load(make_settings(DATASET="mnist"))
-    message = str(caught.value)
-    assert "no network" in message
-    for way in ("DATA_FILE", data.DATA_VARIABLE, "/data;", "Keras' cache"):
-        assert way in message
+@pytest.mark.parametrize("missing", list(NAMES.values()))
+def test_a_missing_idx_file_is_named(tmp_path, arrays, no_network, missing):
+    write(tmp_path / "mnist", idx_files(arrays, zipped=True))
+    (tmp_path / "mnist" / f"{missing}.gz").unlink()
+    with pytest.raises(DataError, match=f"{tmp_path}/mnist/{missing}"):
+        load_from(tmp_path)
+
+
+def test_mnist_never_falls_back(tmp_path, no_network):
+    with pytest.raises(DataNotFound, match="DATASET: got 'mnist'") as caught:
+        data.load(Settings(DATASET="mnist"))
+    for part in ("(no network)", "mnist.npz", f"{tmp_path}/project/data", "HL_DATA_DIR"):
+        assert part in str(caught.value)
+    with pytest.raises(DataNotFound, match=r"'fashion_mnist'.* dataset-fashion-mnist"):
+        data.load(Settings(DATASET="fashion_mnist"))
 
 
 def test_auto_falls_back_with_a_warning(no_network, capsys):
-    dataset = data.load(make_settings(DATASET="auto"))
-    assert dataset.name == "digits"
+    assert data.load(Settings(DATASET="auto")).name == "digits"
     warning = " ".join(capsys.readouterr().err.split())
     assert "NOT MNIST" in warning
     assert "no network" in warning
 
 
 def test_auto_does_not_hide_a_damaged_file(tmp_path, no_network):
-    folder = tmp_path / "project" / "data"
-    folder.mkdir(parents=True)
-    (folder / "mnist.npz").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"data/mnist\.npz: not a complete"):
-        data.load(make_settings(DATASET="auto"))
+    write(tmp_path / "project" / "data", {"mnist.npz": b"half"})
+    with pytest.raises(DataError, match=r"data/mnist\.npz: "):
+        data.load(Settings(DATASET="auto"))
 
 
-@pytest.mark.parametrize("behaviour", ["silent", "trickling"])
-def test_a_hanging_download_is_given_up(tmp_path, monkeypatch, behaviour):
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "_STALL_SECONDS", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        monkeypatch.setattr(data, "_KERAS_URL", f"http://127.0.0.1:{port}/")
-        if behaviour == "trickling":
+# --- Downloads -------------------------------------------------------------------------------
 
-            def trickle():
-                connection, _ = server.accept()
-                with connection:
-                    connection.recv(4096)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
-                    with contextlib.suppress(OSError):
-                        while True:
-                            connection.sendall(b"x")
-                            time.sleep(0.1)
 
-            threading.Thread(target=trickle, daemon=True).start()
-        started = time.monotonic()
-        # A socket's own time-out ends the silent one, only the watch over the file the other.
-        words = "no progress" if behaviour == "trickling" else "no progress|timed out"
-        with pytest.raises(Exception, match=words):
-            data._download(data._PUBLISHED["mnist"])
-        assert time.monotonic() - started < 5
-    assert not (tmp_path / "datasets" / "mnist.npz").exists()
+@pytest.fixture
+def only_download(monkeypatch, tmp_path):
+    # No dataset on this machine, and no proxy between it and the test's own server.
+    monkeypatch.setattr(data, "_SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(config, "PROJECT", tmp_path / "project")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def downloads_from(monkeypatch, url, files, below=""):
+    sums = {f"{below}{name}": hashlib.sha256(files[name]).hexdigest() for name in files}
+    monkeypatch.setattr(data, "_DOWNLOADS", {"mnist": (url, sums), "fashion_mnist": (url, sums)})
 
 
 @contextlib.contextmanager
 def serving(folder):
-    """The address of a web server on this machine with the folder's files."""
+    # The address of a web server on this machine with the folder's files, and what it was asked.
+    asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(folder))
 
         def log_message(self, *args):
-            pass
+            asked.append(self.path.strip("/"))
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
+        yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
 
 
-def fashion_arrays():
-    arrays = {}
-    for part, each in (("train", 6000), ("test", 1000)):
-        arrays[f"y_{part}"] = np.repeat(np.arange(10, dtype=np.uint8), each)
-        arrays[f"x_{part}"] = np.full((10 * each, 28, 28), 7, np.uint8)
-    return arrays
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_download_goes_to_keras_cache(
+    tmp_path, monkeypatch, arrays, only_download, capsys, terminal
+):
+    content = write_npz(tmp_path / "served" / "mnist.npz", arrays).read_bytes()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with serving(tmp_path / "served") as (url, asked):
+        downloads_from(monkeypatch, url, {"mnist.npz": content})
+        dataset = data.load(Settings(DATASET="mnist"))
+        assert (dataset.source, dataset.verdict) == ("download", "canonical")
+        # The second time the cache serves.
+        assert data.load(Settings(DATASET="mnist")).source == "Keras' cache: mnist.npz"
+    assert asked == ["mnist.npz"]
+    (cached,) = (tmp_path / "keras" / "datasets").iterdir()
+    assert (cached.name, cached.read_bytes()) == ("mnist.npz", content)
+    assert cached.stat().st_mode & 0o777 == 0o644
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert ("100%" in errors) == terminal == bool(errors)
 
 
-def test_a_download_that_was_cut_off_is_continued(tmp_path, monkeypatch, capsys):
-    """One of four files is there, and half of the second under its temporary name."""
-    served = write_idx(tmp_path / "served", fashion_arrays(), zipped=True)
-    cache = tmp_path / "keras" / "datasets" / "fashion-mnist"
-    cache.mkdir(parents=True)
-    first, second, *_ = sorted(path.name for path in served.iterdir())
-    (cache / first).write_bytes((served / first).read_bytes())
-    (cache / f"{second}.part").write_bytes((served / second).read_bytes()[:1000])
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
-    with serving(served) as url:
-        monkeypatch.setattr(data, "_KERAS_URL", url)
-        dataset = data.load(make_settings(DATASET="fashion_mnist"))
-    assert dataset.source == "download by Keras"
-    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {
-        p.name: p.read_bytes() for p in served.iterdir()
-    }
-    # Not a terminal: nothing of Keras' progress.
-    assert capsys.readouterr().out == ""
+def test_a_download_that_was_cut_off_is_continued(tmp_path, monkeypatch, arrays, only_download):
+    files = idx_files(arrays, zipped=True)
+    first, *others = files
+    cache = write(tmp_path / "keras" / "datasets" / "fashion-mnist", {first: files[first]})
+    with serving(write(tmp_path / "served", files)) as (url, asked):
+        downloads_from(monkeypatch, url, files, below="fashion-mnist/")
+        assert data.load(Settings(DATASET="fashion_mnist")).source == "download"
+    assert asked == others
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == files
 
 
-def test_a_download_goes_to_keras_cache_whole(tmp_path, monkeypatch, mnist_like):
-    """Served from this machine; the hash that Keras states is replaced by the served file's."""
-    served = tmp_path / "served"
-    served.mkdir()
-    np.savez(served / "mnist.npz", **mnist_like)
-    digest = hashlib.sha256((served / "mnist.npz").read_bytes()).hexdigest()
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    published = dataclasses.replace(data._PUBLISHED["mnist"], downloads={"mnist.npz": digest})
-    monkeypatch.setitem(data._PUBLISHED, "mnist", published)
-    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
+@pytest.mark.parametrize("served", [{"mnist.npz": b"another file"}, {}])
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, only_download, served):
+    with serving(write(tmp_path / "served", served)) as (url, _):
+        downloads_from(monkeypatch, url, {"mnist.npz": b"the file"})
+        with pytest.raises(DataNotFound, match=r"'mnist'.*(hash|404)") as caught:
+            data.load(Settings(DATASET="mnist"))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "keras" / "datasets").iterdir()) == []
 
-    with serving(served) as url:
-        monkeypatch.setattr(data, "_KERAS_URL", url)
-        dataset = data.load(make_settings(DATASET="mnist"))
-    assert dataset.source == "download by Keras"
-    cached = tmp_path / "keras" / "datasets"
-    assert [path.name for path in cached.iterdir()] == ["mnist.npz"]
-    # The second time the server is gone, and the cache serves.
-    assert data.load(make_settings(DATASET="mnist")).source == "Keras' cache: mnist.npz"
+
+def test_a_silent_server_is_given_up(tmp_path, monkeypatch, only_download):
+    assert data._TIMEOUT <= 30
+    monkeypatch.setattr(data, "_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        downloads_from(monkeypatch, url, {"mnist.npz": b"the file"})
+        started = time.monotonic()
+        with pytest.raises(DataNotFound, match="DATASET: got 'mnist'"):
+            data.load(Settings(DATASET="mnist"))
+        assert time.monotonic() - started < 5
+    assert list((tmp_path / "keras" / "datasets").iterdir()) == []
+
+
+def test_the_real_downloads_have_hashes():
+    files = [item for _, files in data._DOWNLOADS.values() for item in files.items()]
+    assert [name for name, _ in files] == [
+        "mnist.npz",
+        *(f"fashion-mnist/{name}.gz" for name in NAMES.values()),
+    ]
+    assert all(len(bytes.fromhex(sha256)) == 32 for _, sha256 in files)
 
 
 # --- Own datasets ----------------------------------------------------------------------------
@@ -495,14 +540,17 @@ def test_a_download_goes_to_keras_cache_whole(tmp_path, monkeypatch, mnist_like)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"x_train": np.zeros((4, 8, 8), np.uint8)}, "at least 16 x 16"),
-        ({"x_train": np.zeros((4, 28, 28), np.float64)}, "x_train is float64"),
-        ({"x_test": np.full((2, 28, 28), 1.5, np.float32)}, r"must lie in \[0, 1\]"),
-        ({"x_test": np.full((2, 28, 28), np.nan, np.float32)}, r"must lie in \[0, 1\]"),
-        ({"x_test": np.zeros((2, 32, 32), np.uint8)}, "differ in shape"),
-        ({"y_train": np.array([0, 1, 2])}, "y_train is int64 of shape"),
-        ({"y_train": np.array([0, 0, 2, 3])}, "without gaps"),
-        ({"y_test": np.array([0, 4])}, "must be 0 to 3"),
+        ({"x_train": np.zeros((4, 8, 8), np.uint8)}, r"x_train: got shape \(4, 8, 8\)"),
+        ({"x_train": np.zeros((4, 28, 28), np.float64)}, "x_train: got float64"),
+        ({"x_test": np.full((2, 28, 28), 1.5, np.float32)}, "x_test: got .* 1.5"),
+        ({"x_test": np.full((2, 28, 28), np.nan, np.float32)}, "x_test: got .* nan"),
+        ({"x_test": np.zeros((2, 32, 32), np.uint8)}, r"x_test: got .*\(32, 32\)"),
+        ({"x_train": np.zeros((0, 28, 28), np.uint8)}, r"x_train: got shape \(0, 28, 28\)"),
+        ({"y_test": np.array([0, -1])}, "y_test: got .* -1 to 0, takes 0 to 3"),
+        ({"y_test": np.array([0.0, 1.0])}, "y_test: got float64"),
+        ({"y_train": np.array([0, 1, 2])}, r"y_train: got int64 of shape \(3,\)"),
+        ({"y_train": np.array([0, 0, 2, 3])}, r"y_train: got .*\[0, 2, 3\]"),
+        ({"y_test": np.array([0, 4])}, "y_test: got .* 0 to 4, takes 0 to 3"),
     ],
 )
 def test_datasets_are_checked(change, words):
@@ -518,6 +566,7 @@ def test_datasets_are_checked(change, words):
         Dataset(**{**good, **change})
 
 
-def test_digits_refuse_a_file():
-    with pytest.raises(ConfigError, match="DATA_FILE"):
-        data.load(make_settings(DATASET="digits", DATA_FILE="mnist.npz"))
+@pytest.mark.parametrize("setting", ["DATASET", "SHARD_RULE"])
+def test_unknown_names(setting):
+    with pytest.raises(ConfigError, match=f"{setting}: got 'other', takes one of"):
+        data.load(small_settings(**{setting: "other"}))

@@ -7,22 +7,23 @@ from conftest import small_settings
 from gymnasium.utils.env_checker import check_env
 from sklearn.decomposition import PCA
 
-import config
 import data
-from config import make_settings
+from config import Settings
 from environment import (
     DecentralizedLearning,
     distance_matrix,
     pca_scores,
+    positive_at,
     progress_reward,
     reward,
+    rollout,
 )
 
 # --- Distances and reward --------------------------------------------------------------------
 
 
 def test_distances_of_the_public_code():
-    distances = distance_matrix(make_settings())
+    distances = distance_matrix(Settings())
     # numpy.random.seed(0): the first numbers are 0.5488135, 0.71518937; the 11th is 0.79172504.
     assert distances[0, 1] == pytest.approx((0.71518937 + 0.79172504) / 20, abs=1e-9)
     assert (distances == distances.T).all()
@@ -35,12 +36,12 @@ def test_distances_of_the_public_code():
 
 
 def test_distances_follow_their_own_seed_and_scale():
-    one = distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30))
+    one = distance_matrix(Settings(DISTANCE_SEED=1, NUM_NODES=30))
     assert one.shape == (30, 30)
-    assert (one != distance_matrix(make_settings(DISTANCE_SEED=2, NUM_NODES=30))).any()
-    doubled = distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30, DISTANCE_SCALE=0.2))
+    assert (one != distance_matrix(Settings(DISTANCE_SEED=2, NUM_NODES=30))).any()
+    doubled = distance_matrix(Settings(DISTANCE_SEED=1, NUM_NODES=30, DISTANCE_SCALE=0.2))
     np.testing.assert_allclose(doubled, 2 * one, rtol=1e-12)
-    assert (one == distance_matrix(make_settings(DISTANCE_SEED=1, NUM_NODES=30, SEED=9))).all()
+    assert (one == distance_matrix(Settings(DISTANCE_SEED=1, NUM_NODES=30, SEED=9))).all()
 
 
 @pytest.mark.parametrize(
@@ -54,33 +55,34 @@ def test_distances_follow_their_own_seed_and_scale():
     ],
 )
 def test_reward_by_hand(accuracy, distance, expected):
-    assert reward(accuracy, distance, make_settings()) == pytest.approx(expected, abs=1e-12)
+    assert reward(accuracy, distance, Settings()) == pytest.approx(expected, abs=1e-12)
 
 
-def test_reward_with_other_constants():
-    settings = make_settings(REWARD_BASE=100, STEP_PENALTY=0.5, GOAL_ACCURACY=0.5)
-    assert reward(1.0, 0.25, settings) == pytest.approx(10 - 0.25 - 0.5)
-
-
-def test_a_ceiling_bounds_the_power_alone():
-    """100^0.5 is 10 and 100^-0.25 is 0.316; distance and penalty are taken from what is left."""
-    settings = make_settings(REWARD_BASE=100, GOAL_ACCURACY=0.5, REWARD_CEILING=1)
-    assert reward(1.0, 0.25, settings) == -0.25
-    assert reward(0.5, 0.25, settings) == -0.25
-    assert reward(0.25, 0.25, settings) == pytest.approx(0.31623 - 1.25, abs=1e-5)
+@pytest.mark.parametrize(
+    ("accuracy", "ceiling", "expected"),
+    [
+        (1.0, 0, 10 - 1.25),  # 100^0.5
+        (1.0, 1, 1 - 1.25),
+        (0.5, 1, 1 - 1.25),
+        (0.25, 1, 0.31623 - 1.25),  # 100^-0.25
+    ],
+)
+def test_a_ceiling_bounds_the_accuracy_term(accuracy, ceiling, expected):
+    settings = Settings(REWARD_BASE=100, GOAL_ACCURACY=0.5, REWARD_CEILING=ceiling)
+    assert reward(accuracy, 0.25, settings) == pytest.approx(expected, abs=1e-5)
 
 
 def test_progress_by_hand():
     """Potentials -10 * 0.5, -10 * 0.1 and, from the goal on, 0; discount 0.9."""
-    settings = make_settings(REWARD_PROGRESS=10, DISCOUNT=0.9, GOAL_ACCURACY=0.8)
+    settings = Settings(REWARD_PROGRESS=10, DISCOUNT=0.9, GOAL_ACCURACY=0.8)
     assert progress_reward(0.7, 0.3, settings) == pytest.approx(-0.9 + 5)
     assert progress_reward(0.3, 0.7, settings) == pytest.approx(-4.5 + 1)
     assert progress_reward(0.9, 0.7, settings) == pytest.approx(1)
-    assert progress_reward(0.9, 0.8, settings) == progress_reward(0.3, 0.7, make_settings()) == 0
+    assert progress_reward(0.9, 0.8, settings) == progress_reward(0.3, 0.7, Settings()) == 0
 
 
-def test_progress_in_an_episode_is_the_first_potential_s_negative(few):
-    """Discounted, what it adds from round 2 on sums up to the last potential less the first."""
+def test_progress_of_an_episode_sums_up_to_its_potentials(few):
+    """The discounted sum from round 2 on is the last potential less the first."""
     settings = small_settings(REWARD_PROGRESS=10, DISCOUNT=0.5)
     env, plain = (DecentralizedLearning(s, few) for s in (settings, small_settings()))
     rewards, accuracies = [], []
@@ -100,7 +102,7 @@ def test_progress_in_an_episode_is_the_first_potential_s_negative(few):
 
 
 def check_against_scikit_learn(models, owners, components, dtype=np.float64):
-    """In float64 by default: scikit-learn computes in its input's precision, as ours never does."""
+    """scikit-learn computes in the precision of its input, float64 by default."""
     states = models[owners].astype(dtype)
     pca = PCA(n_components=components, svd_solver="full")
     expected = pca.fit_transform(states)
@@ -123,7 +125,7 @@ def test_pca_of_distinct_models(seed):
 
 
 def test_pca_of_trained_models(few):
-    """What the environment hands over; scikit-learn in float32, as in the public code."""
+    """Weights from the environment; scikit-learn computes in float32, as in the public code."""
     env = DecentralizedLearning(small_settings(OBSERVATION="local", MAX_ROUNDS=9), few)
     env.reset(seed=2)
     for node in (1, 1, 2, 0, 3):
@@ -339,6 +341,8 @@ def test_several_nodes_must_be_distinct(few):
     for _ in range(50):
         assert env.action_space.contains(env.action_space.sample())
     assert not env.action_space.contains(np.array([3, 3]))
+    with pytest.raises(ValueError, match="mask"):
+        env.action_space.sample(np.ones(4, np.int8))
 
 
 def test_seed_decides_model_and_order_whatever_the_actions(few):
@@ -394,8 +398,8 @@ def test_moments_are_fresh_in_a_new_episode(few):
     assert float(env._moments[0].step) == 4.0
 
 
-@pytest.mark.parametrize("observation", ["local", "fixed"])
-def test_a_diverged_model_is_told(few, observation):
+@pytest.mark.parametrize("observation", ["local", "broadcast"])
+def test_a_diverged_model(few, observation):
     settings = small_settings(LEARNING_RATE=1e30, OBSERVATION=observation)
     env = DecentralizedLearning(settings, few)
     observation, info = env.reset(seed=0)
@@ -404,20 +408,6 @@ def test_a_diverged_model_is_told(few, observation):
     assert info["diverged"] is True
     assert info["accuracy"] == 0.0
     assert not observation.any()
-
-
-def test_make_takes_the_constants_of_config_by_default(monkeypatch, few):
-    monkeypatch.setattr(config, "DATASET", "few")
-    monkeypatch.setattr(config, "NUM_NODES", 3)
-    monkeypatch.setattr(config, "SAMPLES_PER_NODE", 64)
-    monkeypatch.setitem(data.DATASETS, "few", lambda settings: few)
-    env = gymnasium.make("HomogeneousLearning-v0").unwrapped
-    assert env.settings == make_settings()
-    assert env.action_space.n == 3
-    assert env.dataset is few
-
-
-# --- What comparisons need -------------------------------------------------------------------
 
 
 def test_another_node_may_train_round_1(few):
@@ -436,58 +426,56 @@ def test_round_1_takes_distinct_nodes(few, nodes):
         environment.reset(seed=3, options={"nodes": nodes})
 
 
+# --- Observations ----------------------------------------------------------------------------
+
+
 def test_both_observations_side_by_side(few):
     seen = {}
-    for observation in ("broadcast", "local", "both"):
-        env = DecentralizedLearning(small_settings(OBSERVATION=observation), few)
-        seen[observation] = [env.reset(seed=3)[0], *(env.step(node)[0] for node in (1, 1, 0))]
-        assert all(o.shape == env.observation_space.shape for o in seen[observation])
-    expected = [np.concatenate(pair) for pair in zip(seen["broadcast"], seen["local"], strict=True)]
+    for kind in ("broadcast", "local", "both"):
+        env = DecentralizedLearning(small_settings(OBSERVATION=kind), few)
+        seen[kind] = [env.reset(seed=3)[0], *(env.step(node)[0] for node in (1, 1, 0))]
+        assert all(o.shape == env.observation_space.shape for o in seen[kind])
     assert seen["both"][0].shape == (32,)
+    expected = np.concatenate([seen["broadcast"], seen["local"]], axis=1)
     np.testing.assert_array_equal(seen["both"], expected)
 
 
-@pytest.mark.parametrize(
-    ("observation", "factors"), [("both", [4] * 16 + [0.5] * 16), ("fixed", [0.5] * 16)]
-)
-def test_scaled_scores(few, observation, factors):
+def test_any_kind_can_be_observed_whatever_the_agent_sees(few):
+    blind = DecentralizedLearning(small_settings(OBSERVATION="zeros", BROADCAST_SCALE=4), few)
+    blind.reset(seed=3)
+    blind.step(1)
+    for kind in ("broadcast", "local", "both", "last_node", "zeros"):
+        settings = small_settings(OBSERVATION=kind, BROADCAST_SCALE=4)
+        env = DecentralizedLearning(settings, few)
+        env.reset(seed=3)
+        np.testing.assert_array_equal(blind.observe(kind), env.step(1)[0])
+    with pytest.raises(KeyError, match="fixed"):
+        blind.observe("fixed")
+
+
+def test_scaled_scores(few):
     plain, scaled = (
-        DecentralizedLearning(small_settings(OBSERVATION=observation, **scales), few)
+        DecentralizedLearning(small_settings(OBSERVATION="both", **scales), few)
         for scales in ({}, {"BROADCAST_SCALE": 4, "LOCAL_SCALE": 0.5})
     )
     for env in (plain, scaled):
         env.reset(seed=3)
     seen = plain.step(1)[0]
-    assert seen.any()
-    np.testing.assert_array_equal(scaled.step(1)[0], seen * np.float32(factors))
+    assert seen[:16].any()
+    assert seen[16:].any()
+    np.testing.assert_array_equal(scaled.step(1)[0], seen * np.repeat([4, 0.5], 16))
 
 
-def test_the_fixed_basis_by_hand(few):
-    """Scores of the nodes' own movements in a basis that neither rounds nor episodes change."""
-    env = DecentralizedLearning(small_settings(OBSERVATION="fixed", PCA_COMPONENTS=2), few)
-    basis = env._basis
-    assert basis.shape == (2, env.foundation.network.size)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(2), atol=1e-5)
-    for seed in (3, 4):
-        first = env.reset(seed=seed)[0].reshape(4, 2)
-        initial, one = env._initial.numpy(), env._model.numpy()
-        second = env.step(2)[0].reshape(4, 2)
-        for node, model in ((1, initial), (0, one), (2, env._model.numpy())):
-            expected = [sum((model - initial - env._basis_mean) * row) for row in basis]
-            np.testing.assert_allclose(second[node], expected, atol=1e-4)
-        np.testing.assert_array_equal(second[[0, 1, 3]], first[[0, 1, 3]])
-        assert (second[2] != first[2]).all()
-    again, other = (
-        DecentralizedLearning(small_settings(OBSERVATION="fixed", PCA_COMPONENTS=2, SEED=s), few)
-        for s in (0, 1)
-    )
-    np.testing.assert_array_equal(again._basis, basis)
-    assert (other._basis != basis).any()
+def test_signs_by_hand():
+    scores = np.array([[1, -2, 0], [-3, 4, -5]], np.float32)
+    assert positive_at(0, scores).tolist() == [[1, 2, 0], [-3, -4, -5]]
+    assert positive_at(1, scores).tolist() == [[-1, -2, 0], [3, 4, 5]]
+    assert positive_at(1, scores).dtype == np.float32
 
 
 @pytest.mark.parametrize("observation", ["broadcast", "local"])
-def test_the_holder_s_scores_are_not_negative(few, observation):
-    """Nothing but the signs of whole components differs from scikit-learn's rule."""
+def test_scores_of_the_last_node_are_not_negative(few, observation):
+    """Only the signs of whole components differ from scikit-learn's rule."""
     theirs, ours = (
         DecentralizedLearning(
             small_settings(OBSERVATION=observation, PCA_SIGNS=signs, MAX_ROUNDS=9), few
@@ -508,12 +496,74 @@ def test_the_holder_s_scores_are_not_negative(few, observation):
 
 def test_observations_without_weights(few):
     seen = {}
-    for name in ("last_node", "zeros"):
-        environment = DecentralizedLearning(small_settings(OBSERVATION=name), few)
-        seen[name] = [environment.reset(seed=0)[0], *(environment.step(n)[0] for n in (2, 2, 1))]
-        assert all(environment.observation_space.contains(o) for o in seen[name])
+    for kind in ("last_node", "zeros"):
+        env = DecentralizedLearning(small_settings(OBSERVATION=kind), few)
+        seen[kind] = [env.reset(seed=0)[0], *(env.step(node)[0] for node in (2, 2, 1))]
+        assert all(env.observation_space.contains(o) for o in seen[kind])
     assert np.array(seen["last_node"]).tolist() == np.eye(4)[[0, 2, 2, 1]].tolist()
     assert not np.any(seen["zeros"])
     several = DecentralizedLearning(small_settings(OBSERVATION="last_node", NODES_PER_ROUND=2), few)
     several.reset(seed=0)
     assert several.step(np.array([3, 1]))[0].tolist() == [0, 1, 0, 1]
+
+
+# --- Rollout ---------------------------------------------------------------------------------
+
+
+def test_a_rollout_step_by_step(few):
+    """The rounds are those of an environment that is stepped by hand, yielded one at a time."""
+    env, twin = (DecentralizedLearning(small_settings(MAX_ROUNDS=4), few) for _ in range(2))
+    choices = [(2, "random"), (2, "repeated"), (1, "greedy")]
+    asked = []
+
+    def policy(observation, info):
+        asked.append((observation, info))
+        return choices[len(asked) - 1]
+
+    rounds = rollout(env, policy, seed=7)
+    observation, info = twin.reset(seed=7)
+    first = next(rounds)
+    assert asked == []
+    assert (first.observation, first.action, first.chosen_by) == (None, None, "starter")
+    assert (first.reward, first.terminated, first.truncated) == (info["reward"], False, False)
+    np.testing.assert_array_equal(first.next_observation, observation)
+    assert first.info == info
+    for number, (node, chosen_by) in enumerate(choices, 1):
+        round_ = next(rounds)
+        assert len(asked) == number
+        np.testing.assert_array_equal(asked[-1][0], observation)
+        assert asked[-1][1] == info
+        np.testing.assert_array_equal(round_.observation, observation)
+        observation, value, terminated, truncated, info = twin.step(node)
+        np.testing.assert_array_equal(round_.next_observation, observation)
+        assert (round_.action, round_.chosen_by, round_.reward) == (node, chosen_by, value)
+        assert (round_.terminated, round_.truncated) == (terminated, truncated)
+        assert round_.info == info
+    assert truncated
+    assert list(rounds) == []
+
+
+def test_a_rollout_with_several_nodes_in_round_1(few):
+    env = DecentralizedLearning(small_settings(NODES_PER_ROUND=2, MAX_ROUNDS=2), few)
+    rounds = list(rollout(env, lambda *_: ([0, 2], "random"), 7, first_nodes=[3, 1]))
+    assert [round_.info["node"] for round_ in rounds] == [[3, 1], [0, 2]]
+    assert rounds[1].info["distance"] == env.distances[3, 0]
+
+
+def test_a_rollout_ends_at_the_goal(few, monkeypatch):
+    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6), few)
+    for accuracies in ([0.6], [0.1, 0.7]):
+        after = iter(accuracies)
+        monkeypatch.setattr(env.foundation, "evaluate", lambda *_, after=after: next(after))
+        rounds = list(rollout(env, lambda *_: (1, "greedy"), seed=0))
+        assert [round_.info["accuracy"] for round_ in rounds] == accuracies
+        assert [round_.terminated for round_ in rounds][-1]
+        assert not any(round_.truncated for round_ in rounds)
+
+
+def test_the_registered_environment_has_the_default_settings(monkeypatch, digits):
+    monkeypatch.setitem(data.DATASETS, "auto", lambda settings: digits)
+    env = gymnasium.make("HomogeneousLearning-v0").unwrapped
+    assert env.settings == Settings()
+    assert env.dataset is digits
+    assert (env.action_space.n, env.observation_space.shape) == (10, (100,))

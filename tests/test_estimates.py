@@ -1,77 +1,68 @@
 """Estimates and their intervals, against numbers by hand and SciPy's bootstrap."""
 
+import json
 import math
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-import estimates
+import records
 from config import UserError
-from records import EPISODE_COLUMNS, ROUND_COLUMNS, TEST_EPISODE_COLUMNS, TEST_ROUND_COLUMNS
+from experiments import estimates
 
 LIMIT = 36
 
 
-def write_comparison(folder, values, failed=(), training=None, node="1"):
-    """A comparison's tables: values[method][seed] is a list of (rounds, cost), one per episode."""
-    rows, end = [], [LIMIT, 2.0]
-    for method, by_seed in values.items():
-        for seed, pairs in by_seed.items():
-            name = f"{method}-seed{seed}"
-            state = "failed" if name in failed else "finished"
-            error = "its disk, was full" if name in failed else ""
-            rows.append(["paper", "", "", method, seed, name, state, 1.5, error])
-            episodes = [
-                [
-                    "mnist",
-                    method,
-                    seed,
-                    e,
-                    r,
-                    int(r < LIMIT),
-                    0.8,
-                    -17.0,
-                    c,
-                    9,
-                    1.2,
-                    0,
-                    0,
-                    0.8,
-                    *end,
-                ]
-                for e, (r, c) in enumerate(pairs, 1)
-            ]
-            rounds = [
-                ["mnist", method, seed, e, t, 0, 0.0, 0.5, -1.0]
-                for e, (r, _) in enumerate(pairs, 1)
-                for t in range(1, r + 1)
-            ]
-            (folder / name).mkdir(parents=True)
-            for table, columns, file in (
-                (episodes, TEST_EPISODE_COLUMNS, "episodes"),
-                (rounds, TEST_ROUND_COLUMNS, "rounds"),
-            ):
-                path = folder / name / f"{file}.csv"
-                pd.DataFrame(table, columns=columns).to_csv(path, index=False)
-    pd.DataFrame(rows, columns=estimates.JOB_COLUMNS).to_csv(folder / "jobs.csv", index=False)
-    for seed, pairs in (training or {}).items():
-        path = folder / f"training-seed{seed}"
-        path.mkdir()
-        table = pd.DataFrame(pairs, columns=["rounds", "communication_cost"])
-        table = table.assign(dataset="mnist", episode=range(1, len(pairs) + 1), diverged=0)
-        table.reindex(columns=EPISODE_COLUMNS).to_csv(path / "episodes.csv", index=False)
-        rounds = [["mnist", 1, 1, 0], ["mnist", 1, 2, node]]
-        rounds = pd.DataFrame(rounds, columns=ROUND_COLUMNS[:4])
-        rounds.reindex(columns=ROUND_COLUMNS).to_csv(path / "rounds.csv", index=False)
+def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0"):
+    """Write a comparison's tables.
+
+    values[variant][method][seed] is a list of (rounds, cost), one per test episode; the variant is
+    left out where nothing varies. training[method] is a list of (rounds, cost), for each seed.
+    """
+    variants = values if parameter else {"": values}
+    jobs, episodes, rounds, trained = [], [], [], []
+    for variant, methods in variants.items():
+        for method, by_seed in methods.items():
+            for seed, pairs in by_seed.items():
+                state = "failed" if (method, seed) in failed else "finished"
+                error = "its disk, was full" if state == "failed" else ""
+                jobs.append([variant, method, seed, state, 1.5, error, "", "abc", "2.21.0", "cpu"])
+                job = ["mnist", variant, method, seed]
+                for e, (r, cost) in enumerate(pairs if state == "finished" else [], 1):
+                    reached = int(r < LIMIT)
+                    row = [r, reached, 0.8, -17.0, cost, 9, 1.2, 0, 0, 0.8, LIMIT, 2.0]
+                    episodes.append([*job, e, *row])
+                    rounds += [[*job, e, t, node, 0.0, 0.5, -1.0] for t in range(1, r + 1)]
+                for e, (r, cost) in enumerate((training or {}).get(method, []), 1):
+                    row = [r, 1, 0.8, -17.0, cost, 1.0, 0.1, 0, 0.8, LIMIT, 2.0]
+                    trained.append([*job, e, *row])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, columns, rows in (
+        ("jobs", estimates.JOB_COLUMNS, jobs),
+        ("episodes", estimates.EPISODE_COLUMNS, episodes),
+        ("rounds", estimates.ROUND_COLUMNS, rounds),
+        ("training", estimates.TRAINING_COLUMNS, trained),
+    ):
+        pd.DataFrame(rows, columns=list(columns)).to_csv(folder / f"{name}.csv", index=False)
+    first = next(iter(next(iter(variants.values())).values()))
+    config = {
+        "comparison": "paper",
+        "parameter": parameter,
+        "test_episodes": len(next(iter(first.values()))),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 VALUES = {
     "hl": {0: [(10, 0.2), (20, 0.4)], 1: [(LIMIT, 0.1), (14, 0.1)]},
     "random": {0: [(30, 1.0), (20, 1.2)], 1: [(LIMIT, 0.9), (34, 0.9)], 2: [(25, 1.0), (27, 1)]},
 }
+
+
+def estimated(folder):
+    return estimates.estimate(estimates.read_comparison(folder))
 
 
 def of(table, method, quantity):
@@ -81,20 +72,18 @@ def of(table, method, quantity):
 
 def test_means_over_all_episodes_with_the_limit_as_value(tmp_path):
     write_comparison(tmp_path, VALUES)
-    table = estimates.write(tmp_path)
+    table = estimated(tmp_path)
+    assert tuple(table) == estimates.ESTIMATE_COLUMNS
     rounds = of(table, "hl", "rounds")
     assert rounds.mean == (10 + 20 + 36 + 14) / 4
     assert (rounds.seeds, rounds.episodes) == (2, 4)
     assert of(table, "hl", "goal_reached").mean == 0.75
     assert of(table, "random", "rounds").mean == pytest.approx((30 + 20 + 36 + 34 + 25 + 27) / 6)
-    assert (tmp_path / "estimates.csv").read_text().splitlines()[0] == ",".join(
-        estimates.ESTIMATE_COLUMNS
-    )
 
 
 def test_reductions_pair_the_seeds_that_both_have(tmp_path):
     write_comparison(tmp_path, VALUES)
-    table = estimates.write(tmp_path)
+    table = estimated(tmp_path)
     # Random's seed 2 has no counterpart: 80 rounds against 120, cost 0.8 against 4.0.
     rounds = of(table, "hl", "rounds_reduction")
     assert rounds.mean == pytest.approx(1 - 80 / 120)
@@ -103,38 +92,64 @@ def test_reductions_pair_the_seeds_that_both_have(tmp_path):
     # Both seeds by hand: 1 - 30/50 and 1 - 50/70 bound what drawing seeds alone could give.
     assert rounds.low < 1 - 50 / 70 < rounds.mean < 1 - 30 / 50 < rounds.high
     # Seed 0: of 10, 20 against 30, 20: 3 less, 1 tie. Seed 1: 36, 14 against 36, 34: 2 less, 1 tie.
-    expected = (3.5 / 4 + 2.5 / 4) / 2
     improvement = of(table, "hl", "rounds_improvement")
-    assert improvement.mean == pytest.approx(expected)
+    assert improvement.mean == pytest.approx((3.5 / 4 + 2.5 / 4) / 2)
     assert (improvement.seeds, improvement.episodes) == (2, 4)
     # Episodes are drawn as well: seed 0 alone could give from 1/2 (20 against 20) to 1.
     assert (improvement.low, improvement.high) == (0.5, 1.0)
     assert not ((table["method"] == "random") & table["quantity"].str.contains("reduction")).any()
 
 
+def test_each_variant_has_its_own_random(tmp_path):
+    pair = [{"hl": {0: [(10, 1.0)]}, "random": {0: [(r, 2.0)]}} for r in (20, 30)]
+    write_comparison(tmp_path, {"a": pair[0], "b": pair[1]}, parameter="GOAL_ACCURACY")
+    table = estimated(tmp_path)
+    reductions = table[table["quantity"] == "rounds_reduction"].set_index("variant")["mean"]
+    assert reductions.to_dict() == pytest.approx({"a": 1 / 2, "b": 2 / 3})
+
+
+def test_misses_more_often_on_the_seeds_that_both_have(tmp_path):
+    values = {"hl": {0: [(LIMIT, 0.0), (20, 0.1)]}, "random": {0: [(30, 1.0)] * 2}}
+    write_comparison(tmp_path, values)
+    episodes = estimates.read_comparison(tmp_path)["episodes"]
+    assert estimates.misses_more_often(episodes, "", "hl")
+    # A seed of random's that misses all changes nothing, as hl has no such seed.
+    values["random"][1] = [(LIMIT, 1.0)] * 2
+    values["random"][2] = [(LIMIT, 1.0)] * 2
+    write_comparison(tmp_path, values)
+    episodes = estimates.read_comparison(tmp_path)["episodes"]
+    assert estimates.misses_more_often(episodes, "", "hl")
+    assert not estimates.misses_more_often(episodes, "", "random")
+
+
 def test_break_even_by_hand(tmp_path):
-    training = {0: [(30, 1.0), (30, 2.0)], 1: [(36, 0.5), (24, 0.5)]}
-    write_comparison(tmp_path, VALUES, training=training)
-    table = estimates.write(tmp_path)
+    write_comparison(tmp_path, VALUES, training={"hl": [(30, 1.0), (30, 2.0)]})
+    table = estimated(tmp_path)
     # 60 rounds of training on each seed; a test episode takes 20 instead of 30.
     assert of(table, "hl", "rounds_break_even").mean == pytest.approx(60 / 10)
-    # Cost 3 and 1 of training, 2 on average; 0.2 instead of 1.
-    assert of(table, "hl", "communication_cost_break_even").mean == pytest.approx(2 / 0.8)
+    # A cost of 3 in training; 0.2 instead of 1.
+    assert of(table, "hl", "communication_cost_break_even").mean == pytest.approx(3 / 0.8)
+
+
+def test_break_even_needs_the_training_of_each_seed(tmp_path):
+    write_comparison(tmp_path, VALUES, training={"hl": [(30, 1.0), (30, 2.0)]})
+    path = tmp_path / "training.csv"
+    pd.read_csv(path).query("seed == 0").to_csv(path, index=False)
+    assert not estimated(tmp_path)["quantity"].str.contains("break_even").any()
 
 
 def test_no_break_even_between_costs_that_are_counted_otherwise(tmp_path):
-    """With two nodes in a round a training's cost holds the way to the first alone."""
-    write_comparison(tmp_path, VALUES, training={s: [(30, 1.0)] for s in (0, 1)}, node="1+2")
-    table = estimates.write(tmp_path)
+    # With two nodes in a round a training's cost holds the transfer to the first alone.
+    write_comparison(tmp_path, VALUES, training={"hl": [(30, 1.0)]}, node="1+2")
+    table = estimated(tmp_path)
     assert of(table, "hl", "rounds_break_even").mean == pytest.approx(30 / 10)
     assert "communication_cost_break_even" not in set(table["quantity"])
 
 
 def test_no_break_even_of_a_policy_that_misses_the_goal_more_often(tmp_path):
-    """It is cheaper, but not for the same result."""
     values = {"hl": {0: [(LIMIT, 0.0), (20, 0.1)]}, "random": {0: [(30, 1.0), (34, 1.0)]}}
-    write_comparison(tmp_path, values, training={0: [(30, 1.0)]})
-    table = estimates.write(tmp_path)
+    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
+    table = estimated(tmp_path)
     assert of(table, "hl", "communication_cost_reduction").mean == pytest.approx(0.95)
     assert not table["quantity"].str.contains("break_even").any()
 
@@ -194,78 +209,96 @@ def test_the_bootstrap_draws_seeds_and_their_episodes():
     assert estimates.bootstrap(estimates.mean, flips[:1]) == (0.5, None, None)
 
 
-def test_failed_jobs_are_counted_and_not_averaged(tmp_path):
-    write_comparison(tmp_path, VALUES, failed=["hl-seed1"])
-    table = estimates.write(tmp_path)
+def test_failed_jobs_are_not_averaged(tmp_path):
+    write_comparison(tmp_path, VALUES, failed=[("hl", 1)])
+    table = estimated(tmp_path)
     assert of(table, "hl", "rounds").mean == 15
     assert (of(table, "hl", "rounds").seeds, of(table, "random", "rounds").seeds) == (1, 3)
-    report = estimates.report(tmp_path)
-    assert "Jobs: 5, 4 finished, 0 waiting, 1 failed; hl-seed1 failed: its disk, was" in report
-    assert "0 test episodes diverged" in report
-    assert re.search(r"^\| hl \| 1 x 2 \| 15\.0 \|", report, re.MULTILINE)
-    assert re.search(r"^\| random \| 3 x 2 \| 28\.7 \[", report, re.MULTILINE)
-
-
-def test_report(tmp_path):
-    write_comparison(tmp_path, VALUES, training={0: [(30, 1.0)] * 2, 1: [(30, 1.0)] * 2})
-    estimates.write(tmp_path)
-    lines = estimates.report(tmp_path).splitlines()
-    assert lines[0].startswith(
-        "| method | seeds x episodes | rounds | rounds, interquartile mean |"
-    )
-    assert lines[2].startswith("| hl | 2 x 2 | 20.0 [")
-    assert "| *published, HL (MNIST)* |  | +50.8% | +74.6% |  |  |" in lines
-    assert any(line.startswith("| hl | 2 x 2 | 6 [") for line in lines)
-    assert any("; 0 test episodes and 0 of training diverged." in line for line in lines)
+    assert np.isnan(of(table, "hl", "rounds").low)
+    states = estimates.read_comparison(tmp_path)["jobs"]["state"].value_counts()
+    assert states.to_dict() == {"finished": 4, "failed": 1}
 
 
 def test_without_random_nothing_is_set_against_it(tmp_path):
     write_comparison(tmp_path, {"hl": VALUES["hl"]})
-    estimates.write(tmp_path)
-    report = estimates.report(tmp_path)
-    assert "| hl | 2 x 2 | 20.0 [" in report
-    assert "Against random" not in report
-    assert "published" not in report
+    quantities = set(estimated(tmp_path)["quantity"])
+    assert quantities == {*estimates.QUANTITIES, "rounds_iqm", "communication_cost_iqm"}
 
 
-def test_a_job_with_fewer_episodes_than_the_comparison_has_is_damaged(tmp_path):
-    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}, "random": {0: [(10, 0.2), (30, 1.0)]}})
-    (tmp_path / "comparison.json").write_text('{"test_episodes": 2}')
-    jobs = estimates.read_comparison(tmp_path)["jobs"].set_index("folder")
-    assert jobs["state"].to_dict() == {"hl-seed0": "failed", "random-seed0": "finished"}
-    assert "the tables are damaged" in jobs["error"]["hl-seed0"]
+def change_cell(path, row, column, value):
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.loc[row, column] = value
+    table.to_csv(path, index=False)
+
+
+def test_damaged_tables_are_refused(tmp_path):
+    write_comparison(tmp_path, VALUES)
+    whole = (tmp_path / "episodes.csv").read_text()
+    (tmp_path / "episodes.csv").write_text(whole.rpartition("mnist")[0])
+    with pytest.raises(UserError, match=r"episodes\.csv: got 1 .*random 2, takes 2"):
+        estimates.read_comparison(tmp_path)
+    (tmp_path / "episodes.csv").write_text(whole)
+    change_cell(tmp_path / "episodes.csv", 0, "rounds", "11")
+    with pytest.raises(UserError, match=r"rounds\.csv"):
+        estimates.read_comparison(tmp_path)
+    change_cell(tmp_path / "episodes.csv", 0, "rounds", "xx")
+    with pytest.raises(UserError, match=r"episodes\.csv.* rounds "):
+        estimates.read_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("dataset", "digits"), ("goal_accuracy", "0.7"), ("max_rounds", "9")]
+)
+def test_jobs_of_another_kind_are_not_averaged(tmp_path, column, value):
+    write_comparison(tmp_path, VALUES)
+    change_cell(tmp_path / "episodes.csv", 0, column, value)
+    with pytest.raises(UserError, match=f"episodes.csv: .*{column}"):
+        estimates.read_comparison(tmp_path)
 
 
 def test_nothing_to_estimate(tmp_path):
-    with pytest.raises(UserError, match=r"jobs\.csv: can't be read"):
-        estimates.write(tmp_path)
-    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=["hl-seed0"])
-    with pytest.raises(UserError, match="no job is finished"):
-        estimates.write(tmp_path)
-    (tmp_path / "jobs.csv").write_text("")
-    with pytest.raises(UserError, match=r"No columns .* without it compare.py makes it anew"):
-        estimates.write(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json"):
+        estimates.read_comparison(tmp_path)
+    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=[("hl", 0)])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        estimates.read_comparison(tmp_path)
+    (tmp_path / "config.json").write_text('{"comparison": "paper"}')
+    with pytest.raises(UserError, match=r"config\.json: .*parameter"):
+        estimates.read_comparison(tmp_path)
 
 
-def test_a_cell_that_is_no_number_is_damage(tmp_path):
-    write_comparison(tmp_path, VALUES)
-    path = tmp_path / "hl-seed1" / "episodes.csv"
-    pd.read_csv(path).assign(final_accuracy="xx").to_csv(path, index=False)
-    jobs = estimates.read_comparison(tmp_path)["jobs"].set_index("folder")
-    assert jobs["state"]["hl-seed1"] == "failed"
-    assert "of final_accuracy not all values are numbers" in jobs["error"]["hl-seed1"]
+# --- The committed results -------------------------------------------------------------------
+
+REFERENCE = estimates.records.PROJECT / "results" / "reference"
+COMPARISONS = sorted(path.parent for path in REFERENCE.glob("*/jobs.csv"))
 
 
-@pytest.mark.parametrize(("column", "value"), [("dataset", "digits"), ("goal_accuracy", 0.7)])
-def test_jobs_of_another_kind_are_not_averaged(tmp_path, column, value):
-    write_comparison(tmp_path, VALUES)
-    path = tmp_path / "hl-seed1" / "episodes.csv"
-    pd.read_csv(path).assign(**{column: value}).to_csv(path, index=False)
-    with pytest.raises(UserError, match=f"several values of {column}"):
-        estimates.write(tmp_path)
+@pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
+def test_committed_estimates_follow_from_the_committed_tables(folder):
+    stored = records.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
+    pd.testing.assert_frame_equal(estimated(folder), stored, check_dtype=False, rtol=1e-12)
 
 
-def test_jobs_of_different_size_are_not_averaged(tmp_path):
-    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}, "random": {0: [(10, 0.2), (30, 1.0)]}})
-    with pytest.raises(UserError, match="jobs with 1 and with 2 test episodes"):
-        estimates.write(tmp_path)
+def test_the_committed_headline():
+    table = records.read_table(
+        REFERENCE / "paper-mnist" / "estimates.csv", estimates.ESTIMATE_COLUMNS
+    )
+    hl, tuned = (of(table, method, "rounds_reduction") for method in ("hl", "tuned"))
+    assert (hl.mean, hl.low, hl.high) == pytest.approx((-0.250, -0.318, -0.192), abs=5e-4)
+    assert (tuned.mean, tuned.low, tuned.high) == pytest.approx((0.389, 0.335, 0.435), abs=5e-4)
+    assert (hl.episodes, tuned.episodes) == (100, 200)
+
+
+def test_committed_results_are_few_and_small():
+    assert len(COMPARISONS) == 5
+    files = [path for path in REFERENCE.rglob("*") if path.is_file()]
+    assert len(files) < 120
+    assert sum(path.stat().st_size for path in files) < 15e6
+    assert not [path for path in files if path.suffix == ".pdf"]
+    agents = {path.relative_to(REFERENCE).as_posix() for path in REFERENCE.rglob("*.npz")}
+    assert agents == {
+        *(f"paper-mnist/agents/hl-seed{seed}.npz" for seed in range(5)),
+        *(f"paper-mnist/agents/tuned-seed{seed}.npz" for seed in range(10)),
+        *(f"paper-digits/agents/hl-seed{seed}.npz" for seed in range(2)),
+        *(f"{name}-seed0/agent.npz" for name in ("mnist", "digits")),
+    }

@@ -5,25 +5,24 @@ import gymnasium
 import numpy as np
 import pytest
 
-from config import make_settings
-from models import Moments
-from node import DQNAgent, ReplayMemory
+from config import Settings
+from node import DQNAgent, ReplayBuffer
 
-# --- Replay memory ---------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------
 
 
-def numbered(memory, numbers):
+def numbered(buffer, numbers):
     for i in numbers:
-        memory.add(np.full(2, i), i % 3, float(i), np.full(2, i + 0.5), i % 2 == 0)
+        buffer.add(np.full(2, i), [i % 3], float(i), np.full(2, i + 0.5), i % 2 == 0)
 
 
-def test_memory_overwrites_the_oldest():
-    memory = ReplayMemory(5, 2)
-    numbered(memory, range(4))
-    assert len(memory) == 4
-    numbered(memory, range(4, 13))
-    assert len(memory) == 5
-    drawn = memory.draw(5, np.random.default_rng(0))
+def test_buffer_overwrites_the_oldest():
+    buffer = ReplayBuffer(5, 2)
+    numbered(buffer, range(4))
+    assert len(buffer) == 4
+    numbered(buffer, range(4, 13))
+    assert len(buffer) == 5
+    drawn = buffer.draw(5, np.random.default_rng(0))
     assert sorted(drawn["rewards"]) == [8, 9, 10, 11, 12]
     for i, reward in enumerate(drawn["rewards"]):
         assert drawn["observations"][i].tolist() == [reward, reward]
@@ -32,64 +31,69 @@ def test_memory_overwrites_the_oldest():
         assert drawn["terminals"][i] == (reward % 2 == 0)
 
 
-def test_memory_grows_to_its_capacity_and_no_further():
-    memory = ReplayMemory(3000, 2)
-    numbered(memory, range(1024))
-    assert len(memory._ring) == 1024
-    numbered(memory, range(1024, 3500))
-    assert len(memory) == len(memory._ring) == 3000
-    assert sorted(memory.draw(3000, np.random.default_rng(0))["rewards"]) == list(range(500, 3500))
+def test_buffer_grows_to_its_capacity_and_no_further():
+    buffer = ReplayBuffer(3000, 2)
+    numbered(buffer, range(1024))
+    assert len(buffer._ring) == 1024
+    numbered(buffer, range(1024, 3500))
+    assert len(buffer) == len(buffer._ring) == 3000
+    assert sorted(buffer.draw(3000, np.random.default_rng(0))["rewards"]) == list(range(500, 3500))
 
 
-def test_memory_draws_distinct_transitions():
-    memory = ReplayMemory(100, 2)
-    numbered(memory, range(50))
-    draws = [memory.draw(20, np.random.default_rng(s))["rewards"] for s in range(30)]
+def test_buffer_draws_distinct_transitions():
+    buffer = ReplayBuffer(100, 2)
+    numbered(buffer, range(50))
+    draws = [buffer.draw(20, np.random.default_rng(s))["rewards"] for s in range(30)]
     assert all(len(set(rewards)) == 20 for rewards in draws)
     assert set(np.concatenate(draws)) == set(range(50))
     with pytest.raises(ValueError, match="larger"):
-        memory.draw(51, np.random.default_rng(0))
+        buffer.draw(51, np.random.default_rng(0))
 
 
-def test_memory_latest():
-    memory = ReplayMemory(5, 2)
-    numbered(memory, range(3))
-    assert memory.latest(2)["rewards"].tolist() == [1, 2]
-    assert memory.latest(9)["rewards"].tolist() == [0, 1, 2]
-    numbered(memory, range(3, 12))
-    assert memory.latest(5)["rewards"].tolist() == [7, 8, 9, 10, 11]
-    assert len(memory.latest(0)) == 0
+def test_buffer_latest():
+    buffer = ReplayBuffer(5, 2)
+    numbered(buffer, range(3))
+    assert buffer.latest(2)["rewards"].tolist() == [1, 2]
+    assert buffer.latest(9)["rewards"].tolist() == [0, 1, 2]
+    numbered(buffer, range(3, 12))
+    assert buffer.latest(5)["rewards"].tolist() == [7, 8, 9, 10, 11]
+    assert len(buffer.latest(0)) == 0
 
 
 @pytest.mark.parametrize(
     ("capacity", "steps"), [(5, (3,)), (5, (5,)), (5, (3, 9, 4)), (3000, (2500,))]
 )
-def test_memory_restored_from_its_latest(capacity, steps):
+def test_buffer_restored_from_its_latest(capacity, steps):
     """Each place of the ring holds what it held, so that the same draw gives the same."""
-    memory, copy = ReplayMemory(capacity, 2), ReplayMemory(capacity, 2)
+    buffer, copy = ReplayBuffer(capacity, 2), ReplayBuffer(capacity, 2)
     parts, first = [], 0
     for count in steps:
-        numbered(memory, range(first, first + count))
+        numbered(buffer, range(first, first + count))
         first += count
-        parts.append(memory.latest(count))
-    copy.restore(np.concatenate(parts), memory.added)
-    for each in (memory, copy):
+        parts.append(buffer.latest(count))
+    copy.restore(np.concatenate(parts), buffer.added)
+    for each in (buffer, copy):
         numbered(each, range(9000, 9003))
-    assert len(copy) == len(memory)
-    draws = [each.draw(len(each), np.random.default_rng(0)) for each in (memory, copy)]
+    assert len(copy) == len(buffer)
+    draws = [each.draw(len(each), np.random.default_rng(0)) for each in (buffer, copy)]
     assert (draws[0] == draws[1]).all()
-    with pytest.raises(ValueError, match="replay memory"):
-        ReplayMemory(5, 3).restore(memory.latest(5), 5)
-    with pytest.raises(ValueError, match="replay memory"):
-        ReplayMemory(5, 2).restore(memory.latest(2), 3)
+
+
+@pytest.mark.parametrize(("size", "actions", "kept"), [(3, 1, 3), (2, 2, 3), (2, 1, 2)])
+def test_buffer_refuses_transitions_that_do_not_fit(size, actions, kept):
+    buffer, other = ReplayBuffer(5, 2), ReplayBuffer(5, size, actions)
+    numbered(buffer, range(3))
+    with pytest.raises(ValueError, match=f"got {kept} transitions, takes 3"):
+        other.restore(buffer.latest(kept), 3)
+    assert len(other) == 0
 
 
 # --- Epsilon-greedy --------------------------------------------------------------------------
 
 
-def make_agent(size=4, actions=3, actions_per_step=1, **overrides):
-    settings = make_settings(**{"HIDDEN_UNITS": (16,), **overrides})
-    return DQNAgent(size, actions, settings, actions_per_step)
+def make_agent(**overrides):
+    """An agent that sees four numbers and takes one of three actions."""
+    return DQNAgent(4, Settings(**{"NUM_NODES": 3, "HIDDEN_UNITS": (16,), **overrides}))
 
 
 def test_epsilon_schedule():
@@ -122,35 +126,8 @@ def test_share_of_random_actions():
     assert abs(kinds.count("random") - 300) < 5 * 14.5
 
 
-def test_exploration_that_repeats():
-    agent = make_agent(actions=10, EPSILON=1.0, EXPLORATION_REPEAT=0.6, STARTER_NODE=4)
-    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(2000)]
-    actions = [4, *(a for (a,), _ in chosen)]
-    repeated = [kind == "repeated" for _, kind in chosen]
-    # 1,200 expected, standard deviation 22; a tenth of the others is the last action by chance.
-    assert abs(sum(repeated) - 1200) < 5 * 22
-    same = [a == b for a, b in itertools.pairwise(actions)]
-    assert all(s for s, again in zip(same, repeated, strict=True) if again)
-    assert abs(sum(same) - 1280) < 5 * 22
-
-
-def test_exploration_repeats_a_greedy_choice_as_well(monkeypatch):
-    agent = make_agent(actions=10, EPSILON=0.0, EXPLORATION_REPEAT=1.0, STARTER_NODE=4)
-    monkeypatch.setattr(
-        agent.q,
-        "all_values",
-        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
-    )
-    assert agent.act(np.ones(4, np.float32)) == ([7], "greedy")
-    agent.epsilon = 1.0
-    assert agent.act(np.ones(4, np.float32)) == ([7], "repeated")
-    agent.decay_epsilon()
-    agent.epsilon = 1.0
-    assert agent.act(np.ones(4, np.float32)) == ([4], "repeated")
-
-
 def test_exploration_that_persists_at_small_epsilon(monkeypatch):
-    agent = make_agent(actions=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
+    agent = make_agent(NUM_NODES=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
     monkeypatch.setattr(
         agent.q,
         "all_values",
@@ -162,34 +139,29 @@ def test_exploration_that_persists_at_small_epsilon(monkeypatch):
         if next_kind == "repeated":
             assert kind != "greedy"
             assert after == before
-    # A Markov chain: from greedy to random with 0.1; from random on with 0.75, else to greedy with
-    # 0.9 of the rest. So 0.1 / (0.1 + 0.225) of the steps are not greedy; their runs overlap, with
-    # a standard deviation of 0.0074.
+    # A Markov chain: a greedy choice is followed by a random one with 0.1, a random one is repeated
+    # with 0.75 and else followed by a greedy one with 0.9. So 0.1 / (0.1 + 0.225) of the choices
+    # are not greedy, with a standard deviation of 0.0074.
     assert abs(1 - kinds.count("greedy") / 20_000 - 0.1 / 0.325) < 5 * 0.0074
     # Each of about 1,540 random choices is followed by 0.75 / 0.25 repeated ones on average, with a
     # standard deviation of sqrt(0.75) / 0.25.
     assert abs(kinds.count("repeated") / kinds.count("random") - 3) < 5 * 0.088
 
 
-def test_exploration_that_persists_ends_with_the_episode():
-    agent = make_agent(actions=10, EPSILON=1.0, EXPLORATION_PERSIST=1.0)
-    first = agent.act(np.ones(4, np.float32))
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_exploration_that_persists_ends_with_the_episode(per_step):
+    agent = make_agent(NUM_NODES=10, NODES_PER_ROUND=per_step, EPSILON=1.0, EXPLORATION_PERSIST=1.0)
+    observation = np.ones(4, np.float32)
+    first = agent.act(observation)
     assert first[1] == "random"
-    assert [agent.act(np.ones(4, np.float32)) for _ in range(9)] == [(first[0], "repeated")] * 9
+    assert [agent.act(observation) for _ in range(9)] == [(first[0], "repeated")] * 9
     agent.decay_epsilon()
     agent.epsilon = 0.0
-    assert agent.act(np.ones(4, np.float32))[1] == "greedy"
-
-
-def test_exploration_with_several_actions_has_nothing_to_repeat_at_first():
-    agent = make_agent(actions=5, actions_per_step=3, EPSILON=1.0, EXPLORATION_REPEAT=1.0)
-    first, kind = agent.act(np.ones(4, np.float32))
-    assert kind == "random"
-    assert [agent.act(np.ones(4, np.float32)) for _ in range(9)] == [(first, "repeated")] * 9
+    assert agent.act(observation)[1] == "greedy"
 
 
 def test_several_actions():
-    agent = make_agent(actions=5, actions_per_step=3, EPSILON=0.0)
+    agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
     q_values = agent.q.values(agent.weights, observation[None])[0]
     assert agent.act(observation)[0] == np.argsort(-q_values)[:3].tolist()
@@ -199,7 +171,7 @@ def test_several_actions():
 
 
 def test_equal_q_values_give_the_lower_number(monkeypatch):
-    agent = make_agent(actions=5, actions_per_step=2)
+    agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=2)
     monkeypatch.setattr(
         agent.q, "all_values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
     )
@@ -255,11 +227,6 @@ def test_targets_of_a_target_network_by_hand():
     assert targets(TARGET_UPDATE=3)[0, 1] == pytest.approx(5.8)
 
 
-def test_targets_of_double_q_learning_by_hand():
-    # The network prefers action 0 (value 4), the target network gives that action's value 0.25.
-    assert targets(TARGET_UPDATE=3, DOUBLE_Q=True)[0, 1] == pytest.approx(-0.5 + 0.9 * 0.25)
-
-
 def test_targets_of_several_actions_by_hand():
     sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]]))
     expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
@@ -292,62 +259,39 @@ def remembered(**overrides):
     """Rewards 1, 2, 3, 4, 5 in an episode of five steps, and the first two of another."""
     agent = make_agent(**{"DISCOUNT": 0.5, **overrides})
     for step in (1, 2, 3, 4, 5, 1, 2):
-        agent.remember(np.full(4, step), step % 3, float(step), np.full(4, step + 1), step == 5)
-    stored = agent.memory.latest(9)
+        agent.remember(np.full(4, step), [step % 3], float(step), np.full(4, step + 1), step == 5)
     return [
-        (t["observations"][0], t["actions"][0], t["rewards"], t["next_observations"][0], t[4])
-        for t in stored
+        (
+            t["observations"][0],
+            t["actions"][0],
+            t["rewards"],
+            t["next_observations"][0],
+            *t.item()[4:],
+        )
+        for t in agent.replay.latest(9)
     ]
 
 
 def test_returns_of_several_steps_by_hand():
     assert remembered(N_STEP=1) == [
-        (s, s % 3, s, s + 1, s == 5) for s in (1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0)
+        (s, s % 3, s, s + 1, s == 5, 1) for s in (1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0)
     ]
     # 1 + 2 / 2 + 3 / 4, and so on; what is left at the end: 4 + 5 / 2 and 5.
     assert remembered(N_STEP=3) == [
-        (1, 1, 2.75, 4, False),
-        (2, 2, 4.5, 5, False),
-        (3, 0, 6.25, 6, True),
-        (4, 1, 6.5, 6, True),
-        (5, 2, 5, 6, True),
-    ]
-    assert remembered(N_STEP=0) == [
-        (1, 1, 1 + 1 + 0.75 + 0.5 + 0.3125, 6, True),
-        (2, 2, 2 + 1.5 + 1 + 0.625, 6, True),
-        (3, 0, 6.25, 6, True),
-        (4, 1, 6.5, 6, True),
-        (5, 2, 5, 6, True),
+        (1, 1, 2.75, 4, False, 3),
+        (2, 2, 4.5, 5, False, 3),
+        (3, 0, 6.25, 6, True, 3),
+        (4, 1, 6.5, 6, True, 2),
+        (5, 2, 5, 6, True, 1),
     ]
 
 
-@pytest.mark.parametrize(("beyond", "terminals"), [(False, [True] * 3), (True, [False] * 3)])
-def test_an_episode_that_the_limit_ended(beyond, terminals, monkeypatch):
-    """What waits at the end holds fewer rewards than N_STEP, and is discounted by their number."""
-    agent = make_agent(N_STEP=3, DISCOUNT=0.5, NORMALIZE_TARGETS=False, BOOTSTRAP_AT_LIMIT=beyond)
-    for step in (1, 2, 3):
-        o, following = np.full(4, step), np.full(4, step + 1)
-        agent.remember(o, 0, float(step), following, False, truncated=step == 3)
-    stored = agent.memory.latest(9)
-    assert stored["steps"].tolist() == [3, 2, 1]
-    assert stored["rewards"].tolist() == [2.75, 3.5, 3]
-    assert stored["terminals"].tolist() == terminals
-    assert (stored["next_observations"] == 4).all()
-    monkeypatch.setattr(agent.q, "all_values", lambda weights, x: np.full((len(x), 1, 3), 8.0))
-    values = [0, 0, 0] if not beyond else [8 / 8, 8 / 4, 8 / 2]
-    expected = stored["rewards"] + values
-    np.testing.assert_allclose(agent.targets(stored)[:, 0, 0], expected, rtol=1e-6)
-    done = make_agent(N_STEP=3, BOOTSTRAP_AT_LIMIT=beyond)
-    done.remember(np.ones(4), 0, 1.0, np.ones(4), True)
-    assert done.memory.latest(1)["terminals"].tolist() == [True]
-
-
-def test_steps_of_an_episode_that_was_cut_off_are_not_carried_over():
+def test_waiting_steps_end_with_the_episode():
     agent = make_agent(N_STEP=3)
-    agent.remember(np.zeros(4), 0, 1.0, np.zeros(4), False)
+    agent.remember(np.zeros(4), [0], 1.0, np.zeros(4), False)
     agent.decay_epsilon()
-    agent.remember(np.ones(4), 1, 2.0, np.ones(4), True)
-    assert agent.memory.latest(9)["rewards"].tolist() == [2.0]
+    agent.remember(np.ones(4), [1], 2.0, np.ones(4), True)
+    assert agent.replay.latest(9)["rewards"].tolist() == [2.0]
 
 
 # --- Training --------------------------------------------------------------------------------
@@ -357,7 +301,9 @@ def filled(agent, count, seed=0):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         a, b = rng.normal(size=(2, 4))
-        agent.memory.add(a, int(rng.integers(3)), float(rng.normal()), b, bool(rng.random() < 0.1))
+        agent.replay.add(
+            a, [int(rng.integers(3))], float(rng.normal()), b, bool(rng.random() < 0.1)
+        )
     return agent
 
 
@@ -379,18 +325,6 @@ def test_gradient_steps_of_an_episode(updates, steps):
     assert float(agent.moments.step) == steps
 
 
-def test_learning_rate_decays_from_episode_to_episode():
-    """Adam's first step takes each weight by the learning rate, whatever the gradient."""
-    agent = filled(make_agent(Q_RATE_DECAY=0.5, REPLAY_SAMPLE=32, Q_BATCH_SIZE=32), 50)
-    steps = []
-    for _ in range(3):
-        agent.moments, before = Moments.fresh(agent.q.network.size), agent.weights.numpy()
-        agent.train()
-        steps.append(np.abs(agent.weights.numpy() - before).max())
-        agent.decay_epsilon()
-    np.testing.assert_allclose(steps, [1e-3, 6.06531e-4, 3.67879e-4], rtol=1e-3)
-
-
 def test_target_network_is_copied_every_few_episodes():
     agent = filled(make_agent(TARGET_UPDATE=3, REPLAY_SAMPLE=32), 50)
     initial = agent.target_weights.numpy()
@@ -410,21 +344,21 @@ def test_agent_state_round_trip():
     agent.train()
     agent.decay_epsilon()
     copy = make_agent(**overrides)
-    copy.load_state(agent.state(), agent.memory.latest(50))
+    copy.load_state(agent.state(), agent.replay.latest(50))
     for each in (agent, copy):
         each.choices = [each.act(np.full(4, i, np.float32)) for i in range(20)]
         each.loss = each.train()
     assert (agent.choices, agent.loss) == (copy.choices, copy.loss)
     for name, array in agent.state().items():
         assert (copy.state()[name] == array).all(), name
-    assert (copy.memory.latest(50) == agent.memory.latest(50)).all()
+    assert (copy.replay.latest(50) == agent.replay.latest(50)).all()
 
 
 def test_a_state_of_another_agent_is_refused_and_changes_nothing():
     agent = make_agent()
     before = agent.weights.numpy()
-    with pytest.raises(ValueError, match="agent: weights has shape"):
-        agent.load_state(make_agent(actions=4).state(), agent.memory.latest(0))
+    with pytest.raises(ValueError, match=r"weights has shape \(148,\), not \(131,\)"):
+        agent.load_state(make_agent(NUM_NODES=4).state(), agent.replay.latest(0))
     assert (agent.weights.numpy() == before).all()
 
 
@@ -445,8 +379,8 @@ def test_seed_decides():
 class Corridor(gymnasium.Env):
     """Six cells in a row; the goal is to the right of the last.
 
-    Each step costs 1. Action 0 goes left, 1 right, 2 stays; 3 leaves through a side door for
-    -10, which is better than to wander about and worse than the at most six steps to the goal.
+    Each step costs 1. Action 0 goes left, 1 right, 2 stays. Action 3 leaves by a side door for -10:
+    better than wandering about, and worse than the at most six steps to the goal.
     """
 
     observation_space = gymnasium.spaces.Box(0, 1, (6,), np.float32)
@@ -466,8 +400,8 @@ class Corridor(gymnasium.Env):
         return observation, reward, done, self.steps >= 30, {}
 
 
-# What the tuned settings combine. Targets with several rewards hold those of exploring choices:
-# the values are lower than the best policy's.
+# What the tuned settings combine. Targets of several rewards include exploring choices, so the
+# values are lower than the best policy's.
 TOGETHER = {
     "N_STEP": 3,
     "Q_NETWORKS": 2,
@@ -480,17 +414,14 @@ TOGETHER = {
 
 @pytest.mark.parametrize(
     ("seed", "options", "tolerance"),
-    [
-        (0, {}, 0.3),
-        (1, {"TARGET_UPDATE": 2, "DOUBLE_Q": True}, 0.3),
-        (2, {**TOGETHER, "BOOTSTRAP_AT_LIMIT": True}, 1.5),
-    ],
-    ids=["plain", "double", "tuned"],
+    [(0, {}, 0.3), (2, TOGETHER, 1.5)],
+    ids=["paper", "tuned"],
 )
 def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, tolerance):
     env = Corridor()
-    settings = make_settings(
+    settings = Settings(
         SEED=seed,
+        NUM_NODES=4,
         HIDDEN_UNITS=(32,),
         NORMALIZE_TARGETS=False,
         REPLAY_SAMPLE=64,
@@ -498,15 +429,15 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         Q_LEARNING_RATE=0.005,
         **options,
     )
-    agent = DQNAgent(6, 4, settings)
+    agent = DQNAgent(6, settings)
     for episode in range(150):
         observation, _ = env.reset(seed=episode if episode == 0 else None)
         done = False
         while not done:
-            (action,), _ = agent.act(observation)
-            following, reward, terminated, truncated, _ = env.step(action)
+            actions, _ = agent.act(observation)
+            following, reward, terminated, truncated, _ = env.step(actions[0])
             done = terminated or truncated
-            agent.remember(observation, action, reward, following, terminated, truncated)
+            agent.remember(observation, actions, reward, following, done)
             observation = following
         agent.train()
         agent.decay_epsilon()

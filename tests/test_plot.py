@@ -1,53 +1,56 @@
-import itertools
 import shutil
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PROJECT, run
-from test_estimates import VALUES, write_comparison
 
-import compare
 import plot
-from config import UserError
-from records import EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
+from config import PROJECT, UserError
+from records import DISTANCE_COLUMNS, EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
+
+FIGURES = ("accuracy", "data", "learning", "transitions")
 
 
-def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by="random"):
+def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by="random", nodes=4):
     """CSVs as a run writes them, with numbers that are easy to check."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    rows, walks = [], []
+    rows, rounds = [], []
     for episode in range(1, episodes + 1):
-        rounds = 30 if episode <= 20 else 10
-        for r in range(1, rounds + 1):
-            node = (r - 1) % 4 if episode <= 20 else 2
-            walks.append([dataset, episode, r, node, chosen_by, 0.05, rng.random() * 0.7, -0.6])
+        count = 30 if episode <= 20 else 10
+        for r in range(1, count + 1):
+            node = (r - 1) % nodes if episode <= 20 else 2
+            rounds.append([dataset, episode, r, node, chosen_by, 0.05, rng.random() * 0.7, -0.6])
         epsilon = first_epsilon * np.exp(-0.02 * (episode - 1))
-        rows.append(
-            [
-                *(dataset, episode, rounds, int(episode % 5 > 0)),
-                *(0.8, -0.6 * rounds, 0.05 * rounds),
-                *(epsilon, 0.1, 0, 0.8, 36, 2.0),
-            ]
-        )
-    pd.DataFrame(rows, columns=EPISODE_COLUMNS).to_csv(folder / "episodes.csv", index=False)
-    pd.DataFrame(walks, columns=ROUND_COLUMNS).to_csv(folder / "rounds.csv", index=False)
-    shards = [[dataset, n, c, 400 if n == c else 11] for n in range(4) for c in range(10)]
-    pd.DataFrame(shards, columns=SHARD_COLUMNS).to_csv(folder / "shards.csv", index=False)
+        outcome = [int(episode % 5 > 0), 0.8, -0.6 * count, 0.05 * count]
+        rows.append([dataset, episode, count, *outcome, epsilon, 0.1, 0, 0.8, 36, 2.0])
+    shards = [[dataset, n, c, 400 if n == c else 11] for n in range(nodes) for c in range(10)]
+    pairs = [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
+    distances = [[dataset, a, b, 0.01 * a + 0.001 * b] for a, b in pairs]
+    for name, table, columns in (
+        ("episodes", rows, EPISODE_COLUMNS),
+        ("rounds", rounds, ROUND_COLUMNS),
+        ("shards", shards, SHARD_COLUMNS),
+        ("distances", distances, DISTANCE_COLUMNS),
+    ):
+        pd.DataFrame(table, columns=columns).to_csv(folder / f"{name}.csv", index=False)
     return folder
 
 
-def test_drawing_needs_no_tensorflow():
-    """Whose import takes longer than to draw."""
-    code = "import sys, plot; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+def lines_of(axis, label):
+    return [line for line in axis.get_lines() if line.get_label() == label]
 
 
-def test_handovers_by_hand():
+def text_of(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def test_transition_shares_by_hand():
     rounds = pd.DataFrame(
         {
             "episode": [1, 1, 1, 1, 2, 2],
@@ -57,13 +60,16 @@ def test_handovers_by_hand():
     )
     # From 0: to 1, to 0, and in episode 2 to 2. From 1: to 0. Nothing from episode to episode.
     expected = [[1 / 3, 1 / 3, 1 / 3], [1, 0, 0], [0, 0, 0]]
-    np.testing.assert_allclose(plot.handovers(rounds, 3), expected)
+    np.testing.assert_allclose(plot.transition_shares(rounds, 3), expected)
+    shuffled = rounds.sample(frac=1, random_state=0)
+    np.testing.assert_allclose(plot.transition_shares(shuffled, 3), expected)
 
 
-def test_handovers_of_several_nodes():
+def test_transition_shares_of_several_nodes_per_round():
     rounds = pd.DataFrame({"episode": [1, 1, 1], "round": [1, 2, 3], "node": ["0", "2+1", "1+0"]})
-    # 0 hands to 2 and 1; then 2, the first of its round, to 1 and 0.
-    np.testing.assert_allclose(plot.handovers(rounds, 3), [[0, 0.5, 0.5], [0, 0, 0], [0.5, 0.5, 0]])
+    # From 0 to 2 and 1; then from 2, the first of its round, to 1 and 0.
+    expected = [[0, 0.5, 0.5], [0, 0, 0], [0.5, 0.5, 0]]
+    np.testing.assert_allclose(plot.transition_shares(rounds, 3), expected)
 
 
 def test_summary_by_hand(tmp_path):
@@ -72,9 +78,8 @@ def test_summary_by_hand(tmp_path):
     assert lines[2] == "| 1 to 20 | 30.0 ± 0.0 | 1.50 ± 0.00 | 80% | -18.0 ± 0.0 |"
     assert lines[3] == "| 21 to 40 | 10.0 ± 0.0 | 0.50 ± 0.00 | 80% | -6.0 ± 0.0 |"
     assert lines[4] == "| 41 to 50 | 10.0 ± 0.0 | 0.50 ± 0.00 | 80% | -6.0 ± 0.0 |"
-    assert lines[5] == (
-        "50 episodes on mnist in 1.7 min: 10 missed the goal (counted with 36 rounds), 0 diverged"
-    )
+    for part in ("50 episodes", "mnist", "1.7 min", "10 missed", "36 rounds", "0 diverged"):
+        assert part in lines[5]
 
 
 def test_interval_by_hand():
@@ -83,57 +88,86 @@ def test_interval_by_hand():
     assert plot._mean(pd.Series([1.0, 2, 3, 4]), 1) == "2.5"
 
 
-def test_a_torn_last_row_is_left_out(tmp_path):
+def test_moving_average_by_hand():
+    values = plot.moving_average(pd.Series(np.arange(1.0, 22)))
+    assert values[:19].isna().all()
+    assert values[19:].tolist() == [10.5, 11.5]
+    # Of all so far, in a series of fewer than 20.
+    assert plot.moving_average(pd.Series([2.0, 4, 9])).tolist() == [2, 3, 5]
+
+
+def test_a_torn_last_row_and_an_unfinished_episode_are_left_out(tmp_path):
     folder = make_run(tmp_path / "x", episodes=20)
-    whole = plot.summary(folder)
-    for name, tail in (("episodes", "mnist,21,3"), ("rounds", "mnist,20,3"), ("rounds", ",1,2,")):
-        with (folder / f"{name}.csv").open("a") as file:
-            file.write(tail)
+    whole, count = plot.summary(folder), len(plot.read_run(folder)["rounds"])
+    with (folder / "rounds.csv").open("a") as file:
+        file.write("mnist,21,1,0,starter,0.0,0.1,-0.9\nmnist,21,2,3,ran")
+    with (folder / "episodes.csv").open("a") as file:
+        file.write("mnist,21,3")
     assert plot.summary(folder) == whole
-    plot.draw_run(folder)
+    assert len(plot.read_run(folder)["rounds"]) == count
 
 
-def test_a_failing_write_keeps_the_old_figures(tmp_path, monkeypatch):
+# --- Figures of a run ------------------------------------------------------------------------
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path):
     folder = make_run(tmp_path / "x")
-    plot.draw_run(folder)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-
-    def fail(self, file, **options):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(plot.Figure, "savefig", fail)
-    with pytest.raises(OSError, match="No space"):
-        plot.draw_run(folder)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-
-
-def test_figures_come_from_the_csvs_alone(tmp_path):
-    folder = make_run(tmp_path / "x")
-    done = run(folder, script="plot.py", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    made = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".png", ".pdf")}
-    assert len(made) == 8
-    assert all(made[n].startswith(b"\x89PNG" if n.endswith("png") else b"%PDF") for n in made)
+    code = (
+        "import sys, plot; status = plot.main(sys.argv[1:]); "
+        "sys.exit(status or 'tensorflow' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=PROJECT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "| 1 to 20 | 30.0 ± 0.0 |" in done.stdout.decode()
+    made = {path.stem: path.read_bytes() for path in folder.glob("*.png")}
+    assert sorted(made) == sorted(FIGURES)
     # The same CSVs give the same files.
     plot.draw_run(folder)
-    assert all((folder / name).read_bytes() == content for name, content in made.items())
+    assert all((folder / f"{name}.png").read_bytes() == made[name] for name in made)
 
 
-def texts(figure):
-    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+def test_formats(tmp_path, capsys):
+    folder = make_run(tmp_path / "x", episodes=2)
+    assert plot.main([str(folder), "--format", "pdf"]) == 0
+    assert plot.main([str(folder), "--format", "svg"]) == 0
+    made = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".csv"}
+    assert set(made) == {f"{name}.{suffix}" for name in FIGURES for suffix in ("pdf", "svg")}
+    assert made["data.pdf"].startswith(b"%PDF")
+    assert b"<svg" in made["data.svg"]
+    for suffix in ("pdf", "svg"):
+        again = tmp_path / f"again.{suffix}"
+        plot.save_figure(again, plot.draw_data(plot.read_run(folder)))
+        assert again.read_bytes() == made[f"data.{suffix}"]
+    with pytest.raises(SystemExit) as end:
+        plot.main([str(folder), "--format", "gif"])
+    assert end.value.code == 2
+    assert "--format" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("draw", ["learning", "accuracy", "walk", "shards"])
+@pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize(
-    ("dataset", "words"), [("digits", "bundled digits, NOT MNIST"), ("mnist", "[data: mnist]")]
+    ("dataset", "words"), [("digits", "bundled digits, NOT MNIST"), ("mnist", "(data: mnist)")]
 )
-def test_every_figure_names_the_data_and_its_axes(tmp_path, draw, dataset, words):
+def test_every_figure_names_the_data_and_its_axes(tmp_path, name, dataset, words):
     tables = plot.read_run(make_run(tmp_path / "x", dataset=dataset))
-    figure = getattr(plot, f"draw_{draw}")(tables)
+    figure = getattr(plot, f"draw_{name}")(tables)
     assert words in figure.get_suptitle()
     assert figure.axes[0].get_ylabel()
     assert figure.axes[-1].get_xlabel() or figure.axes[-1].get_ylabel()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("nodes", [4, 30])
+def test_no_text_is_below_7_points_and_none_is_cut_off(tmp_path, name, nodes):
+    figure = getattr(plot, f"draw_{name}")(plot.read_run(make_run(tmp_path / "x", nodes=nodes)))
+    plot.save_figure(tmp_path / "figure.png", figure)
+    texts = [t for t in figure.findobj(plot.matplotlib.text.Text) if t.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 7
+    assert figure.get_figwidth() == 7
+    left, bottom, right, top = figure.get_tightbbox().extents
+    assert min(left, bottom) >= 0
+    assert right <= figure.get_figwidth()
+    assert top <= figure.get_figheight()
 
 
 @pytest.mark.parametrize(
@@ -143,47 +177,44 @@ def test_every_figure_names_the_data_and_its_axes(tmp_path, draw, dataset, words
         ({"dataset": "digits"}, False),
         ({"first_epsilon": 0.5}, False),
         ({"chosen_by": "repeated"}, False),
+        ({"episodes": 9}, False),
     ],
 )
 def test_published_line_where_it_applies(tmp_path, options, shown):
     figure = plot.draw_learning(plot.read_run(make_run(tmp_path / "x", **options)))
-    lines = {
-        line.get_label().split(":")[0]: line.get_ydata()[0]
-        for axis in figure.axes[1:]
-        for line in axis.get_lines()
-        if str(line.get_label()).startswith("published")
-    }
-    assert bool(lines) is shown
-    if shown:
-        levels = [
-            line.get_ydata()[0]
-            for axis in figure.axes
-            for line in axis.get_lines()
-            if str(line.get_label()).startswith("published")
-        ]
-        # 49.2 % of 30 rounds and 25.4 % of a cost of 1.5.
-        assert levels == pytest.approx([14.76, 0.381])
+    lines = [line for axis in figure.axes for line in lines_of(axis, "published")]
+    # 49.2 % of 30 rounds and 25.4 % of a cost of 1.5.
+    levels = [14.76, 0.381] if shown else []
+    assert [line.get_ydata()[0] for line in lines] == pytest.approx(levels)
+    assert ["50.8%" in "".join(text_of(figure.axes[1]))] == [shown]
 
 
-def test_moving_average_is_over_20_episodes(tmp_path):
+def test_curves_and_points_of_the_learning_figure(tmp_path):
     figure = plot.draw_learning(plot.read_run(make_run(tmp_path / "x")))
-    (mean,) = [
-        line for line in figure.axes[1].get_lines() if "mean of the last 20" in line.get_label()
-    ]
-    values = mean.get_ydata()
-    assert np.isnan(values[18])
-    assert values[19] == pytest.approx(30)
-    assert values[29] == pytest.approx(20)  # ten of 30, ten of 10
-    assert values[39] == pytest.approx(10)
+    expected = {0: (-18, -12, -6), 1: (30, 20, 10), 2: (1.5, 1.0, 0.5)}
+    for place, values in expected.items():
+        (mean,) = lines_of(figure.axes[place], "mean of the last 20 episodes")
+        y = np.asarray(mean.get_ydata())
+        assert np.isnan(y[18])
+        # Twenty of the first value, ten of each, twenty of the second.
+        assert y[[19, 29, 39]] == pytest.approx(values)
+        (reached,) = lines_of(figure.axes[place], "goal reached")
+        (missed,) = lines_of(figure.axes[place], "goal missed")
+        assert list(missed.get_xdata()) == list(range(5, 51, 5))
+        assert len(reached.get_xdata()) == 40
+        assert reached.get_marker() != missed.get_marker()
+    (limit,) = (line for line in figure.axes[1].get_lines() if line.get_linestyle() == ":")
+    assert list(limit.get_ydata()) == [36, 36]
 
 
-def test_accuracy_holds_the_last_value_of_ended_episodes(tmp_path):
+def test_accuracy_keeps_the_last_value_of_ended_episodes(tmp_path):
     tables = plot.read_run(make_run(tmp_path / "x"))
     tables["rounds"]["accuracy"] = np.where(tables["rounds"]["round"] < 5, 0.2, 0.6)
     short = (tables["rounds"]["episode"] == 1) & (tables["rounds"]["round"] > 2)
     tables["rounds"] = tables["rounds"][~short]
     figure = plot.draw_accuracy(tables)
-    (mean,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "mean"]
+    assert [axis.get_title() for axis in figure.axes] == ["episodes 1 to 20", "episodes 31 to 50"]
+    (mean,) = lines_of(figure.axes[0], "mean")
     # 19 episodes at 0.6 and one that ended at 0.2.
     assert mean.get_ydata()[9] == pytest.approx((19 * 0.6 + 0.2) / 20)
     # Up to the limit, although all have ended after 30 rounds.
@@ -191,254 +222,119 @@ def test_accuracy_holds_the_last_value_of_ended_episodes(tmp_path):
     assert mean.get_ydata()[-1] == pytest.approx((19 * 0.6 + 0.2) / 20)
 
 
+def test_transitions_of_first_and_last_episodes(tmp_path):
+    figure = plot.draw_transitions(plot.read_run(make_run(tmp_path / "x")))
+    first, last = (axis.images[0].get_array() for axis in figure.axes[:2])
+    np.testing.assert_array_equal(first, np.roll(np.eye(4), 1, axis=1))
+    np.testing.assert_array_equal(last, np.diag([0, 0, 1, 0]))
+    assert [text for text in text_of(figure.axes[1]) if text] == ["1.00"]
+
+
+def test_data_figure_has_the_shards_and_both_halves_of_the_distances(tmp_path):
+    folder = make_run(tmp_path / "x", nodes=3)
+    shards = pd.read_csv(folder / "shards.csv")
+    shards.sample(frac=1, random_state=0).to_csv(folder / "shards.csv", index=False)
+    figure = plot.draw_data(plot.read_run(folder))
+    images, distances = (axis.images[0].get_array() for axis in figure.axes[:2])
+    np.testing.assert_array_equal(images, np.full((3, 10), 11) + 389 * np.eye(3, 10))
+    expected = [[0, 0.001, 0.002], [0.001, 0, 0.012], [0.002, 0.012, 0]]
+    np.testing.assert_allclose(distances, expected)
+    assert text_of(figure.axes[1]) == ["", ".001", ".002", ".001", "", ".012", ".002", ".012", ""]
+
+
+def test_no_numbers_in_the_cells_of_many_nodes(tmp_path):
+    tables = plot.read_run(make_run(tmp_path / "x", nodes=100))
+    for draw in (plot.draw_transitions, plot.draw_data):
+        assert not any(text_of(axis) for axis in draw(tables).axes)
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_single_episode_can_be_drawn(tmp_path):
     folder = make_run(tmp_path / "x", episodes=1)
     plot.draw_run(folder)
     assert "| 1 |" in plot.summary(folder)
+    figure = plot.draw_accuracy(plot.read_run(folder))
+    assert [axis.get_title() for axis in figure.axes] == ["episode 1"]
 
 
-def test_missing_and_foreign_files_are_named(tmp_path, capsys):
-    done = run(tmp_path / "nowhere", script="plot.py")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "nowhere: no such folder" in done.stderr
-    (tmp_path / "results" / "digits-seed0").mkdir(parents=True)
-    assert plot.main([str(tmp_path / "results")]) == 2
-    assert "results: holds no run, comparison or finished audit" in capsys.readouterr().err
-    folder = make_run(tmp_path / "x")
-    shutil.copy(folder / "episodes.csv", folder / "rounds.csv")
-    (folder / "rounds.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"rounds\.csv: is not such a table"):
+# --- Overlay ---------------------------------------------------------------------------------
+
+
+def test_overlay_of_runs_of_unequal_length(tmp_path):
+    lengths = {"long": 50, "short": 25, "tiny": 3}
+    runs = {
+        n: plot.read_run(make_run(tmp_path / n, episodes=e))["episodes"]
+        for n, e in lengths.items()
+    }
+    curves = plot.draw_overlay(runs).axes[1].get_lines()
+    assert [line.get_label() for line in curves] == list(lengths)
+    assert [line.get_xdata()[-1] for line in curves] == [50, 25, 3]
+    # 25 episodes end with the mean of 15 of 30 rounds and 5 of 10.
+    assert [line.get_ydata()[-1] for line in curves] == pytest.approx([10, 25, 30])
+    assert len({line.get_color() for line in curves}) == 3
+    assert len({line.get_linestyle() for line in curves}) == 3
+
+
+def test_the_command_overlays_several_runs(tmp_path, capsys, monkeypatch):
+    drawn, overlaid, draw_overlay = [], [], plot.draw_overlay
+
+    def overlay(runs):
+        overlaid.append(list(runs))
+        return draw_overlay(runs)
+
+    monkeypatch.setattr(plot, "draw_run", lambda folder, format_: drawn.append(str(folder)))
+    monkeypatch.setattr(plot, "draw_overlay", overlay)
+    folders = [str(make_run(tmp_path / n / "run", episodes=2)) for n in ("a", "b")]
+    assert plot.main(folders) == 0
+    assert capsys.readouterr().out.endswith(f": {tmp_path / 'overlay.png'}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "overlay.png"]
+    assert drawn == folders
+    assert overlaid == [["a/run", "b/run"]]
+
+
+# --- Errors ----------------------------------------------------------------------------------
+
+
+def refusal(capsys, *folders):
+    assert plot.main([str(folder) for folder in folders]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_what_is_no_run_is_named_and_nothing_is_written(tmp_path, capsys):
+    folder = make_run(tmp_path / "results" / "x", episodes=2)
+    assert "nowhere" in refusal(capsys, folder, tmp_path / "nowhere")
+    assert "results: holds no run" in refusal(capsys, folder, tmp_path / "results")
+    comparison = make_run(tmp_path / "paper", episodes=2)
+    (comparison / "jobs.csv").touch()
+    assert f"python3 -m experiments.figures {comparison}" in refusal(capsys, folder, comparison)
+    empty = make_run(tmp_path / "empty", episodes=0)
+    assert "empty" in refusal(capsys, folder, empty)
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+@pytest.mark.parametrize("name", ["rounds.csv", "shards.csv", "distances.csv"])
+def test_missing_and_foreign_tables_are_named(tmp_path, capsys, name):
+    folder = make_run(tmp_path / "x", episodes=2)
+    shutil.copy(folder / "episodes.csv", folder / name)
+    with pytest.raises(UserError, match=name):
         plot.draw_run(folder)
+    (folder / name).unlink()
+    assert name in refusal(capsys, folder)
 
 
-# --- Comparisons -----------------------------------------------------------------------------
+def test_a_failing_write_keeps_the_old_figures(tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path / "x", episodes=2)
+    for name in FIGURES:
+        (folder / f"{name}.png").write_bytes(b"old")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
+    def fail(self, file, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that a test draws, as Matplotlib has them, by name."""
-    kept = {}
-    monkeypatch.setattr(plot, "save_figure", lambda p, draw, t: kept.update({p.name: draw(t)}))
-    yield kept
-    plt.close("all")
-
-
-@pytest.fixture
-def drawn(tmp_path, figures):
-    """A comparison's figures."""
-    training = {s: [(30 - e, 1.0 + s) for e in range(6)] for s in (0, 1)}
-    write_comparison(tmp_path, VALUES, training=training)
-    plot.draw_comparison(tmp_path)
-    return figures
-
-
-def test_figures_of_a_comparison(drawn):
-    assert set(drawn) == {"methods", "accuracy", "reduction", "training", "walks"}
-    for figure in drawn.values():
-        assert "[data: mnist]" in figure.get_suptitle()
-    assert "2 to 3 seeds x 2 episodes" in drawn["methods"].get_suptitle()
-    assert "2 seeds x 2 episodes" in drawn["reduction"].get_suptitle()
-
-
-def test_points_are_the_seeds_and_their_mean(drawn):
-    axis = drawn["methods"].axes[0]
-    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
-    assert points == [[15.0, 25.0], [25.0, 35.0, 26.0]]
-    assert list(axis.containers[0].lines[0].get_xdata()) == pytest.approx([20, 172 / 6])
-    (limit,) = (line for line in axis.lines if line.get_linestyle() == ":")
-    assert list(limit.get_xdata()) == [36, 36]
-
-
-def test_only_a_cost_far_beyond_random_s_is_cut_off(tmp_path, figures):
-    values = {
-        "random": {0: [(30, 1.0), (36, 1.4)], 1: [(28, 1.2), (30, 1.2)]},
-        "stay": {0: [(36, 0.0), (36, 0.0)], 1: [(36, 0.0), (20, 0.0)]},
-        "centralized": {0: [(1, 0.5), (1, 0.5)], 1: [(1, 0.5), (1, 0.5)]},
-        "fedavg": {0: [(7, 7.2), (7, 7.2)], 1: [(7, 7.2), (7, 7.2)]},
-    }
-    write_comparison(tmp_path, values)
-    plot.draw_comparison(tmp_path)
-    rounds, cost, goal = figures["methods"].axes
-    texts = [
-        [t.get_text() for t in axis.texts if "→" in t.get_text()] for axis in (rounds, cost, goal)
-    ]
-    assert texts == [[], ["7.2 →"], []]
-    assert 1.3 < cost.get_xlim()[1] < 2
-    assert rounds.get_xlim()[1] > 36
-    assert goal.get_xlim()[1] == 1.06
-
-
-def write_variants(folder, parameter, variants, **more):
-    """A comparison's tables as ``write_comparison`` writes them, for each value of a parameter."""
-    jobs = []
-    for variant, values in variants.items():
-        write_comparison(folder / variant, values, **more)
-        part = pd.read_csv(folder / variant / "jobs.csv", dtype=str, keep_default_na=False)
-        part["folder"] = f"{variant}/" + part["folder"]
-        jobs.append(part.assign(comparison="some", parameter=parameter, variant=variant))
-    pd.concat(jobs).to_csv(folder / "jobs.csv", index=False)
-
-
-def test_all_methods_have_a_mark(tmp_path, figures):
-    """Of a comparison of values, and what a script added as well."""
-    names = [*plot.METHODS, "mine"]
-    values = {name: {0: [(10, 0.2)]} for name in names}
-    write_variants(tmp_path, "GOAL_ACCURACY", {"0.7": values, "0.8": values})
-    plot.draw_comparison(tmp_path)
-    legend = figures["variants"].axes[0].get_legend()
-    labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == [*(method.title for method in plot.METHODS.values()), "mine"]
-
-
-def test_trainings_of_two_methods(tmp_path, figures):
-    values = {name: {0: [(10, 0.2), (20, 0.4)]} for name in ("hl", "tuned")}
-    write_comparison(tmp_path, values, training={0: [(30, 1.0)] * 6})
-    shutil.copytree(tmp_path / "training-seed0", tmp_path / "training-tuned-seed0")
-    path = tmp_path / "training-tuned-seed0" / "episodes.csv"
-    pd.read_csv(path).assign(rounds=12).to_csv(path, index=False)
-    plot.draw_comparison(tmp_path)
-    axis = figures["training"].axes[0]
-    lines = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
-    assert lines == {"HL (DQN)": 30, "HL (tuned DQN)": 12}
-
-
-def test_reductions_stand_beside_the_published_ones(drawn):
-    for axis, published, expected in zip(
-        drawn["reduction"].axes, (0.508, 0.746), (1 - 80 / 120, 1 - 0.8 / 4), strict=True
-    ):
-        (line,) = (line for line in axis.lines if line.get_linestyle() == "--")
-        assert list(line.get_xdata()) == [published, published]
-        assert axis.containers[0].lines[0].get_xdata() == pytest.approx([expected])
-        assert f"published (MNIST) {published:.1%}" in [text.get_text() for text in axis.texts]
-
-
-def test_walks_of_the_trained_policies(tmp_path, figures):
-    """A panel for each seed of each DQN, a row for each episode, nothing after its end."""
-    pairs = {0: [(3, 0.2), (2, 0.4)], 1: [(36, 0.2), (1, 0.0)]}
-    write_comparison(tmp_path, {"random": pairs, "hl": pairs, "tuned": pairs})
-    path = tmp_path / "tuned-seed1" / "rounds.csv"
-    pd.read_csv(path).assign(node=["7+2", *[8] * 35, 9]).to_csv(path, index=False)
-    plot.draw_comparison(tmp_path)
-    panels = [axis for axis in figures["walks"].axes if axis.images]
-    titles = [f"{title}, seed {seed}" for title in ("HL (DQN)", "HL (tuned DQN)") for seed in "01"]
-    assert [axis.get_title() for axis in panels] == titles
-    nodes = panels[0].images[0].get_array().filled(-1)
-    np.testing.assert_array_equal(nodes, [[0] * 3 + [-1] * 33, [0] * 2 + [-1] * 34])
-    nodes = panels[3].images[0].get_array().filled(-1)
-    np.testing.assert_array_equal(nodes, [[7] + [8] * 35, [9] + [-1] * 35])
-    # The first row is episode 1, and each node has a colour of its own.
-    assert panels[0].images[0].get_extent() == pytest.approx([0.5, 36.5, 2.5, 0.5])
-    colors = {panels[0].images[0].to_rgba(np.array([[node]]))[0, 0].tobytes() for node in range(10)}
-    assert len(colors) == 10
-
-
-def test_accuracy_stays_where_an_episode_ended():
-    rounds = pd.DataFrame(
-        {
-            "seed": [0, 0, 0, 1, 1],
-            "episode": 1,
-            "round": [1, 2, 3, 1, 2],
-            "accuracy": [0.1, 0.2, 0.6, 0.3, 0.8],
-        }
-    )
-    middle, low, high = plot._accuracy_curve(rounds, 4)
-    np.testing.assert_allclose(middle, [0.2, 0.5, 0.7, 0.7])
-    np.testing.assert_allclose(low, [0.1, 0.2, 0.6, 0.6])
-    np.testing.assert_allclose(high, [0.3, 0.8, 0.8, 0.8])
-
-
-def test_learning_curve(drawn):
-    rounds, cost = drawn["training"].axes
-    # Windows of two episodes of 30, 29, ..., 25 rounds; both seeds alike.
-    mean = next(line for line in rounds.lines if line.get_label() == "mean of seeds")
-    np.testing.assert_allclose(mean.get_ydata()[1:], [29.5, 28.5, 27.5, 26.5, 25.5])
-    (random,) = (line for line in rounds.lines if line.get_label() == "random")
-    assert random.get_ydata()[0] == pytest.approx(172 / 6)
-    # Two seeds are too few for a band.
-    assert not cost.collections
-    assert "band" not in cost.get_xlabel()
-
-
-def test_band_of_the_learning_curve(tmp_path, figures):
-    values = {"hl": {seed: [(10, 0.2), (20, 0.4)] for seed in range(5)}}
-    training = {seed: [(30, 5.0 * (seed == 4))] * 6 for seed in range(5)}
-    write_comparison(tmp_path, values, training=training)
-    plot.draw_comparison(tmp_path)
-    cost = figures["training"].axes[1]
-    # Four costs of 0 and one of 5: 1, and 2.776 times the standard error of 1, not below 0.
-    band = cost.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((0, 3.776), abs=1e-3)
-    assert "with 95 % band" in cost.get_xlabel()
-
-
-def test_a_figure_of_variants(tmp_path, figures):
-    more = {
-        method: {s: [(r + 4, c) for r, c in pairs] for s, pairs in by_seed.items()}
-        for method, by_seed in VALUES.items()
-    }
-    write_variants(tmp_path, "GOAL_ACCURACY", {"0.7": VALUES, "0.8": more})
-    plot.draw_comparison(tmp_path)
-    assert set(figures) == {"variants"}
-    axis = figures["variants"].axes[0]
-    for container, mean in zip(axis.containers, (20, 172 / 6), strict=True):
-        assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
-    assert [t.get_text() for t in figures["variants"].axes[-1].get_xticklabels()] == ["0.7", "0.8"]
-
-
-def test_many_names_are_rows_that_can_be_read(tmp_path, figures):
-    """As many as "changes" has: each has a row, a label that touches no other, and a panel."""
-    variants = compare.COMPARISONS["changes"].variants
-    values = {name: {"hl": {0: [(9 + r, 0.1 * r)]}} for r, name in enumerate(variants)}
-    write_variants(tmp_path, "taken back", values, training={0: [(30, 1.0), (20, 0.5), (15, 0.1)]})
-    for r, name in enumerate(variants):
-        path = tmp_path / name / "training-seed0" / "episodes.csv"
-        table = pd.read_csv(path)
-        table.assign(rounds=table["rounds"] - 0.5 * r).to_csv(path, index=False)
-    plot.draw_comparison(tmp_path)
-    rounds, cost, _ = figures["variants"].axes
-    assert list(rounds.containers[0].lines[0].get_xdata()) == [9 + r for r in range(len(variants))]
-    assert list(rounds.containers[0].lines[0].get_ydata()) == list(range(len(variants)))
-    assert [label.get_text() for label in rounds.get_yticklabels()] == list(variants)
-    assert rounds.yaxis_inverted()  # the first is at the top
-    assert list(cost.containers[0].lines[0].get_xdata())[:2] == [0.0, 0.1]
-    figures["variants"].canvas.draw()
-    boxes = [label.get_window_extent() for label in rounds.get_yticklabels()]
-    assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(boxes))
-    panels = [axis for axis in figures["training"].axes if axis.lines]
-    assert [axis.get_title() for axis in panels] == list(variants)
-    # One seed has no interval: a point without bars, on the axes and in the legend.
-    assert not rounds.containers[0].has_xerr
-    for r, axis in enumerate(panels):
-        first, own = axis.lines
-        assert (first.get_color(), own.get_color()) == ("0.65", "black")
-        assert list(first.get_ydata()) == [30, 20, 15]
-        assert list(own.get_ydata()) == [30 - 0.5 * r, 20 - 0.5 * r, 15 - 0.5 * r]
-        assert not axis.collections  # nor has it a band
-
-
-def test_bands_in_panels(tmp_path, figures):
-    """Of nine values, each with five seeds, of which one differs."""
-    values = {f"v{r}": {"hl": {seed: [(10, 0.2)] for seed in range(5)}} for r in range(9)}
-    training = {seed: [(10 + 5 * (seed == 4), 1.0)] * 3 for seed in range(5)}
-    write_variants(tmp_path, "taken back", values, training=training)
-    plot.draw_comparison(tmp_path)
-    figure = figures["training"]
-    for axis in [axis for axis in figure.axes if axis.lines]:
-        # Four of 10 rounds and one of 15: 11, and 2.776 times the standard error of 1.
-        band = axis.collections[0].get_paths()[0].vertices[:, 1]
-        assert (band.min(), band.max()) == pytest.approx((8.224, 13.776), abs=1e-3)
-    assert any("with 95 % band" in text for text in texts(figure))
-
-
-def test_the_command_draws_a_comparison_again(tmp_path, capsys):
-    write_comparison(tmp_path, VALUES)
-    assert plot.main([str(tmp_path)]) == 0
-    assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
-    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
-    assert set(first) == {
-        f"{n}.{s}" for n in ("methods", "accuracy", "reduction", "walks") for s in ("png", "pdf")
-    }
-    assert plot.main([str(tmp_path)]) == 0
-    assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.p*")}
-    (tmp_path / "hl-seed0" / "rounds.csv").unlink()
-    assert plot.main([str(tmp_path)]) == 1
+    monkeypatch.setattr(plot.Figure, "savefig", fail)
+    assert plot.main([str(folder)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

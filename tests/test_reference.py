@@ -1,7 +1,5 @@
 """The environment against tests/reference.py, round for round."""
 
-import dataclasses
-
 import gymnasium
 import numpy as np
 import pytest
@@ -9,32 +7,29 @@ from conftest import small_settings
 from reference import Reference, flat
 
 import data
-from config import make_settings, stream
+from config import Settings, stream
 from environment import DecentralizedLearning
 
-# Both compute in float32, in another order of the same sums: products of matrices against
-# convolutions, one batch of 1,000 against 32 in the evaluation. A relative difference of 6e-8 in a
-# gradient grows through the steps that follow. Adam divides a gradient by its own running size, so
-# a step is about the learning rate, 1e-3, however small the gradient is; a weight whose gradient is
-# itself rounding noise takes such a step in a direction of its own. After the walks below (up to
-# 64 steps) the largest difference that was seen is 4.2e-7, a rounding of the weights themselves;
-# after longer ones a weight or two differ by a part of a step. The bound is one whole step.
+# Both compute in float32, but sum in another order: the evaluation takes 1,000 images at a time
+# here and 32 there. A difference of rounding, 6e-8, grows through the steps that follow. Adam's
+# step is about the learning rate, 1e-3, however small the gradient is; a gradient that is rounding
+# noise gives a step in either direction. After the walks below the largest difference of a weight
+# is 4e-4, and 1e-5 without MNIST. The bound is one step.
 WEIGHTS = 1e-3
-# Seen: 1.6e-5. Scores lie between -2 and 2.
+# Scores are between -2 and 2; their largest difference is 2e-5.
 OBSERVATION = 1e-3
-# A test image flips where its two greatest logits are as close as the rounding.
+# A test image whose two greatest logits differ by no more than rounding may flip.
 IMAGES = 3
 
 
 def compare(settings, dataset, walk, seed, skipped=0):
-    """Runs both along a walk, after whose first round both count ``skipped`` rounds more.
+    """Run both along a walk; after its first round, both count ``skipped`` rounds more.
 
-    The reference is slow and knows both observations: an environment of each kind goes with it.
+    The reference is slow and returns both observations: an environment of each kind follows it.
     """
     kinds = ("broadcast", "local")
     environments = {
-        kind: DecentralizedLearning(dataclasses.replace(settings, OBSERVATION=kind), dataset)
-        for kind in kinds
+        kind: DecentralizedLearning(settings.replace(OBSERVATION=kind), dataset) for kind in kinds
     }
     seen = {kind: environments[kind].reset(seed=seed) for kind in kinds}
     env = environments["broadcast"]
@@ -53,7 +48,6 @@ def compare(settings, dataset, walk, seed, skipped=0):
         rest=settings.SAMPLES_PER_NODE - main,
         kinds=kinds,
         epochs=settings.LOCAL_EPOCHS,
-        keep_moments=settings.KEEP_MOMENTS,
     )
     images = 1 / len(dataset.y_test)
     done = False
@@ -83,19 +77,11 @@ def compare(settings, dataset, walk, seed, skipped=0):
 
 
 def test_a_walk_that_stays_moves_and_comes_back(few):
-    settings = small_settings(MAX_ROUNDS=36, SAMPLES_PER_NODE=120)
-    compare(settings, few, [0, 0, 0, 1, 2, 1, 2, 2, 0, 1, 0], seed=7)
-
-
-def test_the_last_round_is_the_same(few):
-    """Round 36, below the goal: both end there, and not a round earlier."""
-    info = compare(small_settings(MAX_ROUNDS=36), few, [1, 2], seed=9, skipped=33)
+    """It misses the goal in round 36: both end there, and not a round earlier."""
+    settings = small_settings(NUM_NODES=3, SAMPLES_PER_NODE=120, MAX_ROUNDS=36)
+    info = compare(settings, few, [0, 0, 0, 1, 2, 1, 2, 2, 0, 1, 0], seed=7, skipped=24)
     assert info["round"] == 36
     assert not info["goal_reached"]
-
-
-def test_moments_that_start_anew_at_each_visit(few):
-    compare(small_settings(KEEP_MOMENTS=False), few, [0, 1], seed=6)
 
 
 def test_two_nodes_in_a_round_and_two_epochs(few):
@@ -103,11 +89,7 @@ def test_two_nodes_in_a_round_and_two_epochs(few):
     compare(settings, few, [[1, 2], [2, 0]], seed=8)
 
 
-@pytest.fixture(scope="module")
-def mnist(mnist_path):
-    return data.load(make_settings(DATASET="mnist", DATA_FILE=str(mnist_path)))
-
-
-def test_mnist_with_the_default_settings(mnist):
-    info = compare(make_settings(DATASET="mnist"), mnist, [0, 5, 0], seed=1)
-    assert info["accuracy"] > 0.15
+def test_mnist_with_the_default_settings(mnist_dir):
+    settings = Settings(DATASET="mnist", DATA_DIR=str(mnist_dir))
+    info = compare(settings, data.load(settings), [5], seed=1)
+    assert info["distance"] == pytest.approx(0.060805, abs=1e-6)

@@ -1,0 +1,307 @@
+"""Command lines: flags for the settings, one-line errors, exit status and signals.
+
+``python3 cli.py > docs/settings.md`` writes the page of all settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from config import (
+    GROUPS,
+    NAMED_SETTINGS,
+    ConfigError,
+    Group,
+    Settings,
+    UserError,
+    meaning,
+    reason,
+    takes,
+)
+
+# Short flags for the settings that are changed most; the first five are the public code's.
+FLAGS = {
+    "--episodes": "EPISODES",
+    "--starter": "STARTER_NODE",
+    "--step": "NODES_PER_ROUND",
+    "--epsilon": "EPSILON",
+    "--epsilon_decay": "EPSILON_DECAY",
+    "--seed": "SEED",
+    "--dataset": "DATASET",
+    "--name": "NAME",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that prints one line for a wrong command line, and exits with status 2.
+
+    Args:
+        prog: the program's name, as users type it.
+        description: one line.
+        examples: command lines with a comment each, shown first in the help.
+    """
+
+    def __init__(self, prog: str, description: str, examples: str = "") -> None:
+        text = f"{description}\n\nexamples:\n{examples}" if examples else description
+        super().__init__(
+            prog=prog,
+            description=text,
+            usage=f"{prog} [options]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 after one line on stderr."""
+        sys.stderr.write(f"{self.prog}: {message}\n")
+        sys.exit(2)
+
+
+def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
+    """Add flags for settings to a parser, and the list of all settings to its help.
+
+    Args:
+        parser: its result is for ``settings_of`` and ``overrides_of``.
+        flags: each short flag with the name of its setting.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr if a default in config.py is wrong.
+    """
+    try:
+        Settings()
+    except ConfigError as error:
+        Parser("config.py", "").error(str(error))
+    parts = [line for group in GROUPS for line in (f"  {title_of(group)}", *_help_lines(group))]
+    parser.epilog = "\n".join(["settings, for --set (default; tuned value):", *parts])
+    for flag, name in flags.items():
+        names = [flag, "--episode"] if flag == "--episodes" else [flag]
+        parser.add_argument(
+            *names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE"
+        )
+    add = parser.add_argument
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
+    named = " or ".join(NAMED_SETTINGS)
+    add("--settings", default="paper", metavar="NAME", help=f"{named}, the agent's; before --set")
+
+
+def title_of(group: type[Group]) -> str:
+    """A group's title, its docstring."""
+    return group.__doc__ or ""
+
+
+def _help_lines(group: type[Group]) -> list[str]:
+    tuned = NAMED_SETTINGS["tuned"]
+    lines = []
+    for name, field in group.model_fields.items():
+        values = f"{field.default!r}; {tuned[name]!r}" if name in tuned else repr(field.default)
+        lines.append(f"    {f'{name} = {values}':38} {meaning(name)[0]}")
+    return lines
+
+
+def overrides_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names one by one.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr.
+    """
+    texts: dict[str, str] = {}
+    for assignment in parsed.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            parser.error(f"--set: got {assignment!r}, takes NAME=VALUE")
+        texts[name.strip()] = text.strip()
+    # A short flag is the more explicit of the two, so it wins.
+    known = Settings.model_fields
+    texts.update({k: v for k, v in vars(parsed).items() if k in known and v is not None})
+    return {name: value_of(name, text) for name, text in texts.items()}
+
+
+def value_of(name: str, text: str) -> Any:
+    """A command line's text as the Python value that it spells, or as text."""
+    field = Settings.model_fields.get(name)
+    if field is not None and field.annotation is str:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def named_settings_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The overrides that ``--settings`` names.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr.
+    """
+    if parsed.settings not in NAMED_SETTINGS:
+        names = " or ".join(NAMED_SETTINGS)
+        parser.error(f"--settings: got {parsed.settings!r}, takes {names}")
+    return NAMED_SETTINGS[parsed.settings]
+
+
+def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and the data's SHA-256 from a run's ``config.json``, for ``--config``.
+
+    Raises:
+        ConfigError: it can't be read, or is not a run's.
+    """
+    try:
+        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        return {**config["settings"], "DATASET": config["dataset"]["name"]}, dict(
+            config["dataset"]["sha256"]
+        )
+    except OSError as error:
+        raise ConfigError(f"--config: {reason(error)}; takes a run's config.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--config: {path}: is not a run's config.json ({error})") from error
+
+
+def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
+    """The settings of main.py's command line, and with ``--config`` the data's SHA-256, else {}.
+
+    Args:
+        arguments: the command line without the program's name; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with status 2 after one line on stderr if something is wrong, else after
+            ``--help`` with status 0.
+    """
+    examples = (
+        "  python3 main.py                                     # the defaults of config.py\n"
+        "  python3 main.py --settings tuned --seed 1           # the tuned agent, another seed\n"
+        "  python3 main.py --set DISCOUNT=0.95 --name longer   # any setting, with its own folder"
+    )
+    parser = Parser("main.py", "Train the DQN; results go to results/<name>/.", examples)
+    parser.add_argument("--config", metavar="FILE", help="run again what a run's config.json says")
+    add_setting_flags(parser, FLAGS)
+    parsed = parser.parse_args(arguments)
+    try:
+        stored, data_sha256 = read_config(parsed.config) if parsed.config else ({}, {})
+        values = {**stored, **named_settings_of(parser, parsed), **overrides_of(parser, parsed)}
+        return Settings(**values), data_sha256
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def seeds_of(text: str) -> list[int]:
+    """A command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        seeds = list(range(int(text)))
+    elif re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*,?", text):
+        ranges = [part.partition("-") for part in filter(None, text.split(","))]
+        spans = [range(int(a), min(int(b or a), int(a) + 10**6) + 1) for a, _, b in ranges]
+        seeds = [seed for span in spans for seed in span] if all(spans) else []  # 5-3 is empty
+    else:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
+        )
+    return sorted(set(seeds))
+
+
+def count_of(text: str) -> int:
+    """A command line's count, an integer >= 1."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
+    return int(text)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def warn(message: str) -> None:
+    """A warning to the user, on stderr."""
+    sys.stderr.write(f"warning: {message}\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """Discard what is written to stderr, by native code as well."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is: files are closed and the state is written."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """Do a command's work and end in order on Ctrl-C and SIGTERM; one line for what stops it.
+
+    Args:
+        program: its name, in front of the line.
+        work: returns the exit status if nothing stops it.
+
+    Returns:
+        The exit status: the work's, or 2 after a user's mistake, 1 when the system refuses a file,
+        130 after Ctrl-C, 143 after SIGTERM.
+    """
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    try:
+        return work()
+    except UserError as error:
+        message, status = str(error), 2
+    except OSError as error:
+        message, status = f"{reason(error)}; fix this, and the same command continues", 1
+    except KeyboardInterrupt as interrupt:
+        message = "interrupted; the same command continues"
+        status = 143 if isinstance(interrupt, Terminated) else 130
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    sys.stderr.write(f"{program}: {message}\n")
+    return status
+
+
+def settings_page() -> str:
+    """docs/settings.md: every setting with its default, values, meaning and source."""
+    lines = [
+        "# Settings",
+        "",
+        "All settings, as `config.py` declares them: what they mean, which values they take, and",
+        "where they come from. Written by `python3 cli.py > docs/settings.md`.",
+        "",
+        'Source "public code" is the authors\' implementation, "ours" is this project.',
+    ]
+    tuned = NAMED_SETTINGS["tuned"]
+    for group in GROUPS:
+        lines += ["", f"## {title_of(group)}", ""]
+        lines += ["| setting | default | `tuned` | takes | meaning | source |", "|---" * 6 + "|"]
+        for name, field in group.model_fields.items():
+            changed = f"`{tuned[name]!r}`" if name in tuned else ""
+            cells = [f"`{name}`", f"`{field.default!r}`", changed, takes(name), *meaning(name)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(settings_page())

@@ -1,0 +1,1 @@
+"""Experiments: comparisons of methods over many seeds, and the audit of the observations."""

@@ -1,0 +1,103 @@
+"""The log of tuning trials: one row for each trial, dataset and seed, from its start on.
+
+A trial trains an agent with some settings, freezes it, and tests it on validation episodes, whose
+initialisations neither a training nor a test has. So settings can be chosen by it, and a
+comparison's test episodes then measure them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import filelock
+import pandas as pd
+
+import records
+from config import GROUPS, Settings, names_of
+from experiments.estimates import EPISODE_COLUMNS
+from experiments.jobs import Job
+
+LOG_COLUMNS = (
+    "trial",
+    "dataset",
+    "seed",
+    "settings",
+    "training_episodes",
+    "training_rounds",
+    "validation_episodes",
+    "rounds",
+    "goal_reached",
+    "communication_cost",
+    "seconds",
+    "git_revision",
+    "error",
+)
+
+# Episodes at the end of a training whose mean number of rounds is logged.
+_LAST = 20
+
+
+class Log:
+    """``tuning.csv`` in RESULTS_DIR.
+
+    Args:
+        settings: of the trial; NAME is its name.
+        named: the settings that the command line named.
+    """
+
+    def __init__(self, settings: Settings, named: set[str]) -> None:
+        self._path = settings.results_dir / "tuning.csv"
+        self._trial = settings.NAME
+        self._named = named & names_of("world", "agent") - {"DATASET"}
+
+    def write(self, job: Job, error: str, seconds: float = 0.0) -> None:
+        """Write a job's row, in place of an earlier one, and print it if the job has ended.
+
+        Args:
+            job: one seed of the trial.
+            error: why it is not finished, in a line; "" if it is.
+            seconds: that it took.
+
+        Raises:
+            UserError, OSError: a table of the job or the log is damaged, or can't be written.
+        """
+        row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
+        row |= {"trial": self._trial, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
+        row |= {"settings": self._changes(job), "seconds": seconds, "error": error}
+        row["git_revision"] = records.git_revision() or ""
+        if not error:
+            row |= _means(job)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self._path.with_name(f".{self._path.name}.lock")):
+            table = pd.DataFrame([row], columns=list(LOG_COLUMNS)).astype(str)
+            if self._path.exists():
+                old = pd.read_csv(self._path, dtype=str, keep_default_na=False)
+                key = ["trial", "dataset", "seed"]
+                table = pd.concat([old, table]).drop_duplicates(key, keep="last")
+            records.write_table(self._path, table)
+        if error != "not finished":
+            print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
+
+    def _changes(self, job: Job) -> str:
+        """The agent's settings that are not the default, and what the command line named."""
+        default, agents = Settings(), names_of("agent")
+        settings = job.test_settings.replace(REWARD_IMAGES=job.settings.REWARD_IMAGES)
+        names = [name for group in GROUPS for name in group.model_fields]
+        return " ".join(
+            f"{name}={value!r}".replace(" ", "")
+            for name, value in ((name, getattr(settings, name)) for name in names)
+            if name in self._named or (name in agents and value != getattr(default, name))
+        )
+
+
+def _means(job: Job) -> dict[str, Any]:
+    training = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
+    episodes = records.read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
+    return {
+        "training_episodes": len(training),
+        "training_rounds": round(training["rounds"][-_LAST:].mean(), 2),
+        "validation_episodes": len(episodes),
+        "rounds": round(episodes["rounds"].mean(), 2),
+        "goal_reached": round(episodes["goal_reached"].mean(), 3),
+        "communication_cost": round(episodes["communication_cost"].mean(), 4),
+    }

@@ -1,0 +1,155 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT, command, refusal, run
+
+import cli
+import data
+import main
+from config import NAMED_SETTINGS, Settings
+
+
+def parse(text):
+    settings, _ = cli.settings_of_run(text.split())
+    return settings
+
+
+def test_flags():
+    assert parse("") == parse("--settings paper") == Settings()
+    assert parse("--episode 7").EPISODES == parse("--episodes 7").EPISODES == 7
+    s = parse(
+        "--starter=1 --step=2 --epsilon=0.5 --epsilon_decay=0 --seed=9 --dataset=digits --name=x "
+        "--set HIDDEN_UNITS=(8,4) --set NORMALIZE_TARGETS=False --set NUM_NODES=5"
+    )
+    assert (s.STARTER_NODE, s.NODES_PER_ROUND, s.EPSILON, s.EPSILON_DECAY) == (1, 2, 0.5, 0.0)
+    assert (s.SEED, s.DATASET, s.NAME, s.NUM_NODES) == (9, "digits", "x", 5)
+    assert (s.HIDDEN_UNITS, s.NORMALIZE_TARGETS) == ((8, 4), False)
+    # A text setting is text, whatever it looks like; a short flag wins over --set.
+    assert parse("--set NAME=123").NAME == "123"
+    assert parse("--seed 2 --set SEED=1").SEED == 2
+
+
+def test_named_settings_come_before_set():
+    s = parse("--settings tuned --set DISCOUNT=0.5")
+    assert s == Settings(**{**NAMED_SETTINGS["tuned"], "DISCOUNT": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--set EPISDOES=3", "EPISDOES: unknown"),
+        ("--set EPISODES=none", "EPISODES: got 'none', takes an integer >= 1"),
+        ("--episodes 1.5", "EPISODES: got 1.5, takes an integer >= 1"),
+        ("--epsilon 2", "EPSILON: got 2, takes a number in [0, 1]"),
+        ("--starter 10", "STARTER_NODE: got 10, takes at most NUM_NODES - 1 = 9"),
+        ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
+        ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
+        ("--settings best", "--settings: got 'best', takes paper or tuned"),
+        ("--config /nowhere/config.json", "--config: /nowhere/config.json"),
+        ("--speed 9", "--speed 9"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_status_2(capsys, arguments, words):
+    assert words in refusal(cli.settings_of_run, arguments.split(), capsys)
+
+
+def test_a_bad_command_line_is_refused_without_tensorflow(tmp_path):
+    results = tmp_path / "results"
+    check = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import cli, main\n"
+        "try: cli.settings_of_run()\n"
+        "except SystemExit as end: print(end.code, 'tensorflow' in sys.modules)"
+    )
+    arguments = ["--episodes", "0", "--set", f"RESULTS_DIR={results}"]
+    done = subprocess.run(
+        [sys.executable, "-c", check, str(PROJECT), *arguments], capture_output=True, text=True
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr.count("\n") == 1
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--dataset cifar", "DATASET: got 'cifar', takes one of auto, mnist"),
+        ("--dataset digits --set SHARD_RULE=mine", "SHARD_RULE: got 'mine', takes one of"),
+        ("--dataset digits --set SAMPLES_PER_NODE=9000", "7200 training images of class 0"),
+        ("--dataset mnist --set DATA_DIR=/nowhere/x", "DATA_DIR: got '/nowhere/x'"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_refused_the_same_way(
+    tmp_path, monkeypatch, capfd, digits, arguments, words
+):
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
+    results = tmp_path / "results"
+    assert main.main(parse(f"{arguments} --set RESULTS_DIR={results}")) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err
+    assert not results.exists()
+
+
+def test_a_wrong_default_in_the_file_is_named(tmp_path):
+    for path in PROJECT.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    text = (tmp_path / "config.py").read_text()
+    assert "EPISODES: Count = 120" in text
+    (tmp_path / "config.py").write_text(text.replace("Count = 120", "Count = 'many'"))
+    done = run(script=str(tmp_path / "main.py"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "config.py: EPISODES: got 'many', takes an integer >= 1\n"
+
+
+def test_help_lists_every_setting_in_groups():
+    done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 100
+    assert sum(line.startswith("  python3 main.py") for line in lines[:10]) == 3
+    shown = [line.split()[0] for line in lines if line.startswith("    ") and " = " in line]
+    assert shown == list(Settings.model_fields)
+    assert "    DISCOUNT = 0.9; 0.96" in done.stdout
+    assert "    EPSILON = 1.0  " in done.stdout
+
+
+def test_config_repeats_a_run(tmp_path):
+    settings = Settings(SEED=3, NAME="first", DISCOUNT=0.5, DATASET="auto")
+    path = tmp_path / "config.json"
+    about = {"name": "digits", "sha256": {"x_train": "ab"}}
+    path.write_text(json.dumps({"settings": settings.stored(), "dataset": about}))
+    again, sha256 = cli.settings_of_run(["--config", str(path), "--name", "second"])
+    assert again == settings.replace(NAME="second", DATASET="digits")
+    assert sha256 == {"x_train": "ab"}
+    changed, _ = cli.settings_of_run(["--config", str(path), "--seed", "4"])
+    assert changed.SEED == 4
+
+
+def test_config_insists_on_the_data_of_that_run(tmp_path, monkeypatch, capsys, few):
+    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
+    settings = Settings(DATASET="digits", RESULTS_DIR=str(tmp_path / "results"))
+    assert main.main(settings, {**few.sha256, "x_train": "0"}) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("3", [0, 1, 2]), ("0,3,7-9", [0, 3, 7, 8, 9]), ("4,", [4]), ("2,1,2", [1, 2])],
+)
+def test_seeds(text, seeds):
+    assert cli.seeds_of(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "a", "5-3", "-1", "1.5"])
+def test_wrong_seeds(text):
+    with pytest.raises(cli.argparse.ArgumentTypeError):
+        cli.seeds_of(text)
+
+
+def test_the_page_of_settings_is_up_to_date():
+    page = subprocess.run(
+        [sys.executable, "cli.py"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    assert (PROJECT / "docs" / "settings.md").read_text() == page

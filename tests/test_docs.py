@@ -1,0 +1,521 @@
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CORES, PROJECT
+
+import cli
+import config
+import data
+import models
+import plot
+import records
+from experiments import audit, collect, compare, estimates, figures, methods
+
+REFERENCE = PROJECT / "results" / "reference"
+PAGES = [
+    *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((PROJECT / "docs").glob("*.md")),
+]
+TEXTS = {str(path.relative_to(PROJECT)): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS["README.md"]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def rows_of(text, header):
+    """The cells of the table whose header line starts with ``header``, a list per row."""
+    table = text[text.index(f"\n{header}") + 1 :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def section(text, heading):
+    """What stands under a heading, until the next one of any level."""
+    start = text.index(f"\n{heading}\n") + len(heading) + 2
+    return re.split(r"^#+ ", text[start:], flags=re.MULTILINE)[0]
+
+
+def flat(name):
+    """A page without line breaks."""
+    return " ".join(TEXTS[name].split())
+
+
+def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@functools.cache
+def table(folder, name):
+    """A committed table."""
+    return pd.read_csv(REFERENCE / folder / f"{name}.csv", keep_default_na=False)
+
+
+@functools.cache
+def estimated(folder):
+    """Committed estimates, by variant, method and quantity."""
+    path = REFERENCE / folder / "estimates.csv"
+    rows = records.read_table(path, estimates.ESTIMATE_COLUMNS)
+    return rows.set_index(["variant", "method", "quantity"]).sort_index()
+
+
+# --- Commands and examples -------------------------------------------------------------------
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len(README.split()) < 900
+    assert len(README.splitlines()) < 180
+
+
+def test_the_two_commands_that_set_up():
+    venv = "python3 -m venv .venv && .venv/bin/pip install -r "
+    expected = [
+        f"{venv}requirements.txt && .venv/bin/python main.py",
+        f"{venv}requirements-dev.txt && .venv/bin/python -m pytest",
+    ]
+    # .ci/run finds and runs these two.
+    patterns = re.findall(r"grep -m 1 -E '(.*?)'", (PROJECT / ".ci" / "run").read_text())
+    lines = README.splitlines()
+    assert [next(x for x in lines if re.search(pattern, x)) for pattern in patterns] == expected
+    assert all(line in "".join(blocks(README, "sh")).splitlines() for line in expected)
+
+
+PARSERS = {
+    "main.py": cli.settings_of_run,
+    "plot.py": plot.main,
+    "experiments.compare": compare.parse,
+    "experiments.figures": figures.main,
+    "experiments.audit": audit.parse,
+}
+
+
+def commands():
+    """The command lines of all pages, in blocks and within the text: program, arguments."""
+    for name, text in TEXTS.items():
+        lines = "".join(blocks(text, "sh")).splitlines()
+        inline = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines += re.findall(r"`((?:sudo )?python3 [^`]+)`", inline)
+        lines += re.findall(r"<!-- (python3 .*?) -->", inline)
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            while words and (words[0] == "sudo" or re.fullmatch(r"[A-Z_]+=\S+", words[0])):
+                words.pop(0)
+            if words[:1] == ["python3"]:
+                program, *arguments = words[2:] if words[1] == "-m" else words[1:]
+                if program in PARSERS:
+                    yield pytest.param(program, arguments, id=f"{name}: {' '.join(words[1:])}")
+
+
+@pytest.mark.parametrize(("program", "arguments"), list(commands()))
+def test_commands_are_understood(program, arguments, monkeypatch):
+    monkeypatch.setattr(cli, "exit_status", lambda *_: 0)  # nothing runs
+    try:
+        PARSERS[program](arguments)
+    except SystemExit as end:
+        if end.code != 0 or arguments not in (["--help"], ["--list"]):
+            raise
+
+
+def test_the_commands_of_all_programs_are_shown():
+    assert {command.values[0] for command in commands()} == set(PARSERS)
+
+
+def test_examples_run(tmp_path):
+    """One after the other in the same process, in a copy with episodes of at most five rounds."""
+    examples = [
+        code
+        for name in ("docs/extending.md", "README.md")
+        for code in blocks(TEXTS[name], "python")
+    ]
+    assert len(examples) == 6
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
+    for name in ("mnist-seed0", "digits-seed0"):
+        folder = tmp_path / "results" / "reference" / name
+        folder.mkdir(parents=True)
+        shutil.copy(REFERENCE / name / "episodes.csv", folder)
+    source = tmp_path / "config.py"
+    short = source.read_text().replace("MAX_ROUNDS: AtLeastTwo = 36", "MAX_ROUNDS: AtLeastTwo = 5")
+    source.write_text(short)
+    # The digits are loaded once, and figures are not drawn: other tests look into both.
+    before = """if True:
+        import functools, config, data, plot
+        settings = config.Settings(DATASET="digits")
+        assert settings.MAX_ROUNDS == 5
+        load = functools.cache(lambda: data.load_digits(settings))
+        data.DATASETS["digits"] = lambda settings: load()
+        plot.save_figure = lambda *_: None
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([before, *examples])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=(lambda: os.sched_setaffinity(0, CORES[:1])) if CORES else None,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("stripes-seed0/agent.npz", "sorted/agent.npz", "own/estimates.csv"):
+        assert (tmp_path / "results" / name).exists()
+    assert (tmp_path / "rounds.png").exists()
+    assert done.stdout.count("'round': 5") == 2
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "results/reference/TUNING.md"])
+def test_links_lead_somewhere(name):
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = ((PROJECT / name).parent / file).resolve() if file else PROJECT / name
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+def test_every_page_is_in_the_index():
+    for path in (PROJECT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in README
+
+
+# --- What is listed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heading", "columns"),
+    [
+        ("### Columns of a run's `episodes.csv`", records.EPISODE_COLUMNS),
+        ("### Columns of a run's `rounds.csv`", records.ROUND_COLUMNS),
+        (
+            "### Columns of `shards.csv` and `distances.csv`",
+            tuple(dict.fromkeys(records.SHARD_COLUMNS + records.DISTANCE_COLUMNS)),
+        ),
+        ("### Columns of `jobs.csv`", estimates.JOB_COLUMNS),
+        ("### Columns of a comparison's `episodes.csv`", estimates.EPISODE_COLUMNS),
+        ("### Columns of a comparison's `rounds.csv`", estimates.ROUND_COLUMNS),
+        ("### Columns of `estimates.csv`", estimates.ESTIMATE_COLUMNS),
+        ("## An audit", audit.AUDIT_COLUMNS),
+        ("## The log of tuning trials", collect.LOG_COLUMNS),
+    ],
+)
+def test_every_column_is_documented(heading, columns):
+    rows = rows_of(section(TEXTS["docs/files.md"], heading), "| column |")
+    assert tuple(row[0].strip("`") for row in rows) == columns
+    assert all(row[1] for row in rows)
+
+
+def test_columns_that_are_those_of_another_table():
+    dataset, *rest = records.EPISODE_COLUMNS
+    assert (dataset, "variant", "method", "seed", *rest) == estimates.TRAINING_COLUMNS
+    assert ("variant", *records.DISTANCE_COLUMNS[1:]) == estimates.DISTANCE_COLUMNS
+
+
+def test_quantities_are_documented():
+    text = section(TEXTS["docs/files.md"], "### Columns of `estimates.csv`")
+    assert all(f"`{name}`" in text for name in estimates.QUANTITIES)
+    suffixes = {row[0].strip("`") for row in rows_of(text, "| suffix |")}
+    others = set(estimated("paper-mnist").index.get_level_values("quantity"))
+    others -= set(estimates.QUANTITIES)
+    assert {name.removeprefix("rounds").removeprefix("communication_cost") for name in others} == (
+        suffixes
+    )
+
+
+def test_choices_are_named():
+    observations = config.takes("OBSERVATION").removeprefix("one of ").split(", ")
+    rows = rows_of(TEXTS["docs/observations.md"], "| `OBSERVATION` | shows |")
+    assert [row[0].strip("`") for row in rows] == observations
+    rows = rows_of(TEXTS["docs/comparing.md"], "| method |")
+    assert {row[0].strip("`") for row in rows} == set(methods.METHODS)
+    for name in data.DATASETS:
+        assert f"`{name}`" in TEXTS["docs/files.md"]
+    for name in set(compare.COMPARISONS) - {"paper"}:
+        assert (
+            f"`{name}`" in TEXTS["docs/comparing.md"]
+            or f"compare {name} " in (TEXTS["docs/comparing.md"])
+        )
+
+
+def test_the_table_of_the_tuned_settings():
+    defaults, tuned = config.Settings(), config.NAMED_SETTINGS["tuned"]
+    words = {"REWARD_CEILING": "none", "TARGET_UPDATE": "none", "REWARD_IMAGES": "all"}
+    words["PCA_COMPONENTS"] = str(defaults.NUM_NODES)
+
+    def shown(name, value):
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, tuple | str):
+            return str(value)
+        return words[name] if value == 0 and name in words else f"{value:,}".removesuffix(".0")
+
+    named = []
+    for names, before, after, why in rows_of(TEXTS["docs/tuned.md"], "| setting | public code |"):
+        names = re.findall(r"`(\w+)`", names)
+        assert before == ", ".join(shown(name, getattr(defaults, name)) for name in names)
+        assert after == ", ".join(shown(name, tuned[name]) for name in names)
+        assert why
+        named += names
+    assert sorted(named) == sorted(tuned)
+
+
+def test_the_committed_agents_have_the_tuned_settings():
+    settings = config.Settings(**config.NAMED_SETTINGS["tuned"])
+    q = models.shared_q_network(20, 10, settings)
+    paths = sorted((REFERENCE / "paper-mnist" / "agents").glob("tuned-seed*.npz"))
+    assert len(paths) == 10
+    for path in paths:
+        weights, about = records.load_agent(path)
+        assert np.isfinite(q.network.from_named_arrays(weights)).all()
+        stored = {**about["settings"], "SEED": 0, "THREADS": 0, "DATASET": "auto"}
+        assert stored == settings.stored()
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def printed(command):
+    """What the command named above a table prints, made from the committed tables."""
+    module, *arguments = shlex.split(command)[2:]
+    if module == "experiments.audit":
+        settings, _ = audit.parse(arguments)
+        folder = settings.results_dir / f"audit-{settings.DATASET}"
+        return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
+    folder = PROJECT / arguments[0]
+    tables = estimates.read_comparison(folder)
+    # test_estimates.py makes them again from the episodes.
+    tables["estimates"] = records.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
+    figures.add_labels(tables)
+    return figures.report(folder, tables)
+
+
+GENERATED = [
+    pytest.param(command, text, id=f"{page}-{number}")
+    for page in TEXTS
+    for number, (command, text) in enumerate(
+        re.findall(
+            r"^<!-- (python3 -m \S+ .*?) -->\n(.*?)\n?^<!-- end -->",
+            TEXTS[page],
+            re.DOTALL | re.MULTILINE,
+        )
+    )
+]
+
+
+@pytest.mark.parametrize(("command", "text"), GENERATED)
+def test_tables_are_what_their_command_prints(command, text):
+    assert len(text.splitlines()) > 5
+    assert f"\n{text}\n" in f"\n{printed(command)}\n"
+
+
+def test_pages_with_tables_of_commands():
+    assert len(GENERATED) >= 6
+
+
+def test_the_numbers_of_the_readme():
+    rows = rows_of(README, "| method | rounds | against random |")
+    found = estimated("paper-mnist")
+    for row, method in zip(rows, ("random", "hl", "tuned", "fixed_walk"), strict=False):
+        quantities = found.loc["", method]
+        cells = [f"{quantities.loc['rounds', 'mean']:.1f}"]
+        for quantity in ("rounds_reduction", "communication_cost_reduction"):
+            cell = ""
+            if method != "random":
+                mean, low, high = -100 * quantities.loc[quantity, ["mean", "high", "low"]]
+                cell = f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+            cells.append(cell)
+        cells.append(f"{quantities.loc['goal_reached', 'mean']:.0%}".replace("%", " %"))
+        assert [cell.removesuffix(" *") for cell in row[1:]] == cells
+        # What is saved by missing the goal is marked.
+        assert [cell.endswith(" *") for cell in row[1:]] == [False, False, method == "hl", False]
+    assert len(rows) == 5
+    published = [f"{-100 * plot.PUBLISHED[name]:+.1f} %" for name in plot.PUBLISHED]
+    assert rows[4] == ["the paper", "", *published, ""]
+
+
+def test_the_numbers_of_the_digits():
+    rows = rows_of(TEXTS["docs/results.md"], "| method | rounds | against random |")
+    found = estimated("paper-digits")
+    for name, *cells in rows:
+        quantities = found.loc["", name.strip("`")]["mean"]
+        expected = [f"{quantities['rounds']:.1f}"]
+        for quantity in ("rounds_reduction", "communication_cost_reduction"):
+            some = quantity in quantities.index
+            expected.append(f"{-100 * quantities[quantity]:+.1f} %" if some else "")
+        expected.append(f"{100 * quantities['goal_reached']:.0f} %")
+        assert cells == expected
+    assert len(rows) == 4
+
+
+def test_the_numbers_of_the_reference_run():
+    rows = rows_of(TEXTS["docs/results.md"], "| episodes | rounds | cost |")
+    lines = plot.summary(REFERENCE / "mnist-seed0").splitlines()[2:8]
+    for row, line in zip(rows, lines, strict=True):
+        expected = [cell.strip() for cell in line.split("|")[1:-1]][:4]
+        assert [cell.replace(" %", "%") for cell in row[:4]] == [
+            cell.replace(" %", "%") for cell in expected
+        ]
+    text = flat("docs/results.md")
+    minutes = table("mnist-seed0", "episodes")["seconds"].sum() / 60
+    assert f"{minutes:.1f} minutes on two cores" in text
+    digits = table("digits-seed0", "episodes")["rounds"]
+    assert f"from {digits[:20].mean():.1f} to {digits[-20:].mean():.1f}" in text
+
+
+def test_how_long_the_committed_comparisons_took():
+    text = flat("docs/comparing.md")
+    hours = sum(table("paper-mnist", name)["seconds"].sum() for name in ("episodes", "training"))
+    assert f"add up to {hours / 3600:.0f} hours" in text
+    assert f"add up to {hours / 3600:.0f} hours" in flat("docs/results.md")
+    minutes = {
+        method: table(folder, "training")
+        .query(f"method == '{method}'")
+        .groupby("seed")["seconds"]
+        .sum()
+        .mean()
+        / 60
+        for folder, method in (("paper-mnist", "hl"), ("paper-mnist", "tuned"))
+    }
+    assert minutes == pytest.approx({"hl": 100, "tuned": 25}, rel=0.03)
+    assert "100 minutes for `hl` and 25 for `tuned`" in text
+    digits = table("paper-digits", "training").groupby("seed")["seconds"].sum().mean() / 60
+    assert f"one training took {digits:.0f} minutes" in text
+
+
+def test_the_numbers_of_other_worlds():
+    text = " ".join(section(TEXTS["docs/results.md"], "## Other worlds").split())
+    found, episodes = estimated("worlds-mnist"), table("worlds-mnist", "episodes")
+    four, eight = (
+        100 * found.loc[(f"starter-{node}", "tuned", "goal_reached"), "mean"] for node in (4, 8)
+    )
+    assert f"{four:.0f} and {eight:.0f} %" in text
+    started = episodes[episodes["variant"].isin(["starter-4", "starter-8"])]
+    goal = started[started["method"] == "random"].groupby("variant")["goal_reached"].mean()
+    assert goal.tolist() == [0.95, 0.95]
+    missed = started.query("method == 'tuned' and goal_reached == 0")["final_accuracy"]
+    assert len(missed) == 11
+    assert f"{missed.min():.3f} to {missed.max():.3f}" in text
+
+
+def test_the_tuned_agents_seed_by_seed():
+    tests = table("paper-mnist", "episodes")
+    columns = ["rounds", "communication_cost", "goal_reached"]
+    means = tests.groupby(["method", "seed"])[columns].mean()
+    rows = rows_of(TEXTS["docs/tuned.md"], "| seed |")
+    assert len(rows) == 10
+    for seed, row in enumerate(rows):
+        tuned, walk = (means.loc[name, seed] for name in ("tuned", "fixed_walk"))
+        assert row == [
+            str(seed),
+            *(f"{each['rounds']:.2f}" for each in (tuned, walk)),
+            *(f"{each['communication_cost']:.3f}" for each in (tuned, walk)),
+            f"{100 * tuned['goal_reached']:.0f} %",
+        ]
+    text = flat("docs/tuned.md")
+    missed = tests.query("method == 'tuned' and goal_reached == 0")
+    assert len(missed) == 6
+    waited = missed[missed["seed"] != 6]["final_accuracy"]
+    assert len(waited) == 5
+    assert f"{waited.min():.3f} to {waited.max():.3f}" in text
+    for quantity in ("rounds", "communication_cost"):
+        row = estimated("paper-mnist").loc["", "tuned", f"{quantity}_break_even"]
+        assert re.search(rf"\s{row['mean']:.0f}\s\[{row['low']:.0f}, {row['high']:.0f}\]", text)
+    trials = pd.read_csv(REFERENCE / "tuning.csv").query("trial == 'persist8'")
+    assert (len(trials), trials["validation_episodes"].sum()) == (10, 100)
+    assert f"{trials['rounds'].mean():.1f} rounds" in text
+    assert f"{trials['communication_cost'].mean():.3f} on average" in text
+    assert f"{100 * trials['goal_reached'].mean():.0f} of 100 episodes" in text
+
+
+def test_the_walks_of_the_tuned_agents():
+    """Their first stay of four rounds or more: where, how long, and where to then."""
+    all_rounds = table("paper-mnist", "rounds").query("method == 'tuned'")
+    stays, starts, spreads, shares, same, different = [], [], [], [], [], []
+    for seed, rounds in all_rounds.groupby("seed"):
+        walks = [of_one["node"].tolist() for _, of_one in rounds.groupby("episode")]
+        ends, following = [], []
+        for walk in walks:
+            end = next(t for t in range(4, len(walk)) if len(set(walk[t - 4 : t])) == 1)
+            start = end - 4
+            while walk[end] == walk[end - 1]:
+                end += 1
+            assert int(walk[start]) == (8 if seed == 6 else 5)
+            stays += [end - start] * (seed != 6)
+            starts += [start + 1] * (seed != 6)
+            ends.append(end)
+            following.append(walk[end])
+        spreads.append(max(ends) - min(ends))
+        shares.append(max(map(following.count, following)))
+        first = zip(*walks, strict=False)
+        same.append(next(n for n, nodes in enumerate(first) if len(set(nodes)) > 1))
+        different.append(len(set(map(tuple, walks))))
+    assert (min(stays), max(stays), max(starts)) == (6, 10, 4)
+    assert set(spreads) == {1, 2}
+    assert shares.count(20) == 8
+    assert (min(same), max(same)) == (7, 10)
+    assert (min(different), max(different)) == (7, 16)
+    text = flat("docs/tuned.md")
+    for numbers in ("6 to 10", "7 to 10", "7 to 16"):
+        assert numbers in text
+
+
+def test_the_numbers_of_the_ablation():
+    tests, trained = table("ablation-mnist", "episodes"), table("ablation-mnist", "training")
+    rounds = tests.groupby("variant", sort=False)["rounds"].mean()
+    assert list(rounds.index) == list(compare.COMPARISONS["ablation"].variants)
+    tuned = table("paper-mnist", "episodes").query("method == 'tuned'")
+    of_seeds = tuned.groupby("seed")["rounds"].mean()
+    assert (of_seeds.min(), of_seeds.max()) == (15.1, 23.45)
+    rows = rows_of(TEXTS["docs/tuned.md"], "| taken back | the agent then |")
+    waiting, missing, reaching = (re.findall(r"`([\w-]+)`", row[0]) for row in rows)
+    beyond = set(rounds.index[rounds > of_seeds.max()])
+    assert beyond == {*waiting, *missing, *reaching}
+    assert len(beyond) == 7
+    goal = tests.groupby("variant")["goal_reached"].mean()
+    misses = [100 * (1 - goal[name]) for name in missing]
+    assert f"{min(misses):.0f} to {max(misses):.0f} %" in rows[1][1]
+    assert goal[reaching].min() >= 0.95
+    assert goal[waiting].max() <= 0.2
+
+    def when(rows):
+        """After how many episodes ten in a row take fewer than 20 rounds on average."""
+        few = (rows["rounds"].rolling(10).mean() < 20).to_numpy()
+        return int(few.argmax()) + 1 if few.any() else None
+
+    learned = {name: when(rows) for name, rows in trained.groupby("variant")}
+    numbers = {"nothing": 49, "scales": 105, "dueling": 105, "reward-images": 99}
+    assert {name: learned[name] for name in numbers} == numbers
+    assert learned["epsilon-decay"] is None
+    text = flat("docs/tuned.md")
+    assert all(re.search(rf"\s{number}\b", text) for number in numbers.values())
+
+
+def test_the_numbers_of_the_observations():
+    text = flat("docs/observations.md")
+    rows = table("audit-mnist", "audit")
+    assert set(rows["episodes"]) == {60}
+    r2 = rows.set_index(["target", "observation"])["r2"]
+    now, following = r2["accuracy"], r2["next_accuracy"]
+    for number in (
+        *(now[name] for name in ("last_node_moved", "broadcast", "local", "both")),
+        *(following[name] for name in ("first_both", "first_both_loading", "local", "broadcast")),
+    ):
+        assert f"{number:.2f}" in text
+    walks = table("observation-tuned-mnist", "rounds").astype({"node": str})
+    nodes = walks.groupby("variant")["node"].agg(set)
+    assert len(nodes["broadcast"]) == 4
+    assert nodes["last_node"] == {"0", "5"}
+    assert set(walks.query("variant == 'zeros' and round > 1")["node"]) == {"5"}
+    rounds = estimated("observation-tuned-mnist")["mean"].unstack()["rounds"].droplevel("method")
+    saved = rounds["last_node"] - rounds
+    assert saved[["broadcast", "both", "local"]].round().abs().tolist() == [7, 15, 0]

@@ -1,0 +1,485 @@
+import itertools
+import subprocess
+import sys
+
+import matplotlib.colors
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import PROJECT
+from test_estimates import LIMIT, REFERENCE, VALUES, change_cell, write_comparison
+
+from experiments import estimates, figures
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """A function that draws a comparison and returns its figures, as Matplotlib has them."""
+
+    def draw(folder):
+        kept = {}
+        monkeypatch.setattr(figures.plot, "save_figure", lambda p, f: kept.update({p.stem: f}))
+        draw.tables = figures.draw_comparison(folder)
+        return kept
+
+    return draw
+
+
+@pytest.fixture
+def drawn(tmp_path, draw):
+    """The figures of ``VALUES``."""
+    write_comparison(tmp_path, VALUES, training={"hl": [(30 - e, 2.0) for e in range(6)]})
+    return draw(tmp_path)
+
+
+def marks(axis):
+    """Where the means of the rows are drawn: {y: (x, low, high)}, from the top to the bottom."""
+    found = {}
+    for container in axis.containers:
+        (x,), (y,) = container.lines[0].get_data()
+        bars = container.lines[2]
+        low, high = bars[0].get_segments()[0][:, 0] if bars else (x, x)
+        found[int(y)] = (x, low, high)
+    return dict(sorted(found.items()))
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_yticklabels()]
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def grey_of(text):
+    return text.get_color() == figures.GREY
+
+
+def test_drawing_needs_no_tensorflow():
+    code = "import sys, experiments.figures; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_figures_of_a_comparison(drawn, draw):
+    assert set(drawn) == {"headline", "methods", "accuracy", "training", "walks"}
+    for figure in drawn.values():
+        assert "mnist" in figure.get_suptitle()
+        assert figure.get_figwidth() == 7
+    assert "2 to 3 seeds x 2 episodes" in drawn["methods"].get_suptitle()
+    assert "2 seeds x 2 episodes" in drawn["headline"].get_suptitle()
+    assert figures.learned_labels(draw.tables) == ["hl"]
+
+
+def test_no_text_is_smaller_than_7_points(drawn):
+    for figure in drawn.values():
+        for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize")):
+            assert text.get_fontsize() >= 7 or not text.get_text()
+
+
+# --- Methods ---------------------------------------------------------------------------------
+
+
+def test_changes_have_the_sign_of_the_change(tmp_path, draw):
+    write_comparison(tmp_path, VALUES)
+    draw(tmp_path)
+    table = draw.tables["estimates"]
+    (reduction,) = table[table["quantity"] == "rounds_reduction"].itertuples()
+    rows = figures.changes(table)
+    (change,) = rows[rows["quantity"] == "rounds_change"].itertuples()
+    # 80 rounds against 120.
+    assert change.mean == pytest.approx(-1 / 3)
+    assert (change.low, change.high) == (-reduction.high, -reduction.low)
+
+
+def test_headline(drawn):
+    rounds, cost = drawn["headline"].axes
+    # The paper, hl, random: from the fewest rounds to the most, and so in both panels.
+    assert labels(rounds) == ["paper (MNIST)", "hl", "random"]
+    assert rounds.yaxis_inverted()
+    for axis, change, paper in ((rounds, 80 / 120 - 1, -0.508), (cost, 0.8 / 4 - 1, -0.746)):
+        points = marks(axis)
+        assert list(points) == [1, 2]
+        x, low, high = points[1]
+        assert x == pytest.approx(change)
+        assert low < x < high
+        assert points[2] == (0, 0, 0)
+        reference, hollow = axis.lines[0], axis.lines[-1]
+        assert list(reference.get_xdata()) == [0, 0]
+        assert (hollow.get_xdata(), hollow.get_ydata()) == ([paper], [0])
+        assert hollow.get_markerfacecolor() == "white"
+    # Of six episodes of random one misses the goal, and of four of hl.
+    assert texts(cost)[1:] == ["not stated", "75 %", "83 %"]
+
+
+def test_headline_cuts_off_large_changes_and_greys_few_successes(tmp_path, draw):
+    values = {
+        "random": {0: [(30, 1.0), (20, 1.0)]},
+        "stay": {0: [(LIMIT, 0.0), (LIMIT, 0.0)]},
+        "fedavg": {0: [(5, 8.0), (5, 8.0)]},
+    }
+    write_comparison(tmp_path, values)
+    figure = draw(tmp_path)["headline"]
+    rounds, cost = figure.axes
+    assert labels(rounds) == ["fedavg", "paper (MNIST)", "random", "stay"]
+    assert {y: x for y, (x, _, _) in marks(rounds).items()} == {0: -0.8, 2: 0, 3: 72 / 50 - 1}
+    # A cost of 8 against 1 is 700 % more.
+    assert {y: x for y, (x, _, _) in marks(cost).items()} == {2: 0, 3: -1}
+    assert texts(cost)[0] == "+700 % →"
+    assert [grey_of(label) for label in rounds.get_yticklabels()] == [False, False, False, True]
+    assert [grey_of(text) for text in cost.texts[-4:]] == [False, False, False, True]
+
+
+def test_points_are_the_seeds_and_their_mean(drawn):
+    axis = drawn["methods"].axes[0]
+    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."]
+    assert labels(axis) == ["hl", "random"]
+    assert points == [[15.0, 25.0], [25.0, 35.0, 26.0]]
+    assert [x for x, _, _ in marks(axis).values()] == pytest.approx([20, 172 / 6])
+    lines = {line.get_linestyle(): line.get_xdata()[0] for line in axis.lines}
+    assert lines[":"] == LIMIT
+    assert lines["--"] == pytest.approx(172 / 6)  # random's mean
+
+
+def test_only_a_cost_far_beyond_random_s_is_cut_off(tmp_path, draw):
+    values = {
+        "random": {0: [(30, 1.0), (36, 1.4)], 1: [(28, 1.2), (30, 1.2)]},
+        "stay": {0: [(36, 0.0), (36, 0.0)], 1: [(36, 0.0), (20, 0.0)]},
+        "centralized": {0: [(1, 0.5), (1, 0.5)], 1: [(1, 0.5), (1, 0.5)]},
+        "fedavg": {0: [(7, 7.2), (7, 7.2)], 1: [(7, 7.2), (7, 7.2)]},
+    }
+    write_comparison(tmp_path, values)
+    rounds, cost, goal = draw(tmp_path)["methods"].axes
+    assert labels(rounds) == ["centralized", "fedavg", "random", "stay"]
+    assert [texts(axis) for axis in (rounds, cost, goal)] == [[], ["7.2 →"], []]
+    assert list(marks(cost)) == [0, 2, 3]
+    assert 1.3 < cost.get_xlim()[1] < 2
+    assert rounds.get_xlim()[1] > 36
+    assert goal.get_xlim()[1] == 1.04
+
+
+# --- Episodes --------------------------------------------------------------------------------
+
+
+def test_accuracy_stays_where_an_episode_ended():
+    rounds = pd.DataFrame(
+        {
+            "seed": [0, 0, 0, 1, 1],
+            "episode": 1,
+            "round": [1, 2, 3, 1, 2],
+            "accuracy": [0.1, 0.2, 0.6, 0.3, 0.8],
+        }
+    )
+    middle, low, high = figures.accuracy_curve(rounds, 4)
+    np.testing.assert_allclose(middle, [0.2, 0.5, 0.7, 0.7])
+    np.testing.assert_allclose(low, [0.1, 0.2, 0.6, 0.6])
+    np.testing.assert_allclose(high, [0.3, 0.8, 0.8, 0.8])
+
+
+def test_at_most_nine_panels_of_accuracy(tmp_path, draw):
+    # The more letters, the more rounds; hl is slow and is learned, random is the slowest.
+    values = {"m" * n: {0: [(n, 0.1)]} for n in range(1, 11)}
+    values |= {"hl": {0: [(20, 0.1)]}, "random": {0: [(30, 0.1)]}}
+    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
+    axes = draw(tmp_path)["accuracy"].axes
+    assert [axis.get_title() for axis in axes] == [*("m" * n for n in range(1, 8)), "hl", "random"]
+    random, mean, goal = axes[0].lines
+    assert list(random.get_ydata()) == list(mean.get_ydata()) == [0.5] * LIMIT
+    assert list(goal.get_ydata()) == [0.8, 0.8]
+
+
+def test_the_typical_episode_is_the_first_of_the_lowest_seed_closest_to_the_mean():
+    episodes = pd.DataFrame(
+        {
+            "label": "hl",
+            "seed": [3, 3, 3, 3, 4],
+            "episode": [1, 2, 3, 4, 1],
+            "rounds": [10, 22, 18, 30, 20],
+        }
+    )
+    # The mean is 20: 22 and 18 are equally close.
+    assert figures.typical_episode(episodes, "hl")["episode"] == 2
+    assert figures.typical_episode(episodes[1:], "hl")["episode"] == 2
+
+
+def test_walks(tmp_path, draw):
+    values = {"hl": {0: [(3, 0.25), (5, 0.4)]}, "random": {0: [(LIMIT, 1.0), (LIMIT, 1.0)]}}
+    values["nearest"] = values["hl"]  # neither random nor learned
+    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
+    rounds = pd.read_csv(tmp_path / "rounds.csv", dtype={"node": str})
+    chosen = (rounds["method"] == "hl") & (rounds["episode"] == 1)
+    rounds.loc[chosen, "node"] = ["0", "7+2", "9"]
+    rounds.loc[chosen, "accuracy"] = [0.1, 0.5, 0.9]
+    rounds.to_csv(tmp_path / "rounds.csv", index=False)
+    random, hl = draw(tmp_path)["walks"].axes
+    assert texts(hl) == ["0", "7", "9"]
+    assert texts(random) == ["0"] * LIMIT
+    assert [patch.get_x() + patch.get_width() / 2 for patch in hl.patches] == [1, 2, 3]
+    assert len({patch.get_facecolor() for patch in hl.patches}) == 3
+    accuracy, goal, star = hl.lines
+    assert list(accuracy.get_ydata()) == [0.1, 0.5, 0.9]
+    assert list(goal.get_ydata()) == [0.8, 0.8]
+    assert (star.get_marker(), star.get_xdata(), star.get_ydata()) == ("*", [3], [0.9])
+    assert "3 rounds" in hl.get_title(loc="left")
+    assert "0.25" in hl.get_title(loc="left")
+    assert len(random.lines) == 2  # no star
+
+
+def test_each_of_ten_nodes_has_a_colour_and_more_have_none(tmp_path, draw):
+    write_comparison(tmp_path, {"hl": {0: [(11, 0.2)]}})
+    rounds = pd.read_csv(tmp_path / "rounds.csv", dtype={"node": str})
+    for nodes, count in ((range(11), 1), ([*range(10), 9], 10)):
+        rounds.assign(node=nodes).to_csv(tmp_path / "rounds.csv", index=False)
+        (axis,) = draw(tmp_path)["walks"].axes
+        assert texts(axis) == [str(node) for node in nodes]
+        assert len({patch.get_facecolor() for patch in axis.patches}) == count
+        # The number can be read on its colour.
+        for patch, text in zip(axis.patches, axis.texts, strict=True):
+            back, front = (np.mean(c[:3]) for c in (patch.get_facecolor(), rgb(text.get_color())))
+            assert abs(back - front) > 0.4
+
+
+def rgb(color):
+    return matplotlib.colors.to_rgb(color)
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def test_learning_curve(drawn):
+    rounds, cost = drawn["training"].axes
+    # Windows of two episodes of 30, 29, ..., 25 rounds; both seeds alike.
+    mean, random = rounds.lines
+    np.testing.assert_allclose(mean.get_ydata()[1:], [29.5, 28.5, 27.5, 26.5, 25.5])
+    assert random.get_ydata()[0] == pytest.approx(172 / 6)
+    assert len(cost.lines) == 2
+    # Two seeds are too few for a band.
+    assert not cost.collections
+
+
+def test_no_cost_of_random_beside_one_that_is_counted_otherwise(tmp_path, draw):
+    write_comparison(tmp_path, VALUES, training={"hl": [(30, 1.0)] * 3}, node="1+2")
+    rounds, cost = draw(tmp_path)["training"].axes
+    assert (len(rounds.lines), len(cost.lines)) == (2, 1)
+
+
+def test_trainings_of_two_methods(tmp_path, draw):
+    values = {name: {0: [(10, 0.2), (20, 0.4)]} for name in ("hl", "tuned")}
+    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)] * 6, "tuned": [(12, 1.0)] * 6})
+    axis = draw(tmp_path)["training"].axes[0]
+    lines = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+    assert lines == {"hl": 30, "tuned": 12}
+    first, second = axis.lines
+    assert first.get_color() != second.get_color()
+    assert first.get_linestyle() != second.get_linestyle()
+
+
+def test_band_of_the_learning_curve(tmp_path, draw):
+    values = {"hl": {seed: [(10, 0.2)] for seed in range(5)}}
+    write_comparison(tmp_path, values, training={"hl": [(30, 0.0)] * 6})
+    path = tmp_path / "training.csv"
+    table = pd.read_csv(path)
+    table.assign(communication_cost=5.0 * (table["seed"] == 4)).to_csv(path, index=False)
+    cost = draw(tmp_path)["training"].axes[1]
+    # Four costs of 0 and one of 5: 1, and 2.776 times the standard error of 1, not below 0.
+    band = cost.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0, 3.776), abs=1e-3)
+
+
+def test_many_trainings_are_rows_of_greys(tmp_path, draw):
+    values = {f"v{n}": {"hl": {0: [(9 + n, 0.1)]}} for n in range(9)}
+    write_comparison(tmp_path, values, parameter="taken back", training={"hl": [(30, 1.0)] * 6})
+    path = tmp_path / "training.csv"
+    table = pd.read_csv(path)
+    number = table["variant"].str[1:].astype(int)
+    table.assign(rounds=table["rounds"] - number * table["episode"] / 2).to_csv(path, index=False)
+    axis = draw(tmp_path)["training"].axes[0]
+    # The last of them has the fewest rounds at the end, 30 - 8 * 5.5 / 2.
+    assert labels(axis) == [f"v{n}" for n in range(8, -1, -1)]
+    values = axis.images[0].get_array()
+    np.testing.assert_allclose(values[0], [30 - 4 * (e - 0.5) for e in range(2, 7)])
+    np.testing.assert_allclose(values[8], 30)
+    assert axis.images[0].get_extent() == [1.5, 6.5, 8.5, -0.5]
+    assert texts(axis)[:2] == ["8.0", "10.8"]
+
+
+# --- Variants --------------------------------------------------------------------------------
+
+
+def test_numbers_have_a_line_per_method(tmp_path, draw):
+    more = {
+        method: {s: [(r + 4, c) for r, c in pairs] for s, pairs in by_seed.items()}
+        for method, by_seed in VALUES.items()
+    }
+    write_comparison(tmp_path, {"0.7": VALUES, "0.8": more}, parameter="GOAL_ACCURACY")
+    drawn = draw(tmp_path)
+    assert set(drawn) == {"variants"}
+    rounds = drawn["variants"].axes[0]
+    for container, mean in zip(rounds.containers, (20, 172 / 6), strict=True):
+        assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
+    assert [text.get_text() for text in rounds.get_xticklabels()] == ["0.7", "0.8"]
+    assert rounds.get_xlabel() == "GOAL_ACCURACY"
+
+
+def test_all_methods_of_numbers_differ_in_colour_line_or_marker(tmp_path, draw):
+    names = [f"m{n}" for n in range(14)]
+    values = {name: {0: [(10, 0.2)]} for name in names}
+    write_comparison(tmp_path, {"0.7": values, "0.8": values}, parameter="GOAL_ACCURACY")
+    figure = draw(tmp_path)["variants"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    styles = {(x.get_color(), x.get_linestyle(), x.get_marker()) for x in lines}
+    assert len(styles) == 14
+
+
+def test_names_are_rows_sorted_by_rounds(tmp_path, draw):
+    variants = [f"a-long-name-of-number-{n}" for n in range(18)]
+    values = {name: {"hl": {0: [(30 - n, 0.1 * n)]}} for n, name in enumerate(variants)}
+    write_comparison(tmp_path, values, parameter="taken back")
+    figure = draw(tmp_path)["variants"]
+    rounds, cost, _ = figure.axes
+    assert labels(rounds) == variants[::-1]
+    assert [x for x, _, _ in marks(rounds).values()] == [30 - n for n in range(17, -1, -1)]
+    assert [x for x, _, _ in marks(cost).values()][-2:] == pytest.approx([0.1, 0.0])
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in rounds.get_yticklabels()]
+    assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(boxes))
+    # One seed has no interval, and no point beside its mean.
+    assert not any(container.lines[2] for container in rounds.containers)
+    assert not [line for line in rounds.lines if line.get_marker() == "."]
+
+
+def test_variants_of_several_methods_are_named_by_both(tmp_path, draw):
+    pair = [{"hl": {0: [(r, 1.0)]}, "random": {0: [(30, 2.0)]}} for r in (20, 10)]
+    write_comparison(tmp_path, {"a": pair[0], "b": pair[1]}, parameter="SHARD_RULE")
+    figure = draw(tmp_path)["variants"]
+    assert labels(figure.axes[0]) == ["b hl", "a hl", "a random", "b random"]
+
+
+# --- Report and command ----------------------------------------------------------------------
+
+
+def cells(report):
+    """The rows of all tables of a report, by their first cell; the last one of a name counts."""
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_report(tmp_path, draw):
+    write_comparison(tmp_path, VALUES)
+    draw(tmp_path)
+    tables = draw.tables
+    lines = figures.report(tmp_path, tables).splitlines()
+    assert lines[2].startswith("| hl | 2 x 2 | 20.0 [")
+    assert lines[3].startswith("| random | 3 x 2 | 28.7 [")
+    changes = cells("\n".join(lines))
+    # Both miss one of the four episodes that they share: no asterisk.
+    assert changes["hl"][1].startswith("-33.3 % [")
+    assert changes["hl"][2].startswith("-80.0 % [")
+    assert changes["paper, HL on MNIST"][1:3] == ["-50.8 %", "-74.6 %"]
+
+
+def test_a_cost_that_is_saved_by_missing_the_goal_is_marked(tmp_path, draw):
+    values = {
+        "hl": {0: [(LIMIT, 0.3), (LIMIT, 0.3)]},
+        "nearest": {0: [(20, 0.5), (20, 0.5)]},
+        "round_robin": {0: [(LIMIT, 1.5), (20, 1.5)]},
+        "random": {0: [(30, 1.0), (30, 1.0)]},
+    }
+    write_comparison(tmp_path, values)
+    draw(tmp_path)
+    report = figures.report(tmp_path, draw.tables)
+    changes = cells(report)
+    assert changes["hl"][1:3] == ["+20.0 %", "-70.0 %*"]
+    assert changes["nearest"][1:3] == ["-33.3 %", "-50.0 %"]
+    assert changes["round_robin"][1:3] == ["-6.7 %", "+50.0 %"]
+    assert report.count("\n\\* ") == 1
+
+
+def test_report_of_variants_and_break_even(tmp_path, draw):
+    values = {"a": VALUES, "b": {"hl": VALUES["random"]}}
+    write_comparison(tmp_path, values, parameter="world", training={"hl": [(60, 1.5), (60, 1.5)]})
+    draw(tmp_path)
+    lines = figures.report(tmp_path, draw.tables).splitlines()
+    assert lines[0].startswith("| world | method | seeds x episodes | rounds |")
+    assert lines[4].startswith("| b | hl | 3 x 2 | 28.7 [")
+    # 120 rounds of training, of which 10 are saved in a test; a cost of 3, of which 0.8 is saved.
+    row = next(line for line in lines if line.startswith("| a | hl | 2 x 2 | 12 ["))
+    assert row.split(" | ")[4].startswith("4 [")
+    assert "paper, HL on MNIST" not in "\n".join(lines)
+
+
+def test_infinite_numbers_are_words(tmp_path, draw):
+    values = {"hl": {0: [(30, 1.0)]}, "random": {0: [(30, 0.0)]}}
+    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
+    draw(tmp_path)
+    report = figures.report(tmp_path, draw.tables)
+    assert "inf " not in report
+    assert cells(report)["hl"][1:] == ["infinite", "infinite"]
+
+
+def test_failed_jobs_are_counted_and_named(tmp_path, draw):
+    write_comparison(tmp_path, VALUES, failed=[("hl", 1)])
+    draw(tmp_path)
+    report = figures.report(tmp_path, draw.tables)
+    assert "5, 4 finished, 0 waiting, 1 failed" in report
+    assert "hl seed 1: its disk, was full" in report
+
+
+def test_the_command_draws_a_comparison_again(tmp_path, capsys):
+    write_comparison(tmp_path, VALUES)
+    assert figures.main([str(tmp_path)]) == 0
+    assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
+    names = ("headline", "methods", "accuracy", "walks")
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert set(first) == {f"{name}.png" for name in names}
+    assert all(content.startswith(b"\x89PNG") for content in first.values())
+    stored = estimates.records.read_table(tmp_path / "estimates.csv", estimates.ESTIMATE_COLUMNS)
+    assert len(stored) == 2 * (len(estimates.QUANTITIES) + 2) + 4
+    # The same tables give the same files. A job's error is the command's.
+    change_cell(tmp_path / "jobs.csv", 0, "error", "its disk was full")
+    assert figures.main([str(tmp_path)]) == 1
+    assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+
+
+def test_other_formats(tmp_path):
+    write_comparison(tmp_path, {"hl": {0: [(3, 0.2)]}})
+    assert figures.main([str(tmp_path), "--format", "svg"]) == 0
+    drawn = {path.name for path in tmp_path.iterdir() if path.suffix not in (".csv", ".json")}
+    assert drawn == {"methods.svg", "accuracy.svg", "walks.svg"}
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert figures.main([str(tmp_path / "nowhere")]) == 2
+    write_comparison(tmp_path, VALUES)
+    (tmp_path / "rounds.csv").unlink()
+    assert figures.main([str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "nowhere" in errors[0]
+    assert "rounds.csv" in errors[1]
+    with pytest.raises(SystemExit) as end:
+        figures.main([str(tmp_path), "--format", "bmp"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_committed_headline_and_walks():
+    folder = REFERENCE / "paper-mnist"
+    tables = estimates.read_comparison(folder)
+    stored = folder / "estimates.csv"
+    tables["estimates"] = estimates.records.read_table(stored, estimates.ESTIMATE_COLUMNS)
+    figures.add_labels(tables)
+    rounds, cost = figures.draw_headline(tables).axes
+    order = "centralized fedavg paper_(MNIST) tuned fixed_walk nearest_twice shortest"
+    order += " shortest_twice nearest random round_robin standalone hl stay"
+    assert [text.replace(" ", "_") for text in labels(rounds)] == order.split()
+    found = marks(rounds)
+    assert found[3] == pytest.approx((-0.389, -0.435, -0.335), abs=5e-4)
+    assert found[12] == pytest.approx((0.250, 0.192, 0.318), abs=5e-4)
+    assert marks(cost)[12][0] == pytest.approx(-0.623, abs=5e-4)
+    assert texts(cost)[0] == "+578 % →"
+    goals = texts(cost)[2:]
+    assert (goals[3], goals[9], goals[12]) == ("97 %", "93 %", "1 %")
+    walks = figures.draw_walks(tables).axes
+    assert [len(texts(axis)) for axis in walks] == [29, 36, 18]
+    assert "".join(texts(walks[2])) == "055555555580016580"

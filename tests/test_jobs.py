@@ -1,0 +1,396 @@
+"""Jobs: what a test records, and many jobs in processes that fail, die and are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SMALL, command, small_settings
+
+import data
+import main
+import models
+from config import Settings, UserError, episode_seed, stream
+from environment import DecentralizedLearning, distance_matrix
+from experiments import compare, figures, jobs, methods
+from experiments.jobs import Job
+from node import DQNAgent
+from records import Run, load_agent
+
+# Fast enough to learn something within a round, and a goal that some episodes reach.
+QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "THREADS": models.use_cpu(0)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, few):
+    """Jobs in this process take a dataset that is loaded already."""
+    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: few)
+
+
+def job_of(folder, method, seed=0, episodes=2, kind="test", **overrides):
+    settings = Settings(**{**QUICK, "SEED": seed, "RESULTS_DIR": str(folder), **overrides})
+    return Job(method, settings, "", episodes, kind=kind)
+
+
+def tables(job, training=False):
+    """A job's tables of test or training, without the column of seconds."""
+    folder = job.training_folder if training else job.folder
+    episodes = pd.read_csv(folder / "episodes.csv").drop(columns="seconds")
+    return episodes, pd.read_csv(folder / "rounds.csv", dtype={"node": str})
+
+
+def same(first, second):
+    return all(a.equals(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, few):
+    """Finished jobs by method: do not write into them."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jobs, "load_dataset", lambda name, folder: few)
+    folder = tmp_path_factory.mktemp("done")
+    finished = {name: job_of(folder, name, seed=1) for name in ("hl", "random", "stay", "fedavg")}
+    for job in finished.values():
+        jobs.run_job(job)
+    patch.undo()
+    return finished
+
+
+# --- What a job records ----------------------------------------------------------------------
+
+
+def test_communication_by_hand():
+    distances = np.array([[0, 1, 2], [1, 0, 4], [2, 4, 0.0]])
+    assert jobs.communication(distances, 0, 0) == (0, 0)
+    assert jobs.communication(distances, 0, 2) == (1, 2)
+    # From 1 to 2 and 0, and from 0 to 2, who averages.
+    assert jobs.communication(distances, 1, [2, 0]) == (3, 4 + 1 + 2)
+    # A server on node 0 sends to 1 and 2, and they send back.
+    assert jobs.communication(distances, 0, [0, 1, 2]) == (4, 2 * (1 + 2))
+
+
+def test_seeds_are_paired(done):
+    """Rounds 1 and 2 of who stays at the starter show the initialisation and the shuffling."""
+    stay = tables(done["stay"])[1]
+    for method in ("hl", "random"):
+        rounds = tables(done[method])[1]
+        for episode in (1, 2):
+            own, other = (t[t["episode"] == episode].reset_index() for t in (rounds, stay))
+            alike = (own["node"] == other["node"]).cummin()
+            assert alike[0]
+            alike = alike[alike].index
+            assert own["accuracy"][alike].equals(other["accuracy"][alike])
+    # The test can tell initialisations apart.
+    accuracies = stay.pivot(index="round", columns="episode", values="accuracy")
+    assert accuracies[1].tolist() != accuracies[2].tolist()
+
+
+def test_the_kinds_of_episodes_have_other_seeds():
+    kinds = ("episode", "test", "validation")
+    for seed in range(10):
+        assert len({episode_seed(seed, e, kind) for kind in kinds for e in range(1, 121)}) == 360
+
+
+def test_the_test_of_a_trained_agent_step_by_step(done, few):
+    settings = Settings(**QUICK, SEED=1)
+    environment = DecentralizedLearning(settings, few)
+    agent = DQNAgent(environment.observation_size, settings)
+    weights, about = load_agent(done["hl"].training_folder / "agent.npz")
+    assert about["settings"]["SEED"] == 1
+    agent.weights = agent.q.network.from_named_arrays(weights)
+    rows, model_megabytes = [], environment.foundation.network.size * 4 / 1e6
+    for episode in (1, 2):
+        observation, info = environment.reset(seed=episode_seed(1, episode, "test"))
+        rewards, hops, node = [info["reward"]], 0, 0
+        over = info["goal_reached"]
+        while not over:
+            action = int(agent.q.values(agent.weights, observation[None])[0].argmax())
+            observation, reward, terminated, truncated, info = environment.step(action)
+            hops, node = hops + (action != node), action
+            rewards.append(reward)
+            over = terminated or truncated
+        rows.append((info["round"], info["goal_reached"], info["accuracy"], sum(rewards), hops))
+    episodes, rounds = tables(done["hl"])
+    found = episodes[["rounds", "goal_reached", "final_accuracy", "episode_reward", "transfers"]]
+    np.testing.assert_allclose(found.to_numpy(float), np.array(rows, float), rtol=1e-12)
+    np.testing.assert_allclose(episodes["megabytes"], episodes["transfers"] * model_megabytes)
+    to_all_others = episodes["rounds"] * 3 * model_megabytes
+    np.testing.assert_allclose(episodes["observation_megabytes"], to_all_others)
+    cost = rounds.groupby("episode")["distance"].sum()
+    np.testing.assert_allclose(episodes["communication_cost"], cost)
+
+
+def test_training_is_that_of_main(done, tmp_path, few):
+    settings = Settings(**QUICK, SEED=1, RESULTS_DIR=str(tmp_path), NAME="training-hl-seed1")
+    with Run(settings, few, settings.THREADS) as run:
+        main.train(DecentralizedLearning(settings, few), run, quiet=True)
+    trained = done["hl"].training_folder
+    assert (run.folder / "rounds.csv").read_bytes() == (trained / "rounds.csv").read_bytes()
+    own, there = (load_agent(folder / "agent.npz")[0] for folder in (run.folder, trained))
+    assert {k: a.tobytes() for k, a in own.items()} == {k: a.tobytes() for k, a in there.items()}
+
+
+def test_random_uses_its_own_stream(done):
+    rounds = tables(done["random"])[1]
+    for episode in (1, 2):
+        rng = stream(1, "policy", episode)
+        nodes = rounds[rounds["episode"] == episode]["node"].astype(int).tolist()
+        assert nodes[1:] == [int(rng.integers(4)) for _ in nodes[1:]]
+
+
+def test_fedavg_counts_what_the_server_sends(done):
+    episodes = tables(done["fedavg"])[0]
+    assert (episodes["transfers"] == episodes["rounds"] * 6).all()
+    way = 2 * distance_matrix(small_settings())[0].sum()
+    np.testing.assert_allclose(episodes["communication_cost"], episodes["rounds"] * way)
+
+
+def test_several_nodes_per_round(tmp_path):
+    for method in ("hl", "random"):
+        job = job_of(tmp_path, method, NODES_PER_ROUND=2, EPISODES=1, GOAL_ACCURACY=1.0)
+        jobs.run_job(job)
+        rounds = tables(job)[1]
+        assert rounds["node"][1].count("+") == 1
+        assert rounds["method"].unique().tolist() == [method]
+
+
+def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
+    job = job_of(tmp_path, "round_robin", 1, episodes=1, kind="validation", GOAL_ACCURACY=1.0)
+    jobs.run_job(job)
+    environment = DecentralizedLearning(job.test_settings, few)
+    accuracies = {}
+    for kind in ("test", "validation"):
+        _, info = environment.reset(seed=episode_seed(1, 1, kind))
+        steps = [environment.step(node)[4]["accuracy"] for node in (1, 2, 3, 0)]
+        accuracies[kind] = [info["accuracy"], *steps]
+    assert tables(job)[1]["accuracy"].tolist() == accuracies["validation"]
+    assert accuracies["test"] != accuracies["validation"]
+
+
+def test_all_images_judge_a_test(tmp_path):
+    """With the goal 1 a share has no standard error: the few judge whatever is not perfect."""
+    job = job_of(tmp_path, "hl", REWARD_IMAGES=100, GOAL_ACCURACY=1.0, EPISODES=2)
+    jobs.run_job(job)
+
+    def are_shares_of(accuracies, count):
+        return np.allclose(accuracies * count, (accuracies * count).round())
+
+    assert are_shares_of(tables(job, training=True)[1]["accuracy"], 100)
+    assert are_shares_of(tables(job)[1]["accuracy"], 359)
+    assert not are_shares_of(tables(job)[1]["accuracy"], 100)
+
+
+@pytest.mark.parametrize("stop_at", [3, 12])
+def test_an_interrupted_job_continues(done, tmp_path, monkeypatch, stop_at):
+    """In the middle of training, and of a test: the rows are those of one that never stopped."""
+    steps, step = 0, DecentralizedLearning.step
+
+    def interrupted(self, action):
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    job = job_of(tmp_path, "hl", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecentralizedLearning, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run_job(job)
+    assert job.episodes_finished() < job.episodes == 6
+    jobs.run_job(job)
+    assert job.episodes_finished() == 6
+    for training in (False, True):
+        assert same(tables(job, training), tables(done["hl"], training))
+
+
+# --- Many jobs -------------------------------------------------------------------------------
+
+
+def test_a_failing_job_stops_no_other(tmp_path, monkeypatch):
+    def broken(environment):
+        def policy(observation, info, rng):
+            raise ZeroDivisionError("no such luck")
+
+        return policy
+
+    monkeypatch.setitem(methods.METHODS, "broken", methods.Method("broken", broken))
+    asked = [job_of(tmp_path, name, GOAL_ACCURACY=1.0) for name in ("broken", "stay", "unknown")]
+    ends = list(jobs.run_jobs(asked, None))
+    assert [(job.method, end["error"].split(",")[0]) for job, end in ends] == [
+        ("broken", "ZeroDivisionError: no such luck"),
+        ("stay", ""),
+        ("unknown", "method: got 'unknown'"),
+    ]
+    assert "in policy\n" in (asked[0].folder / "error.txt").read_text()
+    assert asked[1].episodes_finished() == 2
+
+
+def test_no_scheduler_there(monkeypatch):
+    monkeypatch.setattr(jobs, "CLUSTER_TIMEOUT", 0.5)
+    refused = jobs.dask_client(1, "tcp://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"--cluster: .* tcp://127.0.0.1:1"):
+        refused.__enter__()
+    with jobs.dask_client(1, "") as client:
+        assert client is None
+
+
+# Long enough to be killed in the middle.
+LONG = {**QUICK, "EPISODES": 3, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
+
+
+def outside(folder, *more):
+    """The command line of a comparison whose workers, other processes, do the real thing."""
+    sets = {**LONG, "RESULTS_DIR": folder}
+    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    return ["--methods", "hl", "--seeds", "1", "--test-episodes", "2", *more, *sets]
+
+
+def wait_until(holds, process):
+    """Wait until something holds, while a process runs."""
+    deadline = time.monotonic() + 240
+    while not holds():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def holder_of(folder):
+    """The process that holds the lock of a folder."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            open_files = os.listdir(f"/proc/{entry}/fd")
+            links = [os.readlink(f"/proc/{entry}/fd/{number}") for number in open_files]
+        except OSError:
+            continue
+        if str(folder / ".lock") in links:
+            return int(entry)
+    raise AssertionError("nobody holds the lock")
+
+
+def session_of(leader):
+    """The living processes that a process in a session of its own has started, and itself."""
+    alive = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                state, _, _, session = file.read().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == leader and state != "Z":
+            alive.append(int(entry))
+    return alive
+
+
+def results(folder):
+    """A comparison's tables, without the seconds, and its agents."""
+    folder = folder / "paper-digits"
+    names = ("episodes", "rounds", "training")
+    found = {n: pd.read_csv(folder / f"{n}.csv", dtype=str).to_dict("list") for n in names}
+    for table in found.values():
+        table.pop("seconds", None)
+    agents = {p.name: load_agent(p)[0] for p in folder.glob("agents/*.npz")}
+    return found, {(n, k): a.tobytes() for n, own in agents.items() for k, a in own.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits):
+    """The same jobs in this process."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jobs, "load_dataset", lambda name, folder: digits)
+    patch.setattr(figures, "draw_comparison", lambda folder: {})
+    patch.setattr(figures, "report", lambda folder, tables: "")
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert compare.main(outside(folder, "--jobs", "1")) == 0
+    patch.undo()
+    return results(folder)
+
+
+def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(undisturbed, tmp_path):
+    folder = tmp_path / "paper-digits" / "jobs" / "training-hl-seed0"
+
+    def start():
+        return subprocess.Popen(
+            command(*outside(tmp_path, "--jobs", "2"), script="experiments.compare"),
+            cwd=jobs.PROJECT,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def goes_on(session):
+        def holds():
+            rounds = folder / "rounds.csv"
+            if not rounds.exists() or rounds.read_bytes().count(b"\n") < 4:
+                return False
+            config = json.loads((folder / "config.json").read_text())
+            return (config["state"], len(config["sessions"])) == ("running", session)
+
+        return holds
+
+    first = start()
+    wait_until(goes_on(1), first)
+    assert len(session_of(first.pid)) >= 2
+    first.kill()
+    first.communicate()
+    deadline = time.monotonic() + 30
+    while session_of(first.pid):
+        assert time.monotonic() < deadline, f"left: {session_of(first.pid)}"
+        time.sleep(0.1)
+
+    # The same command continues. Its worker is killed in the middle.
+    second = start()
+    wait_until(goes_on(2), second)
+    worker = holder_of(folder)
+    assert worker != second.pid
+    os.kill(worker, signal.SIGKILL)
+    out = second.communicate(timeout=240)[0]
+    assert second.returncode == 0, out
+    assert "jobs: 0 finished before, 1 started, 1 finished, 0 failed" in out
+    assert "distributed" not in out
+    assert results(tmp_path) == undisturbed
+    assert len(json.loads((folder / "config.json").read_text())["sessions"]) == 3
+
+
+def test_workers_of_a_dask_cluster(undisturbed, tmp_path, digits, monkeypatch):
+    """A scheduler and a worker that know nothing of this project."""
+    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: digits)
+    monkeypatch.setattr(figures, "draw_comparison", lambda folder: {})
+    monkeypatch.setattr(figures, "report", lambda folder, tables: "")
+    file, started = tmp_path / "scheduler.json", []
+
+    def spawn(*arguments):
+        dask = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+        started.append(subprocess.Popen(dask, cwd=tmp_path, stdout=-3, stderr=-3))
+
+    try:
+        spawn("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"]
+        spawn("worker", address, "--nthreads", "1", "--no-nanny")
+        assert compare.main(outside(tmp_path / "b", "--cluster", address)) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert results(tmp_path / "b") == undisturbed
+
+
+def test_a_dataset_is_loaded_once(monkeypatch):
+    monkeypatch.undo()
+    loaded = []
+    monkeypatch.setattr(data, "load", lambda settings: loaded.append(settings.DATASET) or settings)
+    jobs.load_dataset.cache_clear()
+    for name in ("digits", "digits", "mnist", "mnist"):
+        jobs.load_dataset(name, "data")
+    assert loaded == ["digits", "mnist"]
+    jobs.load_dataset.cache_clear()

@@ -1,0 +1,164 @@
+"""Methods: their walks, what they change, and what they send."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import small_settings
+
+from config import NAMED_SETTINGS, ConfigError, stream
+from environment import DecentralizedLearning, distance_matrix
+from experiments import methods
+from experiments.methods import METHODS
+
+
+def walk(name, rounds, **overrides):
+    """The nodes of rounds 1, 2, ... as a method names them, without training anything."""
+
+    class Untrained:
+        settings = small_settings(**{"NUM_NODES": 10, **overrides})
+        distances = distance_matrix(settings)
+
+    policy = METHODS[name].policy(Untrained)
+    nodes = [Untrained.settings.STARTER_NODE]
+    for past in range(1, rounds):
+        info = {"round": past, "node": nodes[-1]}
+        nodes.append(policy(np.zeros(3), info, stream(0, "policy", 1)))
+    return nodes
+
+
+def symmetric(n, seed):
+    points = np.random.default_rng(seed).random((n, n))
+    return (points + points.T) * (1 - np.eye(n))
+
+
+def test_the_searched_walk():
+    # Node 0 for five rounds, then 5 5 5 1 1 0 0 again and again.
+    expected = [0, 0, 0, 0, 0, 5, 5, 5, 1, 1, 0, 0, 5, 5, 5, 1, 1, 0, 0, 5]
+    assert walk("fixed_walk", 20) == expected
+
+
+def test_staying_and_turns():
+    assert walk("stay", 5) == [0] * 5
+    assert walk("round_robin", 12, STARTER_NODE=7) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_two_rounds_on_each_node():
+    for name in ("nearest", "shortest"):
+        once, twice = walk(name, 20), walk(f"{name}_twice", 20)
+        assert sorted(once[:10]) == list(range(10))
+        assert once[10:] == once[:10]
+        assert twice == [node for node in once[:10] for _ in range(2)]
+
+
+def test_nearest_neighbours_by_hand():
+    distances = np.array(
+        [[0, 5, 1, 9, 4], [5, 0, 7, 2, 3], [1, 7, 0, 8, 6], [9, 2, 8, 0, 1], [4, 3, 6, 1, 0.0]]
+    )
+    # From 0 the nearest is 2; from 2 then 4 (6 < 7 < 8); from 4, 3; 1 is left.
+    assert methods.nearest_tour(distances, 0) == [0, 2, 4, 3, 1]
+    assert methods.tour_length(distances, [0, 2, 4, 3, 1]) == 1 + 6 + 1 + 2 + 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shortest_tour_is_the_shortest_of_all(seed):
+    distances = symmetric(7, seed)
+    best = min(
+        methods.tour_length(distances, [3, *rest])
+        for rest in itertools.permutations([0, 1, 2, 4, 5, 6])
+    )
+    tour = methods.shortest_tour(distances, 3)
+    assert tour[0] == 3
+    assert sorted(tour) == list(range(7))
+    assert methods.tour_length(distances, tour) == pytest.approx(best, abs=1e-12)
+
+
+def test_many_nodes_get_a_tour_that_no_turned_stretch_shortens():
+    distances = symmetric(30, 0)
+    tour = methods.shortest_tour(distances, 4)
+    length = methods.tour_length(distances, tour)
+    assert tour[0] == 4
+    assert sorted(tour) == list(range(30))
+    assert length < 0.95 * methods.tour_length(distances, methods.nearest_tour(distances, 4))
+    for i, j in itertools.combinations(range(1, 31), 2):
+        turned = [*tour[:i], *reversed(tour[i:j]), *tour[j:]]
+        assert methods.tour_length(distances, turned) >= length - 1e-9
+
+
+def test_random_draws_every_node_from_its_own_stream():
+    class Untrained:
+        settings = small_settings(NUM_NODES=10)
+
+    policy = methods.random_policy(Untrained)
+    rng = stream(0, "policy", 1)
+    counts = np.bincount([policy(None, {"node": 3}, rng) for _ in range(5000)], minlength=10)
+    assert counts.min() > 400  # 500 expected, standard deviation 21
+    assert counts.max() < 600
+    Untrained.settings = small_settings(NUM_NODES=10, NODES_PER_ROUND=4)
+    drawn = np.array([methods.random_policy(Untrained)(None, {}, rng) for _ in range(500)])
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    assert np.bincount(drawn.ravel(), minlength=10).min() > 150
+
+
+def test_each_node_in_turn_is_alone():
+    settings = small_settings(NUM_NODES=4)
+    first = [METHODS["standalone"].first_nodes(settings, episode) for episode in range(6)]
+    assert first == [[0], [1], [2], [3], [0], [1]]
+    assert METHODS["stay"].first_nodes(small_settings(STARTER_NODE=2), 5) == [2]
+
+
+def test_centralized_trains_on_all_images_and_sends_them_once(few):
+    environment = DecentralizedLearning(small_settings(STARTER_NODE=1), few)
+    everything = np.concatenate(environment.shards)
+    transfers, cost, megabytes = METHODS["centralized"].prepare(environment)
+    assert environment.shards[1].tolist() == everything.tolist()
+    assert transfers == 3
+    assert cost == pytest.approx(environment.distances[1].sum())
+    assert megabytes == pytest.approx(3 * 64 * (28 * 28 + 1) / 1e6)
+
+
+def test_fedavg_takes_equal_shards_only(few):
+    environment = DecentralizedLearning(small_settings(), few)
+    environment.shards[2] = environment.shards[2][:-1]
+    with pytest.raises(ConfigError, match="63 to 64"):
+        METHODS["fedavg"].prepare(environment)
+
+
+def test_fedavg_averages_all_nodes_models(few):
+    settings = METHODS["fedavg"].settings(small_settings(STARTER_NODE=2))
+    environment = DecentralizedLearning(settings, few)
+    nodes = METHODS["fedavg"].first_nodes(settings, 1)
+    assert nodes == [2, 0, 1, 3]
+    _, info = environment.reset(seed=5, options={"nodes": nodes})
+    assert info["node"] == nodes
+    trained = np.stack([environment._own[node].numpy() for node in nodes])
+    assert len(np.unique(trained[:, 0])) == 4
+    np.testing.assert_allclose(environment._model, trained.mean(axis=0), rtol=0, atol=1e-7)
+    mean, policy = environment._model, METHODS["fedavg"].policy(environment)
+    _, _, _, _, info = environment.step(policy(None, info, None))
+    assert info["node"] == nodes
+    np.testing.assert_array_equal(environment._received, mean)  # what every node started from
+
+
+def test_what_methods_change_of_the_settings():
+    settings = small_settings(NUM_NODES=7)
+    changed = {name: method.overrides(settings) for name, method in METHODS.items()}
+    expected = {"tuned": NAMED_SETTINGS["tuned"], "fedavg": {"NODES_PER_ROUND": 7}}
+    assert {name: own for name, own in changed.items() if own} == expected
+    assert [name for name, method in METHODS.items() if method.learns] == ["hl", "tuned"]
+    assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("rnadom", {}, ("--methods", "'rnadom'", "hl, tuned, random")),
+        ("nearest", {"NODES_PER_ROUND": 2}, ("NODES_PER_ROUND", "got 2", "takes 1", "nearest")),
+        ("fixed_walk", {}, ("NUM_NODES", "got 4", "at least 6", "fixed_walk")),
+    ],
+)
+def test_methods_that_cannot_run(name, overrides, words):
+    with pytest.raises(ConfigError) as error:
+        methods.check(name, small_settings(**overrides))
+    assert all(word in str(error.value) for word in words)
+    methods.check("random", small_settings(NODES_PER_ROUND=2))
