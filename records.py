@@ -46,6 +46,9 @@ TEXT_COLUMNS = set(
     "trial settings observation target".split()
 )
 
+# Older versions of pandas need to be told to read the bits that were written.
+_EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
+
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
 
@@ -187,8 +190,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf-8")
         text = text[: text.rfind("\n") + 1]
-        types = dict.fromkeys(texts, str)
-        table = pd.read_csv(io.StringIO(text), dtype=types, float_precision="round_trip")
+        table = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys(texts, str), **_EXACT)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except ValueError as error:
@@ -272,8 +274,8 @@ def load_agent(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); takes an agent.npz") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no trained agent; takes an agent.npz") from error
+    except (RunError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no trained agent ({error}); takes an agent.npz") from error
     return arrays, about
 
 

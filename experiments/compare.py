@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from data import Dataset
     from experiments.jobs import Job
+    from experiments.tuning import Log
 
 PROGRAM = "experiments.compare"
 
@@ -188,7 +189,7 @@ def _parser() -> Parser:
     add("--validation", action="store_true", help=help_)
     help_ = "test this agent.npz, with its settings and its seed; repeatable"
     add("--agent", action="append", default=[], metavar="FILE", help=help_)
-    add("--jobs", type=count_of, default=cores, metavar="N", help=f"processes [{cores}]")
+    add("--jobs", type=count_of, metavar="N", help=f"processes [{cores}, all cores]")
     add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
     add("--seed", help=argparse.SUPPRESS)  # main.py's, which users try here as well
     add_setting_flags(parser, {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"})
@@ -209,10 +210,11 @@ def parse(arguments: list[str] | None = None) -> Plan:
         methods = [f"  {name:15} {method.description}" for name, method in METHODS.items()]
         print("\n".join(["comparisons:", *lines, "methods:", *methods]))
         sys.exit(0)
-    named = overrides_of(parser, parsed)
+    named, base = overrides_of(parser, parsed), named_settings_of(parser, parsed)
     try:
-        plan = _plan_of(parsed, named, named_settings_of(parser, parsed))
-        _check(plan, parsed)
+        _check_flags(parsed)
+        plan = _plan_of(parsed, named, base)
+        _check_plan(plan)
         return plan
     except UserError as error:
         parser.error(str(error))
@@ -231,7 +233,7 @@ def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, 
         comparison = COMPARISONS[name]
     agents, stored, data_sha256 = _read_agents(parsed.agent)
     values = {**stored, **base, **named}
-    if values.get("DATASET", Settings().DATASET) == "auto":
+    if "DATASET" not in values and Settings().DATASET == "auto":
         values["DATASET"] = "digits"  # takes minutes, where MNIST takes hours
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
     default_episodes = _VALIDATION_EPISODES if parsed.validation else _TEST_EPISODES
@@ -246,7 +248,7 @@ def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, 
         named=set(named),
         agents=agents,
         data_sha256={} if "DATASET" in named else data_sha256,
-        workers=parsed.jobs,
+        workers=parsed.jobs or available_cores(),
         cluster=parsed.cluster,
     )
 
@@ -257,7 +259,7 @@ def _values_of(text: str) -> tuple[str, Comparison]:
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
     if not texts or name in {"DATASET", *names_of("run", "place")}:
         raise ConfigError(
-            f"--vary: got {text!r}, takes NAME=v1,v2,... of a setting of the world or the agent"
+            f"--vary: got {text!r}, takes NAME=v1,v2,... of the world's or the agent's settings"
         )
     variants = {}
     for value in texts:
@@ -288,24 +290,45 @@ def _read_agents(texts: list[str]) -> tuple[dict[int, Path], dict[str, Any], dic
     return agents, shared, data_sha256
 
 
-def _check(plan: Plan, parsed: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, and methods that can't run."""
+def _check_flags(parsed: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other."""
+    named = f"got {parsed.comparison!r}" if parsed.comparison else ""
+    for wrong, message in (
+        (parsed.seed is not None, f"--seed: got {parsed.seed!r}, takes --seeds in a comparison"),
+        (parsed.jobs and parsed.cluster, "--jobs: got it beside --cluster, takes one of the two"),
+        (parsed.vary and named, f"--vary: {named} beside it, takes no named comparison"),
+        (parsed.validation and (named or parsed.vary), "--validation: takes no comparison"),
+        (parsed.agent and parsed.seeds, "--seeds: got it beside --agent, takes the agents' seeds"),
+        (parsed.agent and parsed.validation, "--agent: got it beside --validation, takes none"),
+        (
+            parsed.settings != "paper" and (parsed.agent or parsed.comparison == "ablation"),
+            "--settings: got it beside --agent or an ablation, which have their own",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(message)
+
+
+def _check_plan(plan: Plan) -> None:
+    """Refuse settings that others set already, and methods that can't run."""
     varied = {setting for changes in plan.comparison.variants.values() for setting in changes}
-    if parsed.seed is not None or "SEED" in plan.named:
-        raise ConfigError("SEED: got one seed, takes --seeds in a comparison")
+    if "SEED" in plan.named:
+        raise ConfigError("SEED: got it with --set, takes --seeds in a comparison")
     for name in sorted(varied & plan.named):
-        raise ConfigError(f"{name}: got it with --set, takes what the comparison sets")
+        value = getattr(plan.settings, name)
+        raise ConfigError(f"{name}: got {value!r} with --set, takes what the comparison sets")
     for name in sorted((names_of("agent") | {"NUM_NODES"}) & (varied | plan.named)):
         if plan.agents:
             raise ConfigError(
                 f"{name}: got it beside --agent, takes what the agent was trained with"
             )
-    if plan.agents and (parsed.seeds or parsed.validation or parsed.settings != "paper"):
-        raise ConfigError("--agent: got --seeds, --settings or --validation beside it, takes none")
-    if (plan.agents or parsed.settings != "paper") and "hl" not in plan.methods:
-        raise ConfigError("--methods: got no hl beside --agent or --settings, takes hl as well")
-    if parsed.validation and (not plan.settings.NAME or parsed.comparison or parsed.vary):
-        raise ConfigError("--validation: takes --name, the trial's, and no comparison")
+    if plan.agents and "hl" not in plan.methods:
+        raise ConfigError(f"--agent: got the methods {', '.join(plan.methods)}, takes hl as well")
+    if plan.kind == "validation":
+        if not plan.settings.NAME:
+            raise ConfigError("--validation: got no --name, takes the trial's name")
+        if plan.methods not in (["hl"], ["tuned"]):
+            raise ConfigError(f"--validation: got {', '.join(plan.methods)}, takes hl or tuned")
     for variant, settings in plan.variants().items():
         asked = plan.named | set(plan.comparison.variants[variant])
         for method in plan.methods:
@@ -365,8 +388,9 @@ def merged_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         if not path.exists():
-            if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
-                raise UserError(f"{folder}: holds no comparison; choose another --name")
+            others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+            if any(name[0] != "." for name in others):
+                raise UserError(f"{folder}: holds {max(others)}, no comparison; choose a --name")
             return config
         there = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(_flat(there, config), _flat(config, there))
@@ -386,7 +410,8 @@ def _flat(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """What two configs of one folder have to share, one value a name."""
     names = ("comparison", "parameter", "episodes", "test_episodes")
     flat = {name: config[name] for name in names} | config["settings"]
-    flat |= {f"dataset {name}": value for name, value in config["dataset"].items()}
+    checksums = config["dataset"]["sha256"].values()
+    flat["data"] = " ".join([config["dataset"]["name"], *(text[:6] for text in checksums)])
     for kind in ("variants", "methods"):
         shared = config[kind].keys() & other[kind].keys()
         flat |= {f"{kind} {name}": config[kind][name] for name in shared}
@@ -542,6 +567,7 @@ def compare(plan: Plan) -> int:
     import data
     import models
     from experiments.jobs import dask_client, load_dataset
+    from experiments.tuning import Log
     from records import locked, write_json
 
     models.use_cpu(plan.settings.THREADS or 1)
@@ -560,6 +586,7 @@ def compare(plan: Plan) -> int:
     finished = tables.finished()
     waiting = [job for job in jobs if job.key not in finished]
     _check_agents(tables, jobs)
+    log = Log(plan.settings, plan.named) if plan.kind == "validation" else None
     workers = min(plan.workers, len(waiting))
     with dask_client(workers, plan.cluster if waiting else "") as client, locked(folder, PROGRAM):
         write_json(folder / "config.json", config)
@@ -571,7 +598,7 @@ def compare(plan: Plan) -> int:
         for job in jobs:
             if job.key in finished:
                 tables.set_job(job, "finished")
-        failed = _run(plan, tables, waiting, client)
+        failed = _run(tables, waiting, client, log)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - len(failed)} finished, {len(failed)} failed"
@@ -609,14 +636,12 @@ def _summary(plan: Plan, jobs: list[Job], waiting: list[Job], folder: Path) -> s
     )
 
 
-def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> list[tuple[Job, str]]:
+def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> list[tuple[Job, str]]:
     """Run the waiting jobs and collect each as it ends; return the failed ones and their errors."""
     from tqdm import tqdm
 
     from experiments.jobs import run_jobs
-    from experiments.tuning import Log
 
-    log = Log(plan.settings, plan.named) if plan.kind == "validation" else None
     for job in waiting:
         tables.set_job(job, "waiting")
         if log:

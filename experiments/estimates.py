@@ -30,63 +30,25 @@ from config import UserError, reason
 RESAMPLES = 10_000
 LEVEL = 0.95
 
-JOB_COLUMNS = (
-    "variant",
-    "method",
-    "seed",
-    "state",
-    "seconds",
-    "error",
-    "agent",
-    "git_revision",
-    "tensorflow",
-    "cpu",
+JOB_COLUMNS = tuple(
+    "variant method seed state seconds error agent git_revision tensorflow cpu".split()
 )
-EPISODE_COLUMNS = (
-    "dataset",
-    "variant",
-    "method",
-    "seed",
-    "episode",
-    "rounds",
-    "goal_reached",
-    "final_accuracy",
-    "episode_reward",
-    "communication_cost",
-    "transfers",
-    "megabytes",
-    "observation_megabytes",
-    "diverged",
-    "goal_accuracy",
-    "max_rounds",
-    "seconds",
+EPISODE_COLUMNS = tuple(
+    "dataset variant method seed episode rounds goal_reached final_accuracy episode_reward "
+    "communication_cost transfers megabytes observation_megabytes diverged goal_accuracy "
+    "max_rounds seconds".split()
 )
-ROUND_COLUMNS = (
-    "dataset",
-    "variant",
-    "method",
-    "seed",
-    "episode",
-    "round",
-    "node",
-    "distance",
-    "accuracy",
-    "reward",
+ROUND_COLUMNS = tuple(
+    "dataset variant method seed episode round node distance accuracy reward".split()
 )
 TRAINING_COLUMNS = ("dataset", "variant", "method", "seed", *records.EPISODE_COLUMNS[1:])
 ESTIMATE_COLUMNS = ("variant", "method", "quantity", "mean", "low", "high", "seeds", "episodes")
 DISTANCE_COLUMNS = ("variant", "node", "other_node", "distance")
 
 # Columns of episodes.csv whose means are estimated for every method.
-QUANTITIES = (
-    "rounds",
-    "goal_reached",
-    "communication_cost",
-    "transfers",
-    "megabytes",
-    "observation_megabytes",
-    "seconds",
-    "diverged",
+QUANTITIES = tuple(
+    "rounds goal_reached communication_cost transfers megabytes observation_megabytes seconds "
+    "diverged".split()
 )
 
 # What identifies a job.

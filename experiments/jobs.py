@@ -331,14 +331,14 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
     that needs much memory must not be killed for it.
 
     Args:
-        workers: processes on this machine; 1 needs no Dask, and yields None.
+        workers: processes on this machine; up to 1 needs no Dask, and yields None.
         address: of a running scheduler, whose workers see the folders of this project and of the
             results under the same paths; "" for none.
 
     Raises:
         UserError: no scheduler answers.
     """
-    if workers == 1 and not address:
+    if workers <= 1 and not address:
         yield None
         return
     import dask
@@ -360,6 +360,7 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
                 threads_per_worker=1,
                 memory_limit=0,
                 dashboard_address=None,
+                scheduler_kwargs={"dashboard_address": ":0"},  # any port that is free
                 silence_logs=logging.CRITICAL,
             )
             client = Client(stack.enter_context(local))

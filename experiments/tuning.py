@@ -17,20 +17,9 @@ from config import GROUPS, Settings, names_of
 from experiments.estimates import EPISODE_COLUMNS
 from experiments.jobs import Job
 
-LOG_COLUMNS = (
-    "trial",
-    "dataset",
-    "seed",
-    "settings",
-    "training_episodes",
-    "training_rounds",
-    "validation_episodes",
-    "rounds",
-    "goal_reached",
-    "communication_cost",
-    "seconds",
-    "git_revision",
-    "error",
+LOG_COLUMNS = tuple(
+    "trial dataset seed settings training_episodes training_rounds validation_episodes rounds "
+    "goal_reached communication_cost seconds git_revision error".split()
 )
 
 # Episodes at the end of a training whose mean number of rounds is logged.
@@ -43,12 +32,17 @@ class Log:
     Args:
         settings: of the trial; NAME is its name.
         named: the settings that the command line named.
+
+    Raises:
+        UserError: another file is in its place, or it is damaged.
     """
 
     def __init__(self, settings: Settings, named: set[str]) -> None:
         self._path = settings.results_dir / "tuning.csv"
         self._trial = settings.NAME
         self._named = named & names_of("world", "agent") - {"DATASET"}
+        if self._path.exists():
+            records.read_table(self._path, LOG_COLUMNS)
 
     def write(self, job: Job, error: str, seconds: float = 0.0) -> None:
         """Write a job's row, in place of an earlier one, and print it if the job has ended.

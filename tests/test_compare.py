@@ -168,24 +168,20 @@ def test_what_the_tables_hold_is_finished(copy, finished, capsys):
 
 
 def test_other_settings_are_refused_before_anything_is_written(copy, capsys, monkeypatch):
-    monkeypatch.setitem(
-        methods.METHODS,
-        "random",
-        dataclasses.replace(
-            methods.METHODS["random"], overrides=lambda settings: {"DISCOUNT": 0.1}
-        ),
-    )
     before = times(copy)
     for more, overrides, words in (
         ([], {"MAX_ROUNDS": 4}, "MAX_ROUNDS = 5 there, 4 now"),
         (["--test-episodes", "3"], {}, "test_episodes = 2 there, 3 now"),
         (["--vary", "DISCOUNT=0.5", "--name", "paper-digits"], {}, "'paper' there, 'discount' now"),
-        ([], {}, "methods random = {} there, {'DISCOUNT': 0.1} now"),
+        # Jobs that are not there yet, whose results would be averaged with those that are.
+        (["--seeds", "7,"], {"GOAL_ACCURACY": 0.4}, "GOAL_ACCURACY = 0.3 there, 0.4 now"),
     ):
         assert start(copy.parent, *more, methods="random", **overrides) == 2
         assert words in capsys.readouterr().err
-    # Jobs that are not there yet, whose results would be averaged with those that are.
-    assert start(copy.parent, "--seeds", "7,", methods="nearest", MAX_ROUNDS=4) == 2
+    changed = dataclasses.replace(methods.METHODS["random"], overrides=lambda _: {"DISCOUNT": 0.1})
+    monkeypatch.setitem(methods.METHODS, "random", changed)
+    assert start(copy.parent, "--seeds", "7,", methods="random") == 2
+    assert "methods random = {} there, {'DISCOUNT': 0.1} now" in capsys.readouterr().err
     assert before == times(copy)
 
 
@@ -193,7 +189,7 @@ def test_other_data_is_refused(copy, few, monkeypatch, capsys):
     other = dataclasses.replace(few, y_test=few.y_test[::-1].copy(), sha256={})
     monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: other)
     assert start(copy.parent, "--seeds", "7,", methods="stay") == 2
-    assert "the data = 'other' there, 'this' now" in capsys.readouterr().err
+    assert "data = " in capsys.readouterr().err
 
 
 def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
@@ -526,12 +522,11 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["--seed", "3"], "--seed: got '3', takes --seeds"),
         (["--set", "SEED=3"], "SEED: got it with --set, takes --seeds"),
         (["--set", "MAX_ROUNDS=1"], "MAX_ROUNDS: got 1, takes an integer >= 2"),
-        (["--methods", ","], "--methods: got none"),
+        (["--methods", ","], "--methods: got ''"),
         (["--methods", "hl,rnadom"], "--methods: got 'rnadom', takes some of hl, tuned, random"),
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs: got it beside --cluster"),
         (["--settings", "best"], "--settings: got 'best', takes paper or tuned"),
-        (["ablation", "--settings", "tuned"], "--settings: got it in this comparison"),
-        (["worlds", "--settings", "tuned"], "--settings: got tuned with the methods tuned,random,"),
+        (["ablation", "--settings", "tuned"], "--settings: got it beside --agent or an ablation"),
         (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.96"),
         (["observation", "--set", "OBSERVATION=local"], "OBSERVATION: got 'local'"),
         (["observation", "--methods", "tuned"], "OBSERVATION: got 'broadcast', takes 'both'"),
@@ -539,21 +534,20 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["--vary", "GOAL_ACCURACY="], "--vary: got 'GOAL_ACCURACY=', takes NAME=v1"),
         (["--vary", "GOAL_ACCURACY=0.5,2"], "GOAL_ACCURACY: got 2, takes a number in [0, 1]"),
         (["--vary", "GAOL=1"], "GAOL: unknown"),
-        (["--vary", "SEED=1,2"], "--vary: got SEED"),
-        (["--vary", "DATASET=mnist,digits"], "--vary: got DATASET"),
-        (["worlds", "--vary", "DISCOUNT=0.5"], "--vary: got it beside worlds"),
+        (["--vary", "SEED=1,2"], "--vary: got 'SEED=1,2'"),
+        (["--vary", "DATASET=mnist,digits"], "--vary: got 'DATASET=mnist,digits'"),
+        (["worlds", "--vary", "DISCOUNT=0.5"], "--vary: got 'worlds' beside it"),
         (["--vary", "DISCOUNT=0.5", "--set", "DISCOUNT=0.4"], "DISCOUNT: got 0.4"),
         (["--vary", "NODES_PER_ROUND=1,2"], "NODES_PER_ROUND: got 2, takes 1 with the method"),
         (["--validation"], "--validation: got no --name"),
-        (["--validation", "--name", "x", "--methods", "hl,tuned"], "--validation: got the methods"),
-        (["--validation", "--name", "x", "--methods", "random"], "--validation: got the methods"),
-        (["worlds", "--validation", "--name", "x"], "--validation: got it beside a comparison"),
+        (["--validation", "--name", "x", "--methods", "hl,tuned"], "--validation: got hl, tuned"),
+        (["--validation", "--name", "x", "--methods", "random"], "--validation: got random"),
+        (["worlds", "--validation", "--name", "x"], "--validation: takes no comparison"),
         (["--validation", "--name", "a/b"], "NAME: got 'a/b', takes letters"),
         (["--agent", "none.npz"], "none.npz: can't be read"),
         (["--agent", "x", "--seeds", "2"], "--seeds: got it beside --agent"),
-        (["--agent", "x", "--methods", "random"], "--agent: got it with the methods random"),
-        (["--agent", "x", "--methods", "hl,tuned"], "--agent: got it with the methods hl,tuned"),
         (["--agent", "x", "--settings", "tuned"], "--settings: got it beside --agent"),
+        (["--agent", "x", "--validation"], "--agent: got it beside --validation"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
@@ -621,19 +615,6 @@ def test_values_are_split_at_commas_outside_parentheses():
     plan = compare.parse(["--vary", "DUELING=True,False"])
     assert list(plan.comparison.variants) == ["True", "False"]
     assert plan.methods == ["hl", "random", "nearest_twice"]
-
-
-def test_nodes_of_standalone_that_do_not_train_alike(tmp_path):
-    def text(seeds, episodes):
-        asked = ["--seeds", seeds, "--test-episodes", episodes]
-        plan = compare.parse(flags(tmp_path, *asked, methods="standalone"))
-        table = collect.JobTable(tmp_path, {})
-        return compare._summary(plan, table, compare.make_jobs(plan, tmp_path), [])
-
-    assert text("2", "2").count("\n") == 0  # nodes 0 1, 2 3
-    assert text("0,2", "2").count("\n") == 1  # 0 1, 0 1
-    assert text("0,3", "2").count("\n") == 0  # 0 1, 2 3
-    assert text("1", "2").count("\n") == 1
 
 
 def test_help_and_list_load_no_tensorflow():

@@ -263,8 +263,7 @@ def test_a_single_episode_can_be_drawn(tmp_path):
 def test_overlay_of_runs_of_unequal_length(tmp_path):
     lengths = {"long": 50, "short": 25, "tiny": 3}
     runs = {
-        n: plot.read_run(make_run(tmp_path / n, episodes=e))["episodes"]
-        for n, e in lengths.items()
+        n: plot.read_run(make_run(tmp_path / n, episodes=e))["episodes"] for n, e in lengths.items()
     }
     curves = plot.draw_overlay(runs).axes[1].get_lines()
     assert [line.get_label() for line in curves] == list(lengths)

@@ -15,7 +15,7 @@ import records
 from config import Settings, UserError
 from data import make_shards
 from environment import distance_matrix
-from records import CsvTable, OtherRun, Run, RunError
+from records import CsvTable, Run, RunError
 
 # --- Files -----------------------------------------------------------------------------------
 
@@ -352,7 +352,6 @@ def test_a_new_run_writes_nothing_before_it_starts(tmp_path, few):
     with Run(settings, few, 2) as run:
         assert run.folder == tmp_path / "digits-seed7"
         assert (run.episodes_finished, run.finished, run.agent_state()) == (0, False, None)
-        assert run.peek() == ""
         assert contents(run.folder) == {}
         begin(run)
         assert config_of(run.folder)["state"] == "running"
@@ -446,9 +445,7 @@ def test_a_finished_run_is_left_alone(tmp_path, few, stopped):
     # A kill right after the last change of the state leaves these.
     (stopped / "checkpoint.npz").write_bytes(b"")
     (stopped / "transitions.npy").write_bytes(b"")
-    run = Run(settings_of(tmp_path), few, 2)
-    assert run.peek() == "finished"
-    with run:
+    with Run(settings_of(tmp_path), few, 2) as run:
         assert run.finished
     assert contents(stopped) == before
 
@@ -476,49 +473,21 @@ def test_other_circumstances_are_warned_of(tmp_path, few, stopped, monkeypatch, 
 )
 def test_other_settings_never_overwrite(tmp_path, few, stopped, overrides, words):
     before = contents(stopped)
-    run = Run(settings_of(tmp_path, **overrides), few, 2)
-    for enter in (run.peek, run.__enter__):
-        with pytest.raises(OtherRun, match=rf"^{stopped}: .*\({words}\)") as error:
-            enter()
-        assert "\n" not in str(error.value)
+    with pytest.raises(RunError, match=rf"^{stopped}: .*\({words}\)") as error:
+        Run(settings_of(tmp_path, **overrides), few, 2).__enter__()
+    assert "\n" not in str(error.value)
     assert contents(stopped) == before
 
 
 def test_other_data_never_continue(tmp_path, few, stopped):
     other = dataclasses.replace(few, name="other", sha256={**few.sha256, "x_train": "0" * 64})
-    with pytest.raises(OtherRun, match="data = 'digits' there, 'other' now"):
-        Run(settings_of(tmp_path), other, 2).peek()
+    with pytest.raises(RunError, match="data = 'digits' there, 'other' now"):
+        Run(settings_of(tmp_path), other, 2).__enter__()
 
 
 def test_the_data_counts_and_not_the_name_that_led_to_it(tmp_path, few, stopped):
-    assert Run(settings_of(tmp_path, DATASET="auto"), few, 2).peek() == "interrupted"
-
-
-def test_a_run_with_tables_of_its_own(tmp_path, few):
-    """As a test has them: other columns, something else that it is about, no transitions."""
-    tables = {"walks.csv": ("dataset", "method", "node")}
-    about = {"method": "hl", "agent": "ab12"}
-    settings = settings_of(tmp_path)
-    with contextlib.suppress(ZeroDivisionError), Run(settings, few, 2, tables, about) as run:
-        begin(run)
-        run.add("walks.csv", {"method": "hl", "node": [1, 2]})
-        run.checkpoint({"episode": np.array(2)})
-        run.add("walks.csv", {"method": "hl", "node": 3})
-        raise ZeroDivisionError
-    assert set(contents(run.folder)) == {
-        "config.json",
-        "checkpoint.npz",
-        "walks.csv",
-        "shards.csv",
-        "distances.csv",
-    }
-    assert config_of(run.folder)["about"] == about
-    with Run(settings, few, 2, tables, about) as run:
-        assert run.episodes_finished == 1
-        begin(run)
-    assert (run.folder / "walks.csv").read_text() == "dataset,method,node\ndigits,hl,1+2\n"
-    with pytest.raises(OtherRun, match="agent = 'ab12' there, 'cd34' now"):
-        Run(settings, few, 2, tables, {**about, "agent": "cd34"}).peek()
+    with Run(settings_of(tmp_path, DATASET="auto"), few, 2) as run:
+        assert run.config["state"] == "interrupted"
 
 
 def test_two_runs_at_once(tmp_path, few):
@@ -538,6 +507,19 @@ def test_a_folder_that_is_no_run_is_left(tmp_path, few):
         assert not run.finished
 
 
+def test_a_damaged_header_of_transitions_is_a_value_error(tmp_path):
+    path = tmp_path / "transitions.npy"
+    with path.open("wb") as file:
+        for value in (1.0, 2.0):
+            np.save(file, np.full(3, value, [("observations", np.float32)]))
+    size = path.stat().st_size
+    assert records.read_transitions(path, size, 4)["observations"].tolist() == [1] * 3 + [2] * 3
+    assert len(records.read_transitions(path, size, 3)) == 3
+    path.write_bytes(path.read_bytes().replace(b"observations", b"obs\0rvations", 1))
+    with pytest.raises(ValueError, match="transitions"):
+        records.read_transitions(path, size, 6)
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "words"),
     [
@@ -547,7 +529,7 @@ def test_a_folder_that_is_no_run_is_left(tmp_path, few):
         ("checkpoint.npz", None, "missing"),
         ("config.json", lambda b: b[:100], "damaged"),
         ("config.json", lambda b: b"[]", "damaged"),
-        ("config.json", lambda b: b.replace(b'"settings": {', b'"settings": [1], "x": {'), ""),
+        ("config.json", lambda b: b.replace(b'"settings"', b'"settings": [], "x"'), "damaged"),
         ("rounds.csv", lambda b: b[:100], "shorter"),
         ("rounds.csv", None, "missing"),
         ("episodes.csv", lambda b: b[:-1], "shorter"),
