@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,8 +52,8 @@ _EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
 
-# What to do about a run that can't be continued.
-_ADVICE = "move the folder away, or choose another --name, to start anew"
+# What to do about a folder that can't be used.
+_ADVICE = "move the folder away, or choose another --name"
 
 
 class RunError(UserError):
@@ -374,6 +374,47 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def fingerprint(name: str, sha256: dict[str, str]) -> str:
+    """Return a dataset's name and the beginnings of its checksums, to tell data apart."""
+    return " ".join([name, *(text[:6] for text in sha256.values())])
+
+
+def read_own(
+    path: Path,
+    kind: str,
+    comparable: Callable[[dict[str, Any]], dict[str, Any]],
+    now: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Return the JSON file that says whose a folder is; None if the folder is empty.
+
+    Args:
+        path: of the file; names that begin with a dot do not count as content of its folder.
+        kind: what the folder holds: run, comparison or audit.
+        comparable: from the file's content to the values that have to be those of ``now``.
+        now: the present values.
+
+    Raises:
+        RunError: the folder holds something else, or another one of its kind, or is damaged.
+    """
+    folder = path.parent
+    try:
+        if not path.exists():
+            files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+            others = [name for name in files if not name.startswith(".")]
+            if others:
+                raise RunError(f"{folder}: holds {min(others)} but no {path.name}; {_ADVICE}")
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        differing = differences(comparable(stored), now)
+    except OSError as error:
+        raise RunError(f"{path}: can't be read ({reason(error)}); {_ADVICE}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: damaged ({error!r}); {_ADVICE}") from error
+    if differing:
+        raise RunError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
+    return stored
+
+
 # --- A run -----------------------------------------------------------------------------------
 
 
@@ -448,40 +489,18 @@ class Run:
 
     def _read(self) -> None:
         """Read what an earlier session left. Nothing is written before ``start``."""
-        if not self._config_path.exists():
-            others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
-            if others:
-                raise RunError(
-                    f"{self.folder}: holds {others[0]} but no config.json, so it is not a run's "
-                    f"folder; {_ADVICE}"
-                )
-            return
-        self.config = self._compared_config()
+        now = self.settings.stored() | {"DATASET": None}
+        now["data"] = fingerprint(self.dataset.name, self.dataset.sha256)
+        self.config = read_own(self._config_path, "run", _comparable, now) or {}
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
             self._read_checkpoint()
-        else:
+        elif self.config:
             # The first checkpoint follows the first row: with more rows, one was there.
             episodes = self.folder / "episodes.csv"
             if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
                 raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
-
-    def _compared_config(self) -> dict[str, Any]:
-        """The stored ``config.json``, which has to be this run's."""
-        config = _read_config(self._config_path)
-        stored, data = config["settings"], config["dataset"]
-        # What counts of DATASET is which data it led to: "auto" may have found the same.
-        present = {**self.settings.stored(), "DATASET": stored.get("DATASET")}
-        differing = differences(stored, present)
-        if data["sha256"] != self.dataset.sha256:
-            differing.append(f"data = {data['name']!r} there, {self.dataset.name!r} now")
-        if differing:
-            raise RunError(
-                f"{self.folder}: holds a run with other settings ({'; '.join(differing)}); choose "
-                "another --name, or move that folder away"
-            )
-        return config
 
     def _read_checkpoint(self) -> None:
         """Load the checkpoint and check the growing files against it."""
@@ -607,16 +626,12 @@ class Run:
         (self.folder / _TRANSITIONS).unlink(missing_ok=True)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["settings"]["SEED"], config["state"], config["sessions"]
-        config["dataset"]["name"], config["dataset"]["sha256"]
-        return config
-    except OSError as error:
-        raise RunError(f"{path}: can't be read ({reason(error)})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}); {_ADVICE}") from error
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's ``config.json`` has to be the same when the run is continued."""
+    str(config["state"]), list(config["sessions"])  # they are needed later
+    # What counts of DATASET is which data it led to: "auto" may have found the same.
+    data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
+    return {**config["settings"], "DATASET": None, "data": data}
 
 
 def shard_table(dataset: Dataset, shards: list[np.ndarray]) -> pd.DataFrame:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,10 @@ from cli import Parser, add_setting_flags, count_of, exit_status, overrides_of
 from config import ConfigError, Settings, UserError, episode_seed, names_of, stream
 from records import (
     circumstances,
-    differences,
+    fingerprint,
     locked,
     read_arrays,
+    read_own,
     read_table,
     write_arrays,
     write_json,
@@ -354,8 +354,13 @@ def audit(settings: Settings, count: int) -> int:
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
     used = {name: value for name, value in settings.stored().items() if name in _USED_SETTINGS}
     about = {"sha256": dataset.sha256, "settings": used}
+
+    def comparable(stored: dict[str, Any]) -> dict[str, Any]:
+        of_audit = {name: stored["settings"].get(name) for name in used}
+        return {**of_audit, "data": fingerprint(dataset.name, stored["sha256"])}
+
     with locked(folder, "audit"):
-        if not _holds_audit(folder, about):
+        if read_own(folder / "audit.json", "audit", comparable, comparable(about)) is None:
             write_json(folder / "audit.json", {**about, **circumstances(threads)})
         table = _read_finished(folder / "audit.csv", count)
         if table is None:
@@ -365,29 +370,6 @@ def audit(settings: Settings, count: int) -> int:
     print(report(table))
     print(f"results and figure: {folder}")
     return 0
-
-
-def _holds_audit(folder: Path, about: dict[str, Any]) -> bool:
-    """Whether the folder holds this audit; False if it is empty, an error otherwise."""
-    path = folder / "audit.json"
-    if not path.exists():
-        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-        if others:
-            raise UserError(f"{folder}: holds {others[0]} but no audit.json; choose another --name")
-        return False
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        settings = {name: stored["settings"].get(name) for name in about["settings"]}
-        differing = differences(settings, about["settings"])
-        if stored["sha256"] != about["sha256"]:
-            differing.append("other data")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); choose another --name") from error
-    if differing:
-        raise UserError(
-            f"{folder}: holds another audit ({'; '.join(differing)}); choose another --name"
-        )
-    return True
 
 
 def _read_finished(path: Path, count: int) -> pd.DataFrame | None:

@@ -25,7 +25,7 @@ from cli import (
     seeds_of,
     value_of,
 )
-from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of, reason
+from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
 from experiments.methods import METHODS, check_method
 
 # TensorFlow takes seconds to import. The functions below import what needs it, so that a mistake
@@ -383,39 +383,28 @@ def merged_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the folder holds something else, and the means would be mixed.
     """
-    from records import differences
+    from records import fingerprint, read_own
 
-    path = folder / "config.json"
-    try:
-        if not path.exists():
-            others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            if any(name[0] != "." for name in others):
-                raise UserError(f"{folder}: holds {max(others)}, no comparison; choose a --name")
-            return config
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = differences(_flat(there, config), _flat(config, there))
-        several = {name: there[name] | config[name] for name in ("variants", "methods")}
-    except OSError as error:
-        raise UserError(f"{folder}: can't be read ({reason(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); choose another --name") from error
-    if differing:
-        raise UserError(
-            f"{folder}: holds another comparison ({'; '.join(differing)}); choose another --name"
-        )
-    return there | several
+    several = ("variants", "methods")
 
+    def comparable(stored: dict[str, Any]) -> dict[str, Any]:
+        names = ("comparison", "parameter", "episodes", "test_episodes")
+        flat = {name: stored[name] for name in names} | stored["settings"]
+        flat["data"] = fingerprint(stored["dataset"]["name"], stored["dataset"]["sha256"])
+        # Of methods and variants those have to agree that both have.
+        shared = {
+            f"{kind} {name}": stored[kind].get(name) for kind in several for name in config[kind]
+        }
+        return flat | {name: value for name, value in shared.items() if value is not None}
 
-def _flat(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What two configs of one folder have to share, one value a name."""
-    names = ("comparison", "parameter", "episodes", "test_episodes")
-    flat = {name: config[name] for name in names} | config["settings"]
-    checksums = config["dataset"]["sha256"].values()
-    flat["data"] = " ".join([config["dataset"]["name"], *(text[:6] for text in checksums)])
-    for kind in ("variants", "methods"):
-        shared = config[kind].keys() & other[kind].keys()
-        flat |= {f"{kind} {name}": config[kind][name] for name in shared}
-    return flat
+    now = comparable(config)
+    stored = read_own(
+        folder / "config.json",
+        "comparison",
+        lambda stored: {**now, **comparable(stored)},
+        now,
+    )
+    return config if stored is None else stored | {k: stored[k] | config[k] for k in several}
 
 
 Key = tuple[str, str, int]  # variant, method, seed

@@ -215,7 +215,7 @@ def test_a_damaged_folder(tmp_path, capsys):
     prepare_folder(tmp_path / "audit-digits", small_settings(), 6)
     (tmp_path / "audit-digits" / "audit.json").write_text("{}")
     assert start(tmp_path, "--walks", "6") == 2
-    assert "audit.json: damaged ('settings')" in capsys.readouterr().err
+    assert "audit.json: damaged" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
