@@ -1,8 +1,9 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
-A network is one compiled Keras model per process; what differs between nodes, rounds and agents
-is one vector of weights, handed in and handed back. So a node costs a vector and not a model,
-passing a model on is passing a reference, and saving or copying one is saving or copying an array.
+There is one compiled Keras model per process. Nodes, rounds and agents differ in one vector of
+weights, which the functions take and return. So a node costs a vector, and passing a model on is
+passing a reference. Keras' own optimizers can't do that: the TensorFlow backend disables their
+``stateless_apply``, so ``adam`` is ours.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EVALUATION_BATCH = 1000
 
 
 def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
-    """The local foundation model (public code); 33,580 weights for 28 x 28 x 1 and 10 classes.
+    """Return the local foundation model (public code); 33,580 weights for 28 x 28 x 1, 10 classes.
 
     Departure: the last layer gives logits, and its softmax is part of the loss: the same function
     computed more exactly. It does not change which class is the greatest.
@@ -53,12 +54,11 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
 def q_network(
     inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1, dueling: bool = False
 ) -> keras.Model:
-    """The DQN's network: dense ReLU layers, then one linear Q value per action (public code).
+    """Return the DQN's network: dense ReLU layers, a linear Q value per action (public code).
 
-    With several ``networks`` (ours) these stand side by side and share nothing but the input; the
-    outputs of one follow those of the other. With ``dueling`` (ours; Wang et al. 2016) a Q value is
-    the state's value plus the action's advantage, less the mean of all actions' advantages: what
-    all actions have in common is learned from all of them.
+    Several ``networks`` (ours) share nothing but the input; their outputs are concatenated. With
+    ``dueling`` (ours; Wang et al. 2016) a Q value is the state's value plus the action's advantage,
+    less the mean of all actions' advantages.
 
     Args:
         inputs: D, length of an observation.
@@ -99,14 +99,14 @@ class Moments(NamedTuple):
 
     @classmethod
     def fresh(cls, size: int) -> Moments:
-        """Moments before the first step."""
+        """Return the moments before the first step."""
         return cls(tf.zeros(size), tf.zeros(size), tf.zeros(()))
 
 
 def adam(
-    weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float | tf.Tensor
+    weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float
 ) -> tuple[tf.Tensor, Moments]:
-    """One step of Adam (Kingma and Ba 2015) on a weight vector, as Keras' optimizer does it.
+    """Take one step of Adam (Kingma and Ba 2015) on a weight vector, as Keras' optimizer does.
 
     Args:
         weights: (P,) float32.
@@ -143,7 +143,7 @@ class FlatNetwork:
         self.size = sum(self._sizes)
 
     def initial_weights(self, rng: np.random.Generator) -> tf.Tensor:
-        """(P,) float32 of fresh weights, by the layers' own initialisers, seeded from ``rng``."""
+        """Return (P,) float32 fresh weights, by the layers' own initialisers, seeded by ``rng``."""
         parts = []
         for layer in self.model.layers:
             for variable in layer.trainable_variables:
@@ -156,16 +156,16 @@ class FlatNetwork:
         return tf.concat(parts, 0)
 
     def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
-        """The vector's parts as the model's weights, each in its own shape."""
+        """Return the vector's parts as the model's weights, each in its own shape."""
         parts = tf.split(weights, self._sizes)
         return [tf.reshape(p, shape) for p, shape in zip(parts, self._shapes, strict=True)]
 
     def apply(self, weights: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
-        """The model's outputs for a batch of inputs."""
+        """Return the model's outputs for a batch of inputs."""
         return self.model.stateless_call(self.split(weights), [], inputs)[0]
 
     def named_arrays(self, weights: tf.Tensor) -> dict[str, np.ndarray]:
-        """The weights by layer, in order: ``{"0/kernel": ..., "0/bias": ..., "1/kernel": ...}``."""
+        """Return the weights by layer: ``{"0/kernel": ..., "0/bias": ..., "1/kernel": ...}``."""
         names = [
             f"{index}/{variable.name}"
             for index, layer in enumerate(x for x in self.model.layers if x.trainable_variables)
@@ -174,7 +174,7 @@ class FlatNetwork:
         return {n: part.numpy() for n, part in zip(names, self.split(weights), strict=True)}
 
     def from_named_arrays(self, arrays: dict[str, np.ndarray]) -> tf.Tensor:
-        """Inverse of ``named_arrays``.
+        """Return the weight vector of what ``named_arrays`` returned.
 
         Raises:
             ValueError: an array is missing or has another shape.
@@ -217,7 +217,7 @@ class FoundationModel:
         self._count_correct_of = tf.function(self._count_of, [vector, order])
 
     def evaluate(self, weights: tf.Tensor, images: np.ndarray | None = None) -> float:
-        """Accuracy on the test set, a share in [0, 1]; 0.0 for weights that diverged.
+        """Return the accuracy on the test set, in [0, 1]; 0.0 for weights that diverged.
 
         Args:
             weights: (P,) float32.
@@ -230,7 +230,7 @@ class FoundationModel:
     def _train_epoch(
         self, weights: tf.Tensor, moments: Moments, order: tf.Tensor
     ) -> tuple[tf.Tensor, Moments]:
-        """One pass of Adam over training images; compiled as ``train_epoch``.
+        """Pass over training images once with Adam; compiled as ``train_epoch``.
 
         Args:
             weights: (P,) float32.
@@ -285,9 +285,8 @@ class FoundationModel:
 class QNetwork:
     """Q values of observations, and their fit to targets.
 
-    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own, together one weight
-    vector, are fitted side by side to the same samples; the values are their mean, which is less
-    noisy than any of them (an ensemble, as Lakshminarayanan et al. 2017 have it for predictions).
+    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
+    same samples. Their mean decides, which is less noisy (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.
@@ -315,28 +314,21 @@ class QNetwork:
         # Traced here, once: many agents in one process, as in a comparison, are no retracing.
         values = tf.function(self.network.apply, [vector, observations])
         self._values = values.get_concrete_function()
-        rates = [tf.TensorSpec([], tf.float32)] * 2
-        self._compiled_fit = tf.function(
-            self._fit, [vector, moments, observations, targets, *rates]
-        )
+        self.fit = tf.function(self._fit, [vector, moments, observations, targets])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """(n, A) float32 Q values of (n, inputs) float32 observations."""
+        """Return (n, A) float32: the networks' mean Q values of (n, inputs) observations."""
         return self.all_values(weights, observations).mean(axis=1)
 
     def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """(n, K, A) float32: each network's Q values of (n, inputs) float32 observations."""
+        """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
         values = self._values(weights, tf.constant(observations, tf.float32))
         return values.numpy().reshape(self._shape)
 
-    def fit(
-        self,
-        weights: tf.Tensor,
-        moments: Moments,
-        observations: np.ndarray,
-        targets: np.ndarray,
+    def _fit(
+        self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
-        """One pass of Adam over the samples in their order.
+        """Pass over the samples in their order with Adam; compiled as ``fit``.
 
         Args:
             weights: (P,) float32.
@@ -348,20 +340,6 @@ class QNetwork:
             The new weights and moments, and the mean squared error of all samples and actions,
             each batch's taken before its step (as Keras reports it).
         """
-        # Decoupled from the gradient (Loshchilov and Hutter 2019).
-        rates = self._learning_rate, self._learning_rate * self._weight_decay
-        return self._compiled_fit(weights, moments, observations, targets, *rates)
-
-    def _fit(
-        self,
-        weights: tf.Tensor,
-        moments: Moments,
-        observations: tf.Tensor,
-        targets: tf.Tensor,
-        rate: tf.Tensor,
-        decay: tf.Tensor,
-    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
-        """As ``fit``, with Adam's learning rate and the share of the weights that a step takes."""
         total = 0.0
         for start in tf.range(0, tf.shape(observations)[0], self._batch_size):
             batch = targets[start : start + self._batch_size]
@@ -376,9 +354,9 @@ class QNetwork:
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
             gradient = tape.gradient(losses, weights)
-            if self._weight_decay:
-                weights -= decay * weights
-            weights, moments = adam(weights, gradient, moments, rate)
+            if self._weight_decay:  # decoupled from the gradient (Loshchilov and Hutter 2019)
+                weights -= self._learning_rate * self._weight_decay * weights
+            weights, moments = adam(weights, gradient, moments, self._learning_rate)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 
 
@@ -391,11 +369,10 @@ _threads = 0  # what TensorFlow was given in this process; 0: nothing yet
 
 
 def use_cpu(threads: int) -> int:
-    """Lets TensorFlow compute on that many CPU threads, 0 for all cores; returns the number.
+    """Let TensorFlow compute on that many CPU threads, 0 for all cores; return the number.
 
     One operation runs at a time: the networks are chains, and a fixed schedule keeps the order
-    of floating-point sums, so that the same seed gives the same bits. Graphics cards are left
-    alone: their sums have no fixed order, and nothing here was measured on one.
+    of floating-point sums, so that the same seed gives the same bits.
 
     Raises:
         ConfigError: TensorFlow computes with another number in this process already.
@@ -434,13 +411,13 @@ def _shared(kind: type, key: tuple[Any, ...], *arguments: Any) -> Any:
 
 
 def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
-    """The process's ``FoundationModel`` for this dataset and these settings."""
+    """Return the process's ``FoundationModel`` for this dataset and these settings."""
     key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
     return _shared(FoundationModel, key, dataset, settings)
 
 
 def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
-    """The process's ``QNetwork`` for these sizes and settings."""
+    """Return the process's ``QNetwork`` for these sizes and settings."""
     used = (
         settings.HIDDEN_UNITS,
         settings.Q_NETWORKS,

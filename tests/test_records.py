@@ -481,7 +481,7 @@ def test_other_settings_never_overwrite(tmp_path, few, stopped, overrides, words
 
 def test_other_data_never_continue(tmp_path, few, stopped):
     other = dataclasses.replace(few, name="other", sha256={**few.sha256, "x_train": "0" * 64})
-    with pytest.raises(RunError, match="data = 'digits .* there, 'other 000000 .* now"):
+    with pytest.raises(RunError, match=r"data = 'digits .* there, 'other 000000 .* now"):
         Run(settings_of(tmp_path), other, 2).__enter__()
 
 
