@@ -119,12 +119,15 @@ def record_episode(
 ) -> None:
     """Write a row of ``episodes.csv``; ``started`` is the episode's start by ``perf_counter``."""
     info = rounds[-1].info
+    episode_reward = 0.0
+    for round_ in rounds:  # from Python 3.12 on, sum() rounds differently
+        episode_reward += round_.reward
     row = {
         "episode": episode,
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": sum(round_.reward for round_ in rounds),
+        "episode_reward": episode_reward,
         "communication_cost": info["communication_cost"],
         "epsilon": epsilon,
         "q_loss": q_loss,
