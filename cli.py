@@ -46,10 +46,7 @@ FLAGS = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that prints one line for a wrong command line, and exits with status 2.
 
-    Args:
-        prog: the program's name, as users type it.
-        description: one line.
-        examples: command lines with a comment each, shown first in the help.
+    ``examples`` are command lines with a comment each, shown before the flags in the help.
     """
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
@@ -69,35 +66,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
-    """Add flags for settings to a parser, and the list of all settings to its help.
-
-    Args:
-        parser: its result is for ``settings_of`` and ``overrides_of``.
-        flags: each short flag with the name of its setting.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr if a default in config.py is wrong.
-    """
+    """Add short flags for settings, ``--set`` and ``--settings``, and to the help all settings."""
     try:
         Settings()
-    except ConfigError as error:
+    except ConfigError as error:  # a default that a user edited
         Parser("config.py", "").error(str(error))
-    parts = [line for group in GROUPS for line in (f"  {title_of(group)}", *_help_lines(group))]
+    parts = [line for group in GROUPS for line in (f"  {group.__doc__}", *_help_lines(group))]
     parser.epilog = "\n".join(["settings, for --set (default; tuned value):", *parts])
+    add = parser.add_argument
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
-        parser.add_argument(
-            *names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE"
-        )
-    add = parser.add_argument
+        add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
     named = " or ".join(NAMED_SETTINGS)
     add("--settings", default="paper", metavar="NAME", help=f"{named}, the agent's; before --set")
-
-
-def title_of(group: type[Group]) -> str:
-    """A group's title, its docstring."""
-    return group.__doc__ or ""
 
 
 def _help_lines(group: type[Group]) -> list[str]:
@@ -110,11 +92,7 @@ def _help_lines(group: type[Group]) -> list[str]:
 
 
 def overrides_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names one by one.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr.
-    """
+    """The settings that the command line names one by one; it exits if one lacks its value."""
     texts: dict[str, str] = {}
     for assignment in parsed.set:
         name, equals, text = assignment.partition("=")
@@ -139,11 +117,7 @@ def value_of(name: str, text: str) -> Any:
 
 
 def named_settings_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """The overrides that ``--settings`` names.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr.
-    """
+    """The overrides that ``--settings`` names; it exits if it does not know them."""
     if parsed.settings not in NAMED_SETTINGS:
         names = " or ".join(NAMED_SETTINGS)
         parser.error(f"--settings: got {parsed.settings!r}, takes {names}")
@@ -158,9 +132,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        return {**config["settings"], "DATASET": config["dataset"]["name"]}, dict(
-            config["dataset"]["sha256"]
-        )
+        settings = {**config["settings"], "DATASET": config["dataset"]["name"]}
+        return settings, dict(config["dataset"]["sha256"])
     except OSError as error:
         raise ConfigError(f"--config: {reason(error)}; takes a run's config.json") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -170,12 +143,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
     """The settings of main.py's command line, and with ``--config`` the data's SHA-256, else {}.
 
-    Args:
-        arguments: the command line without the program's name; ``sys.argv[1:]`` by default.
-
     Raises:
-        SystemExit: with status 2 after one line on stderr if something is wrong, else after
-            ``--help`` with status 0.
+        SystemExit: with status 2 after one line on stderr if something is wrong.
     """
     examples = (
         "  python3 main.py                                     # the defaults of config.py\n"
@@ -196,14 +165,13 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
 
 def seeds_of(text: str) -> list[int]:
     """A command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
+    seeds: list[int] = []
     if re.fullmatch(r"[0-9]{1,6}", text):
         seeds = list(range(int(text)))
-    elif re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*,?", text):
-        ranges = [part.partition("-") for part in filter(None, text.split(","))]
-        spans = [range(int(a), min(int(b or a), int(a) + 10**6) + 1) for a, _, b in ranges]
+    elif re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*,?", text):
+        parts = [part.partition("-") for part in text.removesuffix(",").split(",")]
+        spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
         seeds = [seed for span in spans for seed in span] if all(spans) else []  # 5-3 is empty
-    else:
-        seeds = []
     if not seeds:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
@@ -212,7 +180,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def count_of(text: str) -> int:
-    """A command line's count, an integer >= 1."""
+    """A command line's integer >= 1."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
     return int(text)
@@ -226,8 +194,7 @@ def available_cores() -> int:
 
 def warn(message: str) -> None:
     """A warning to the user, on stderr."""
-    sys.stderr.write(f"warning: {message}\n")
-    sys.stderr.flush()
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -253,10 +220,6 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
     """Do a command's work and end in order on Ctrl-C and SIGTERM; one line for what stops it.
-
-    Args:
-        program: its name, in front of the line.
-        work: returns the exit status if nothing stops it.
 
     Returns:
         The exit status: the work's, or 2 after a user's mistake, 1 when the system refuses a file,
@@ -294,7 +257,7 @@ def settings_page() -> str:
     ]
     tuned = NAMED_SETTINGS["tuned"]
     for group in GROUPS:
-        lines += ["", f"## {title_of(group)}", ""]
+        lines += ["", f"## {group.__doc__}", ""]
         lines += ["| setting | default | `tuned` | takes | meaning | source |", "|---" * 6 + "|"]
         for name, field in group.model_fields.items():
             changed = f"`{tuned[name]!r}`" if name in tuned else ""

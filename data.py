@@ -12,7 +12,6 @@ import hashlib
 import os
 import struct
 import sys
-import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ class Dataset:
             or float32 in [0, 1].
         y_train, y_test: (n,) integers, the classes 0, 1, ... without gaps in training.
         source: where the data came from, in words without a path.
-        verdict: ``canonical`` (the arrays' SHA-256 are the published dataset's), ``not canonical``,
+        verdict: ``canonical`` (the published arrays, by SHA-256), ``not canonical``,
             ``unverified`` (no reference to compare with) or ``stand-in`` (bundled digits).
         sha256: of each array, hexadecimal; see ``idx_sha256``. Computed if empty.
 
@@ -64,33 +63,28 @@ class Dataset:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-            shape = "(n, height, width) or (n, height, width, channels), at least 16 x 16 pixels"
             whole = x.ndim in (3, 4) and len(x) > 0 and min(x.shape[1:3]) >= 16
-            self._require(whole, f"x_{part}", f"shape {x.shape}", shape)
-            known = x.dtype in (np.uint8, np.float32)
-            self._require(known, f"x_{part}", x.dtype, "uint8 or float32")
-            span = f"values from {x.min()} to {x.max()}"
-            fits = x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 1)
-            self._require(fits, f"x_{part}", span, "float32 in [0, 1]")
-
+            whole = whole and x.shape[1:] == self.x_train.shape[1:]
+            takes = "(n, height, width[, channels]), from 16 x 16 pixels on, the same in both parts"
+            self._require(whole, f"x_{part}: got shape {x.shape}", takes)
+            fits = x.dtype == np.uint8 or (x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1)
+            got = f"x_{part}: got {x.dtype} from {x.min()} to {x.max()}"
+            self._require(fits, got, "uint8, or float32 in [0, 1]")
             whole = y.shape == x.shape[:1] and y.dtype.kind in "iu"
-            got = f"{y.dtype} of shape {y.shape}"
-            self._require(whole, f"y_{part}", got, f"integers of shape ({len(x)},)")
-            span = f"labels from {y.min()} to {y.max()}"
-            fits = y.min() >= 0 and y.max() < self.classes
-            self._require(fits, f"y_{part}", span, f"0 to {self.classes - 1}, as in y_train")
-        image = self.x_train.shape[1:]
-        got = f"images of shape {self.x_test.shape[1:]}"
-        self._require(self.x_test.shape[1:] == image, "x_test", got, f"{image}, as in x_train")
-        labels = np.unique(self.y_train).tolist()
-        whole = len(labels) == self.classes > 1
-        self._require(whole, "y_train", f"the labels {labels}", "0, 1, ... without gaps")
+            got = f"y_{part}: got {y.dtype} of shape {y.shape}"
+            self._require(whole, got, f"integers of shape ({len(x)},)")
+        classes = np.unique(self.y_train).tolist()
+        whole = len(classes) > 1 and classes == list(range(len(classes)))
+        self._require(whole, f"y_train: got the labels {classes}", "0, 1, ... without gaps")
+        labels = np.unique(self.y_test).tolist()
+        whole = set(labels) <= set(classes)
+        self._require(whole, f"y_test: got the labels {labels}", f"0 to {classes[-1]}, as y_train")
         if not self.sha256:
             object.__setattr__(self, "sha256", idx_sha256(self))
 
-    def _require(self, condition: bool, key: str, got: Any, takes: str) -> None:
+    def _require(self, condition: bool, got: str, takes: str) -> None:
         if not condition:
-            raise DataError(f"{self.name}: {key}: got {got}, takes {takes}")
+            raise DataError(f"{self.name}: {got}, takes {takes}")
 
     @property
     def classes(self) -> int:
@@ -105,21 +99,15 @@ class Dataset:
 
 
 def idx_sha256(dataset: Dataset) -> dict[str, str]:
-    """Return the SHA-256 of each array as an IDX file (big-endian header, raw values).
-
-    It does not depend on the container: the published IDX files, gzipped or not, and Keras'
-    ``mnist.npz`` give the same four values.
-    """
+    """Return the SHA-256 of each array as an IDX file, whatever container it came from."""
     sums = {}
     for key in _IDX_FILES:
-        array = np.ascontiguousarray(getattr(dataset, key))
-        if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.max() < 256:
+        array = getattr(dataset, key)
+        if array.dtype.kind in "iu" and array.max() < 256:
             array = array.astype(np.uint8)
         code = 0x08 if array.dtype == np.uint8 else 0x0D if array.dtype == np.float32 else 0x0C
         header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
-        digest = hashlib.sha256(header)
-        digest.update(array.data)
-        sums[key] = digest.hexdigest()
+        sums[key] = hashlib.sha256(header + array.tobytes()).hexdigest()
     return sums
 
 
@@ -148,10 +136,8 @@ _SHA256 = {
     },
 }
 
-# What is downloaded: the address, and the files in Keras' cache with the SHA-256 of each. Those of
+# What is downloaded: the address, the folder in Keras' cache and each file's SHA-256. The files of
 # Fashion-MNIST are Zalando's own, which Keras mirrors; they hold the arrays above.
-_KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets"
-_ZALANDO_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
 _ZALANDO_SHA256 = {
     "x_train": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
     "y_train": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
@@ -160,93 +146,63 @@ _ZALANDO_SHA256 = {
 }
 _DOWNLOADS = {
     "mnist": (
-        _KERAS_URL,
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+        "",
         {"mnist.npz": "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"},
     ),
     "fashion_mnist": (
-        _ZALANDO_URL,
-        {f"fashion-mnist/{_IDX_FILES[key]}.gz": sum_ for key, sum_ in _ZALANDO_SHA256.items()},
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "fashion-mnist",
+        {f"{_IDX_FILES[key]}.gz": sum_ for key, sum_ in _ZALANDO_SHA256.items()},
     ),
 }
 
 _TIMEOUT = 15.0  # seconds in which some bytes of a download have to come
-
-# Debian's package dataset-fashion-mnist puts its files here.
-_SYSTEM_FOLDER = Path("/usr/share/datasets")
+_SYSTEM_FOLDER = Path("/usr/share/datasets")  # of Debian's package dataset-fashion-mnist
 
 
 def load_published(name: str, settings: Settings) -> Dataset:
-    """Return MNIST or Fashion-MNIST from DATA_DIR, Keras' cache or the system, or download it.
-
-    Args:
-        name: ``mnist`` or ``fashion_mnist``.
-        settings: only DATA_DIR is used.
+    """Return MNIST or Fashion-MNIST from DATA_DIR, the system or Keras' cache, or download it.
 
     Raises:
         ConfigError: DATA_DIR is not a folder.
         DataError: what was found is damaged, incomplete or another dataset.
         DataNotFound: nothing was found, and the download failed.
     """
-    path, source = _find(name, settings)
-    arrays: dict[str, Any] = _read(path)
-    try:
-        dataset = Dataset(name, source=source, **arrays)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    different = {key for key in arrays if dataset.sha256[key] != _SHA256[name][key]}
-    for key in ("y_train", "y_test"):
-        if key in different:  # another dataset, or its images in another order
-            counts = np.bincount(arrays[key]).tolist()
-            raise DataError(
-                f"{path}: {key}: got {counts} images of the classes 0, 1, ..., "
-                f"takes the labels of {name} in their published order"
-            )
-    if different:
-        warn(f"{path} has the labels of {name}, but not its published pixels")
-    verdict = "not canonical" if different else "canonical"
-    return dataclasses.replace(dataset, verdict=verdict)
-
-
-def _find(name: str, settings: Settings) -> tuple[Path, str]:
-    """Return an ``.npz`` file or a folder of IDX files, and in words where it was found."""
     folder = absolute(settings.DATA_DIR)
     if settings.DATA_DIR != "data" and not folder.is_dir():
         raise ConfigError(f"DATA_DIR: got {settings.DATA_DIR!r}, takes a folder that exists")
-    # Elsewhere, some of the four IDX files may be a download that was cut off: it is continued.
-    for place, root, least in (
-        ("DATA_DIR", folder, 1),
-        ("Keras' cache", _keras_cache(), 4),
-        ("system", _SYSTEM_FOLDER, 4),
-    ):
-        path = _search(root, name, least)
-        if path is not None:
-            return path, f"{place}: {path.name}"
+    path = _search(folder, name) or _search(_SYSTEM_FOLDER, name)
     try:
-        return _download(name), "download"
+        path = path or _download(name)
     except Exception as error:  # whatever the network does, the user needs the ways out
         cause = " ".join(str(error).split()) or type(error).__name__
-        debian = "install Debian's dataset-fashion-mnist, " if name == "fashion_mnist" else ""
         raise DataNotFound(
             f"DATASET: got {name!r}, which is not on this machine; its download failed ({cause}). "
             f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
-            f"or the environment variable HL_DATA_DIR names, {debian}or run once with network"
+            "or the environment variable HL_DATA_DIR names, or run once with network"
         ) from error
+    arrays: dict[str, Any] = _read(path)
+    try:
+        dataset = Dataset(name, source=path.name, **arrays)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    different = {key for key in arrays if dataset.sha256[key] != _SHA256[name][key]}
+    if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
+        raise DataError(f"{path}: got other labels, takes those of {name} in their published order")
+    if different:
+        warn(f"{path} has the labels of {name}, but not its published pixels")
+    return dataclasses.replace(dataset, verdict="not canonical" if different else "canonical")
 
 
-def _keras_cache() -> Path:
-    return Path(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras")) / "datasets"
-
-
-def _search(root: Path, name: str, least: int) -> Path | None:
-    """Return an archive below ``root``, else a folder with at least some IDX files, or None."""
+def _search(root: Path, name: str) -> Path | None:
+    """Return an archive below ``root``, else a folder with an IDX file, or None."""
     names = (name, name.replace("_", "-"))
     folders = [root / folder for folder in (*names, ".")]
-    archives = [folder / f"{stem}.npz" for folder in folders for stem in names]
-    found = [path for path in archives if path.is_file()]
-    for folder in folders:
-        if sum(_idx_path(folder, stem).is_file() for stem in _IDX_FILES.values()) >= least:
-            found.append(folder)
-    return found[0] if found else None
+    places = [folder / f"{stem}.npz" for folder in folders for stem in names]
+    places += [_idx_path(folder, stem) for folder in folders for stem in _IDX_FILES.values()]
+    found = next((path for path in places if path.is_file()), None)
+    return found if found is None or found.suffix == ".npz" else found.parent
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
@@ -256,15 +212,11 @@ def _idx_path(folder: Path, stem: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an ``.npz`` file or of the IDX files in a folder; never unpickle.
-
-    Raises:
-        DataError: a file is missing, damaged or of another format.
-    """
+    """Return the arrays of an ``.npz`` file or of the IDX files in a folder; never unpickle."""
     folder, arrays = path, {}
     try:
-        if path.is_file():
-            if not zipfile.is_zipfile(path):
+        if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
                 raise ValueError("not a complete .npz archive")
             with np.load(path, allow_pickle=False) as archive:
                 return {key: archive[key] for key in _IDX_FILES}
@@ -273,8 +225,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             arrays[key] = _read_idx(path)
         return arrays
     except Exception as error:  # NumPy, zipfile, gzip and struct raise many types
-        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{path}: can't be read: {cause}") from error
+        raise DataError(f"{path}: can't be read: {' '.join(str(error).split())}") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -290,33 +241,20 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _download(name: str) -> Path:
-    """Download what Keras' cache lacks of a dataset; return its archive or folder there."""
-    url, files = _DOWNLOADS[name]
-    target = _keras_cache()
-    for file, sha256 in files.items():
-        target = _keras_cache() / file
-        if not target.is_file():
-            _download_file(f"{url}/{target.name}", sha256, target)
-    return target if target.suffix == ".npz" else target.parent
-
-
-def _download_file(url: str, sha256: str, target: Path) -> None:
-    """Download a file, whole or not at all; give up when nothing comes for a while."""
+    """Return a dataset's place in Keras' cache; download what is missing there, each file whole."""
     import pooch
 
+    url, folder, files = _DOWNLOADS[name]
+    cache = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets" / folder
     pooch.get_logger().setLevel("WARNING")
+    place = pooch.create(cache, url, registry=files)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
-    pooch.retrieve(url, sha256, target.name, target.parent, downloader=downloader)
-    os.chmod(target, 0o644)  # pooch makes files that their owner alone can read
+    for file in files:
+        os.chmod(place.fetch(file, downloader=downloader), 0o644)  # pooch's are the owner's alone
+    return cache if folder else cache / f"{name}.npz"
 
 
 # --- The bundled digits ----------------------------------------------------------------------
-
-# Enough for 150 nodes of the main_class rule at 400 images of a main class each.
-_DIGITS_PER_CLASS = 6000
-_DIGITS_TEST_SHARE = 0.2
-# The stand-in is one fixed dataset: its split and distortions do not follow SEED.
-_DIGITS_SEED = 0
 
 
 def load_digits(settings: Settings) -> Dataset:
@@ -324,8 +262,9 @@ def load_digits(settings: Settings) -> Dataset:
 
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
     fifth of each class is the test set, not distorted. The other digits of a class are repeated
-    to 6,000 training images. Each gets a small seeded distortion: it is turned by up to 5
-    degrees, scaled by 0.95 to 1.05, sheared by up to 0.05 and shifted by up to half a pixel.
+    to 6,000 training images, enough for 150 nodes. Each gets a small seeded distortion: it is
+    turned by up to 5 degrees, scaled by 0.95 to 1.05, sheared by up to 0.05 and shifted by up to
+    half a pixel.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_bundled
@@ -336,45 +275,41 @@ def load_digits(settings: Settings) -> Dataset:
     images = np.pad(enlarged, ((0, 0), (4, 4), (4, 4)))
     labels = bundled.target.astype(np.uint8)
 
-    rng = np.random.default_rng(_DIGITS_SEED)
+    rng = np.random.default_rng(0)  # one fixed dataset, whatever SEED is
     train, test = [], []
     for digit in range(10):
         members = rng.permutation(np.flatnonzero(labels == digit))
-        cut = round(len(members) * _DIGITS_TEST_SHARE)
+        cut = round(len(members) * 0.2)
         test.append(members[:cut])
-        train.append(np.resize(members[cut:], _DIGITS_PER_CLASS))
+        train.append(np.resize(members[cut:], 6000))
     # Mixed classes, as in MNIST: the main_class rule takes its images in the dataset's order.
-    train_index = rng.permutation(np.concatenate(train))
-    test_index = rng.permutation(np.concatenate(test))
+    train_index, test_index = (rng.permutation(np.concatenate(part)) for part in (train, test))
+    parts = (_distorted(images[train_index], rng), images[test_index])
+    x_train, x_test = (np.rint(255 * part).astype(np.uint8) for part in parts)
     return Dataset(
         name="digits",
-        x_train=_to_uint8(_distorted(images[train_index], rng)),
+        x_train=x_train,
         y_train=labels[train_index],
-        x_test=_to_uint8(images[test_index]),
+        x_test=x_test,
         y_test=labels[test_index],
         source="scikit-learn's bundled digits, training digits distorted",
         verdict="stand-in",
     )
 
 
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    return np.rint(images * 255).astype(np.uint8)
-
-
 def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return each (n, 28, 28) image under a small random affine map about its middle."""
     from keras import ops
 
-    n, height, width = images.shape
+    n, middle = len(images), (images.shape[1] - 1) / 2
     angle = np.deg2rad(rng.uniform(-5, 5, n))
     scale, shear = rng.uniform(0.95, 1.05, n), rng.uniform(-0.05, 0.05, n)
     shift = rng.uniform(-0.5, 0.5, (2, n))
     # Output pixel (x, y) takes its value from input pixel (a x + b y + c, d x + e y + f).
     a, b = np.cos(angle) / scale, (shear - np.sin(angle)) / scale
     d, e = np.sin(angle) / scale, np.cos(angle) / scale
-    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
-    c = middle_x - a * middle_x - b * middle_y + shift[0]
-    f = middle_y - d * middle_x - e * middle_y + shift[1]
+    c = middle - a * middle - b * middle + shift[0]
+    f = middle - d * middle - e * middle + shift[1]
     maps = np.stack([a, b, c, d, e, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
     moved = ops.image.affine_transform(
         images[..., None], maps, interpolation="bilinear", fill_mode="constant"
@@ -383,25 +318,18 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def load_auto(settings: Settings) -> Dataset:
-    """Return MNIST if it can be found or downloaded, else the bundled digits with a warning.
-
-    Raises:
-        ConfigError, DataError: as ``load_published``.
-    """
+    """Return MNIST as ``load_published``, else the bundled digits with a warning."""
     try:
         return load_published("mnist", settings)
     except DataNotFound as error:
         bar = "=" * 88
-        reasons = textwrap.fill(str(error), 88, break_long_words=False, break_on_hyphens=False)
         warn(
             f"NOT MNIST\n{bar}\nTHIS RUN USES SCIKIT-LEARN'S BUNDLED DIGITS INSTEAD OF MNIST.\n"
-            "Its numbers can't be compared with the paper's. Results and plots say 'digits'.\n\n"
-            f"{reasons}\n{bar}"
+            f"Its numbers can't be compared with the paper's.\n{error}\n{bar}"
         )
         return load_digits(settings)
 
 
-# The values of DATASET. A function added here can be named there.
 DATASETS: dict[str, Callable[[Settings], Dataset]] = {
     "auto": load_auto,
     "mnist": partial(load_published, "mnist"),
@@ -411,82 +339,61 @@ DATASETS: dict[str, Callable[[Settings], Dataset]] = {
 
 
 def load(settings: Settings) -> Dataset:
-    """Return the dataset that DATASET names.
-
-    Raises:
-        ConfigError: no such dataset or shard rule, or DATA_DIR is not a folder.
-        DataError, DataNotFound: as the dataset's own function.
-    """
-    _check_name("DATASET", settings.DATASET, DATASETS)
-    _check_name("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)  # before a download
-    return DATASETS[settings.DATASET](settings)
+    """Return the dataset that DATASET names; ConfigError if there is none."""
+    return _named("DATASET", settings.DATASET, DATASETS)(settings)
 
 
-def _check_name(setting: str, name: str, known: dict[str, Any]) -> None:
+def _named(setting: str, name: str, known: dict[str, Any]) -> Any:
+    """Return what a setting names."""
     if name not in known:
         raise ConfigError(f"{setting}: got {name!r}, takes one of {', '.join(known)}")
+    return known[name]
 
 
 # --- Shards ----------------------------------------------------------------------------------
 
 
-def main_class_shards(
-    labels: np.ndarray, settings: Settings, rng: np.random.Generator
-) -> list[np.ndarray]:
+Shards = list[np.ndarray]  # each node's training images, as indices
+
+
+def main_class_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator) -> Shards:
     """Return shards with a main class each, and some images of all others (public code).
 
     Of SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of the class n mod C and the
     rest of the other C - 1 classes. Both are taken in the dataset's order: with g = n // C, the
     main class's images [g m, (g+1) m) and the images [g (S-m), (g+1) (S-m)) of all the others.
     So with N = C the supplementary images are nearly the same on every node.
-
-    Raises:
-        ConfigError: the dataset has too few images of a class.
     """
-    classes = int(labels.max()) + 1
-    size = settings.SAMPLES_PER_NODE
+    classes, size = int(labels.max()) + 1, settings.SAMPLES_PER_NODE
     main = round(settings.HETEROGENEITY * size)
+    rest = size - main
     shards = []
     for node in range(settings.NUM_NODES):
         group, digit = divmod(node, classes)
-        own, others = np.flatnonzero(labels == digit), np.flatnonzero(labels != digit)
-        taken = []
-        for images, count, kind in ((own, main, "of"), (others, size - main, "outside")):
-            end = (group + 1) * count
-            if len(images) < end:
-                raise ConfigError(
-                    f"SAMPLES_PER_NODE: got {size}, takes fewer: node {node} needs {end} training "
-                    f"images {kind} class {digit}, the dataset has {len(images)}"
-                )
-            taken.append(images[end - count : end])
-        shards.append(np.concatenate(taken))
+        own = np.flatnonzero(labels == digit)[group * main : (group + 1) * main]
+        others = np.flatnonzero(labels != digit)[group * rest : (group + 1) * rest]
+        if len(own) < main or len(others) < rest:
+            raise ConfigError(
+                f"SAMPLES_PER_NODE: got {size}, takes fewer: the dataset has too few training "
+                f"images for node {node} and its main class {digit}"
+            )
+        shards.append(np.concatenate([own, others]))
     return shards
 
 
-def iid_shards(
-    labels: np.ndarray, settings: Settings, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Return IID shards: drawn from all images, without overlap (the field's usual).
-
-    Raises:
-        ConfigError: the dataset has fewer than N * SAMPLES_PER_NODE training images.
-    """
+def iid_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator) -> Shards:
+    """Return IID shards: drawn from all images, without overlap (the field's usual)."""
     _check_disjoint(labels, settings)
     order = rng.permutation(len(labels))[: settings.NUM_NODES * settings.SAMPLES_PER_NODE]
     return np.split(order, settings.NUM_NODES)
 
 
-def dirichlet_shards(
-    labels: np.ndarray, settings: Settings, rng: np.random.Generator
-) -> list[np.ndarray]:
+def dirichlet_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator) -> Shards:
     """Return shards of the same size whose class shares are drawn for each, without overlap.
 
     The shares are Dirichlet with concentration DIRICHLET_ALPHA for each class (Hsu, Qi and
     Brown 2019, arXiv 1909.06335). Where a class runs out, its share goes to the classes that
     are left, in proportion.
-
-    Raises:
-        ConfigError: the dataset has fewer than N * SAMPLES_PER_NODE training images.
     """
     _check_disjoint(labels, settings)
     classes = int(labels.max()) + 1
@@ -495,14 +402,12 @@ def dirichlet_shards(
     for _ in range(settings.NUM_NODES):
         shares = rng.dirichlet(np.full(classes, settings.DIRICHLET_ALPHA))
         shard: list[int] = []
-        while len(shard) < settings.SAMPLES_PER_NODE:
+        while missing := settings.SAMPLES_PER_NODE - len(shard):
             left = np.array([len(pool) for pool in pools])
             open_shares = np.where(left > 0, shares, 0)
             if open_shares.sum() == 0:  # every class that this node wants is gone
                 open_shares = left.astype(float)
-            wanted = rng.multinomial(
-                settings.SAMPLES_PER_NODE - len(shard), open_shares / open_shares.sum()
-            )
+            wanted = rng.multinomial(missing, open_shares / open_shares.sum())
             for pool, count in zip(pools, np.minimum(wanted, left), strict=True):
                 shard.extend(pool.pop() for _ in range(count))
         shards.append(np.array(shard))
@@ -513,34 +418,30 @@ def _check_disjoint(labels: np.ndarray, settings: Settings) -> None:
     size, most = settings.SAMPLES_PER_NODE, len(labels) // settings.NUM_NODES
     if size > most:
         raise ConfigError(
-            f"SAMPLES_PER_NODE: got {size}, takes at most {most}: the dataset has {len(labels)} "
-            f"training images for NUM_NODES = {settings.NUM_NODES}"
+            f"SAMPLES_PER_NODE: got {size}, takes at most {most}, the training images per node"
         )
 
 
-# The values of SHARD_RULE. A function added here can be named there.
-SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], list[np.ndarray]]] = {
+SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], Shards]] = {
     "main_class": main_class_shards,
     "iid": iid_shards,
     "dirichlet": dirichlet_shards,
 }
 
 
-def make_shards(dataset: Dataset, settings: Settings) -> list[np.ndarray]:
+def make_shards(dataset: Dataset, settings: Settings) -> Shards:
     """Return which training images each node has: N int32 arrays of indices into ``x_train``.
 
     Raises:
         ConfigError: no such rule, or one that the dataset can't fill.
     """
-    _check_name("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)
-    rule = SHARD_RULES[settings.SHARD_RULE]
-    shards = list(map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards"))))
+    rule = _named("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)
+    shards = [*map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards")))]
     size = len(dataset.y_train)
-    good = all(
+    if len(shards) != settings.NUM_NODES or not all(
         s.ndim == 1 and s.size > 0 and s.dtype.kind in "iu" and s.min() >= 0 and s.max() < size
         for s in shards
-    )
-    if len(shards) != settings.NUM_NODES or not good:
+    ):
         raise ConfigError(
             f"SHARD_RULE: got {len(shards)} shards of {settings.SHARD_RULE!r}, takes NUM_NODES = "
             f"{settings.NUM_NODES} arrays of integers, none empty, all below {size}"

@@ -166,6 +166,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         distances: (N, N) float64.
         foundation: a ``FoundationModel``; trains and evaluates.
         observation_size: length of an observation.
+        threads: how many CPU threads compute.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  # as Gymnasium declares it
@@ -174,7 +175,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
         self.settings = settings or Settings()
-        use_cpu(self.settings.THREADS)  # before a dataset is made, which may compute as well
+        # Before a dataset is made, which may compute as well.
+        self.threads = use_cpu(self.settings.THREADS)
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)

@@ -149,24 +149,22 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
     Raises:
         UserError, OSError: what the user or the system has to correct.
     """
-    import data
-    import models
     import plot
     from environment import DecentralizedLearning
     from records import Run
 
-    threads = models.use_cpu(settings.THREADS)
-    dataset = data.load(settings)
+    # Whatever the data can't fill is refused here, before a file is written.
+    environment = DecentralizedLearning(settings)
+    dataset = environment.dataset
     if data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--config: the {dataset.name} data here is not the data of that run")
-    data.make_shards(dataset, settings)  # refuses what it can't fill before a file is written
-    with Run(settings, dataset, threads) as run:
+    with Run(settings, dataset, environment.threads) as run:
         if run.finished:
             print(f"{run.folder} is finished already; for another run choose a --name")
         else:
             if run.episodes_finished:
                 print(f"continuing {run.folder} after episode {run.episodes_finished}")
-            train(DecentralizedLearning(settings, dataset), run)
+            train(environment, run)
             plot.draw_run(run.folder)
             run.finish()
         print(plot.summary(run.folder))

@@ -22,26 +22,17 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 import cli
+import records
 from config import UserError
-from records import (
-    DISTANCE_COLUMNS,
-    EPISODE_COLUMNS,
-    ROUND_COLUMNS,
-    SHARD_COLUMNS,
-    read_table,
-    replacing,
-)
 
-# Width of a figure in one column and over two columns, in inches.
-SINGLE, DOUBLE = 3.5, 7.0
+SINGLE, DOUBLE = 3.5, 7.0  # width of a figure in one column and over two columns, inches
 
 # Figures are drawn at the size at which they are printed: no text is below 7 pt.
-# Any: newer versions of Matplotlib type the keys one by one, older ones as str.
+# Any: Matplotlib's versions type the keys differently.
 STYLE: Any = {
     "font.size": 8,
     "figure.titlesize": 8,
     "axes.titlesize": 8,
-    "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
@@ -70,28 +61,16 @@ COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 LINES = ("-", "--", ":", "-.")
 
 # File formats, with the metadata that leaves out the time of writing.
-FORMATS: dict[str, dict[str, Any]] = {
-    "png": {},
-    "pdf": {"CreationDate": None},
-    "svg": {"Date": None},
-}
+FORMATS: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure, whole or not at all, in the format that the path's suffix names.
 
-    A function that draws a figure is decorated with ``@matplotlib.rc_context(STYLE)``.
-
-    Args:
-        path: the file's, with a suffix in FORMATS.
-        figure: made with ``layout="constrained"`` and without pyplot.
-
-    Raises:
-        UserError: the folder may not be written.
-        OSError: the system refuses the file.
+    What draws it is decorated with ``@matplotlib.rc_context(STYLE)`` and does not use pyplot.
     """
     name = path.suffix[1:]
-    with matplotlib.rc_context(STYLE), replacing(path) as file:
+    with matplotlib.rc_context(STYLE), records.replacing(path) as file:
         figure.savefig(file, format=name, metadata=FORMATS[name])
 
 
@@ -102,27 +81,16 @@ def data_note(dataset: str) -> str:
 
 # --- Tables ----------------------------------------------------------------------------------
 
-# Episodes in a moving average, in a row of the summary, and in "first" and "last".
-WINDOW = 20
-
-# Episodes or seeds that an interval by Student's t needs; with fewer it says nothing.
-FEWEST = 5
+WINDOW = 20  # episodes in a moving average, in a row of the summary, in "first" and in "last"
+FEWEST = 5  # episodes or seeds that an interval by Student's t needs; with fewer it says nothing
 
 # Reductions that the paper reports for HL on MNIST, relative to a random policy.
 PUBLISHED = {"rounds": 0.508, "communication_cost": 0.746}
 
-# Episodes that stand for the random policy: epsilon is 0.83 or more in the first ten.
-_RANDOM_EPISODES, _RANDOM_EPSILON = 10, 0.8
-
-_COLUMNS = {
-    "episodes": EPISODE_COLUMNS,
-    "rounds": ROUND_COLUMNS,
-    "shards": SHARD_COLUMNS,
-    "distances": DISTANCE_COLUMNS,
-}
+Tables = dict[str, pd.DataFrame]
 
 
-def read_run(folder: Path) -> dict[str, pd.DataFrame]:
+def read_run(folder: Path) -> Tables:
     """Return the tables ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's folder.
 
     Rounds of an episode that is not finished are left out.
@@ -130,14 +98,16 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         UserError: the folder holds no run, no finished episode, or a table is missing or damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, takes results/<name>")
     if (folder / "jobs.csv").exists():
         command = f"python3 -m experiments.figures {folder}"
         raise UserError(f"{folder}: a comparison, takes a run; {command} draws it")
-    if not (folder / "episodes.csv").exists():
-        raise UserError(f"{folder}: holds no run, takes results/<name> with episodes.csv")
-    tables = {n: read_table(folder / f"{n}.csv", columns) for n, columns in _COLUMNS.items()}
+    columns = {
+        "episodes": records.EPISODE_COLUMNS,
+        "rounds": records.ROUND_COLUMNS,
+        "shards": records.SHARD_COLUMNS,
+        "distances": records.DISTANCE_COLUMNS,
+    }
+    tables = {name: records.read_table(folder / f"{name}.csv", columns[name]) for name in columns}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     finished = tables["rounds"]["episode"].isin(tables["episodes"]["episode"])
@@ -149,9 +119,6 @@ def summary(folder: Path) -> str:
     """Return a Markdown table of a run's means over each 20 episodes, and the folder.
 
     Each mean has the half-width of its 95 % interval (Student's t over the episodes).
-
-    Raises:
-        UserError: as ``read_run``.
     """
     episodes = read_run(folder)["episodes"]
     lines = [
@@ -166,15 +133,13 @@ def summary(folder: Path) -> str:
             f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
     missed = int((episodes["goal_reached"] == 0).sum())
-    lines.append(
+    lines += [
         f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]} in "
         f"{episodes['seconds'].sum() / 60:.1f} min: {missed} missed the goal (counted with "
-        f"{episodes['max_rounds'].iloc[0]} rounds), {int(episodes['diverged'].sum())} diverged"
-    )
-    lines.append(
-        f"\N{PLUS-MINUS SIGN}: half-width of the mean's 95 % interval, from {FEWEST} episodes on"
-    )
-    lines.append(f"results and figures: {folder}")
+        f"{episodes['max_rounds'].iloc[0]} rounds), {int(episodes['diverged'].sum())} diverged",
+        f"\N{PLUS-MINUS SIGN}: half-width of the mean's 95 % interval, from {FEWEST} episodes on",
+        f"results and figures: {folder}",
+    ]
     return "\n".join(lines)
 
 
@@ -201,12 +166,8 @@ def moving_average(values: pd.Series) -> pd.Series:
 def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
     """Return (N, N) float64: of the transfers from node i, the share that went to node j.
 
-    With several nodes per round, the first one transfers the model to each node of the next round.
-    A node that never transferred the model has a row of zeros.
-
-    Args:
-        rounds: columns episode, round, node (text, several joined by "+").
-        count: number of nodes N.
+    With several nodes per round ("3+5"), the first one transfers the model to each node of the next
+    round. A node that never transferred the model has a row of zeros.
     """
     counts = np.zeros((count, count))
     for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
@@ -217,17 +178,17 @@ def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
     return np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
 
 
-def published_levels(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
+def published_levels(tables: Tables) -> dict[str, float]:
     """Return the rounds and cost that the published reductions would give this run.
 
-    The reductions apply to the mean of the first 10 episodes, if these are on MNIST and random.
-    Otherwise the result is empty.
+    The reductions apply to the mean of the first 10 episodes, if these are on MNIST and random:
+    epsilon is 0.83 or more there. Otherwise the result is empty.
     """
     episodes, rounds = tables["episodes"], tables["rounds"]
-    first = episodes[:_RANDOM_EPISODES]
+    first = episodes[:10]
     chosen_by = rounds.loc[rounds["episode"].isin(first["episode"]), "chosen_by"]
-    at_random = first["epsilon"].min() >= _RANDOM_EPSILON and "repeated" not in set(chosen_by)
-    if episodes["dataset"].iloc[0] != "mnist" or not at_random or len(first) < _RANDOM_EPISODES:
+    at_random = first["epsilon"].min() >= 0.8 and "repeated" not in set(chosen_by)
+    if episodes["dataset"].iloc[0] != "mnist" or not at_random or len(first) < 10:
         return {}
     return {column: first[column].mean() * (1 - share) for column, share in PUBLISHED.items()}
 
@@ -243,18 +204,9 @@ _CURVES = {
 
 
 def draw_run(folder: Path, format_: str = "png") -> None:
-    """Draw all figures of a run into its folder.
-
-    Args:
-        folder: the run's.
-        format_: a key of FORMATS.
-
-    Raises:
-        UserError: as ``read_run``.
-        OSError: a figure can't be written.
-    """
+    """Draw all figures of a run into its folder, in one of FORMATS; raises as ``read_run``."""
     tables = read_run(folder)
-    figures: dict[str, Callable[[dict[str, pd.DataFrame]], Figure]] = {
+    figures: dict[str, Callable[[Tables], Figure]] = {
         "learning": draw_learning,
         "accuracy": draw_accuracy,
         "transitions": draw_transitions,
@@ -264,7 +216,7 @@ def draw_run(folder: Path, format_: str = "png") -> None:
         save_figure(folder / f"{name}.{format_}", draw(tables))
 
 
-def _set_title(figure: Figure, text: str, tables: dict[str, pd.DataFrame]) -> None:
+def _set_title(figure: Figure, text: str, tables: Tables) -> None:
     figure.suptitle(f"{text} (data: {data_note(tables['episodes']['dataset'].iloc[0])})")
 
 
@@ -281,12 +233,11 @@ def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _label_at_right(axis: Axes, y: float, text: str) -> None:
-    """Label a horizontal line at the right of the panel."""
     axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
+def draw_learning(tables: Tables) -> Figure:
     """Draw reward, rounds and communication cost over the episodes, with moving averages."""
     episodes = tables["episodes"]
     figure, axes = _curve_panels(height=5.2)
@@ -308,13 +259,12 @@ def draw_learning(tables: dict[str, pd.DataFrame]) -> Figure:
         _label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _set_title(figure, "Training of the DQN", tables)
     return figure
 
 
-def _first_and_last(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
     """The rounds of the first and of the last episodes, without overlap, each with its title."""
     rounds, episodes = tables["rounds"], tables["episodes"]["episode"]
     count = min(WINDOW, len(episodes) // 2)
@@ -326,7 +276,7 @@ def _first_and_last(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataF
 
 
 @matplotlib.rc_context(STYLE)
-def draw_accuracy(tables: dict[str, pd.DataFrame]) -> Figure:
+def draw_accuracy(tables: Tables) -> Figure:
     """Draw accuracy over the rounds of the first and last episodes; ended ones keep their last."""
     parts = _first_and_last(tables)
     figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
@@ -370,7 +320,7 @@ def _cell_text(value: float, digits: int) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_transitions(tables: dict[str, pd.DataFrame]) -> Figure:
+def draw_transitions(tables: Tables) -> Figure:
     """Draw which node transfers the model to which, in the first and last episodes."""
     parts = _first_and_last(tables)
     count = 1 + tables["shards"]["node"].astype(int).max()
@@ -388,7 +338,7 @@ def draw_transitions(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_data(tables: dict[str, pd.DataFrame]) -> Figure:
+def draw_data(tables: Tables) -> Figure:
     """Draw how many images of which class each node holds, beside the nodes' distances."""
     shards = tables["shards"].astype({"node": int})
     images = shards.pivot(index="node", columns="class", values="images").to_numpy()
@@ -414,18 +364,14 @@ def draw_data(tables: dict[str, pd.DataFrame]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
-    """Draw the moving averages of several runs' reward, rounds and cost.
-
-    Args:
-        runs: the episodes of each run by its label.
-    """
+    """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
     figure, axes = _curve_panels(height=5.4)
     for axis, column in zip(axes, _CURVES, strict=True):
         for (label, table), color, style in zip(runs.items(), cycle(COLORS), cycle(LINES)):
             y = moving_average(table[column])
             axis.plot(table["episode"], y, style, color=color, label=label)
-        if column != "episode_reward":
-            axis.set_ylim(bottom=0)
+    for axis in axes[1:]:
+        axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     notes = dict.fromkeys(data_note(table["dataset"].iloc[0]) for table in runs.values())
     figure.suptitle(f"Training, mean of the last {WINDOW} episodes (data: {'; '.join(notes)})")
@@ -449,10 +395,7 @@ def _draw_all(folders: list[Path], format_: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the runs named on the command line and return the exit status.
-
-    It is 2 if a folder holds no run, and 1 if a file can't be written.
-    """
+    """Draw the runs of a command line; return 0, 2 if one is no run, 1 if a write fails."""
     examples = (
         "  python3 plot.py results/mnist-seed0     # one run, into its folder\n"
         "  python3 plot.py results/A results/B     # and an overlay of both: results/overlay.png"

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import os
 import platform
 import subprocess
-from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import filelock
 import numpy as np
@@ -51,8 +48,7 @@ _EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
-
-# What to do about a folder that can't be used.
+Json = dict[str, Any]
 _ADVICE = "move the folder away, or choose another --name"
 
 
@@ -65,12 +61,7 @@ class RunError(UserError):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of ``path`` once it is whole and on the disk.
-
-    Raises:
-        RunError: no file may be written into its folder.
-        OSError: the system refuses something else, for example because the disk is full.
-    """
+    """Open a file that takes the place of ``path`` once it is whole and on the disk."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -78,37 +69,20 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if denied and str(error.filename) == str(part):
-            raise RunError(f"{path.parent}: can't be written ({reason(error)})") from error
-        raise
+        if os.name == "posix":  # other systems can't open folders; here the rename is made to last
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, program: str) -> Iterator[None]:
     """Make a folder and keep other processes out of it meanwhile.
 
-    Args:
-        folder: of results.
-        program: what else may be writing there, for the error.
-
     Raises:
-        RunError: another process holds the folder, or it can't be written.
+        RunError: another process holds it, probably of ``program``, or it can't be written.
     """
     lock = filelock.FileLock(folder / ".lock")
     try:
@@ -132,29 +106,20 @@ class CsvTable:
     """A CSV file with fixed columns, one flushed row at a time.
 
     Floats are written so that reading gives the same bits. None is an empty field, a truth value
-    is 0 or 1, a list its members joined by "+".
-
-    Args:
-        path: continued if it exists.
-        columns: the header.
+    is 0 or 1, a list its members joined by "+". A file that exists is continued.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self.path = path
         self.columns = columns
-        new = not path.exists() or path.stat().st_size == 0
         self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        if new:
+        if self._file.tell() == 0:
             self._writer.writerow(columns)
             self._file.flush()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write one row and flush it.
-
-        Raises:
-            ValueError: the row's names are not the columns.
-        """
+        """Write one row and flush it; ValueError if its names are not the columns."""
         if set(row) != set(self.columns):
             raise ValueError(f"{self.path.name}: {sorted(set(row) ^ set(self.columns))}")
         self._writer.writerow([_text(row[column]) for column in self.columns])
@@ -191,34 +156,23 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         text = path.read_text(encoding="utf-8")
         text = text[: text.rfind("\n") + 1]
         table = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys(texts, str), **_EXACT)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:
+        for column in table.columns.difference(texts):
+            table[column] = pd.to_numeric(table[column])
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read ({' '.join(str(error).split())})") from error
     if list(table) != list(columns):
         raise UserError(f"{path}: got the columns {', '.join(table)}, takes {', '.join(columns)}")
-    for column in table.columns.difference(texts):
-        if len(table) and not pd.api.types.is_numeric_dtype(table[column]):
-            raise UserError(f"{path}: got values of {column} that are no numbers")
     return table.fillna(dict.fromkeys(texts, ""))
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV, whole or not at all.
-
-    Raises:
-        RunError, OSError: as ``replacing``.
-    """
+    """Write a table as CSV, whole or not at all."""
     with replacing(path) as file:
         file.write(table.to_csv(index=False, lineterminator="\n").encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary of JSON types, whole or not at all.
-
-    Raises:
-        RunError, OSError: as ``replacing``.
-    """
+    """Write a dictionary of JSON types, whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
@@ -247,13 +201,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def save_agent(
     path: Path, weights: dict[str, np.ndarray], settings: Settings, dataset: Dataset
 ) -> None:
-    """Write a trained Q-network, with the settings and the data that it was trained with.
+    """Write a trained Q-network as ``.npz``, with its settings, and its data's name and SHA-256.
 
-    Args:
-        path: of the ``.npz`` file.
-        weights: float32 arrays by layer, as ``FlatNetwork.named_arrays`` gives them.
-        settings: of the training.
-        dataset: of the training; its name and SHA-256 are stored.
+    ``weights`` are float32 arrays by layer, as ``FlatNetwork.named_arrays`` gives them.
     """
     about = {
         "settings": settings.stored(),
@@ -272,9 +222,7 @@ def load_agent(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays = read_arrays(path)
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); takes an agent.npz") from error
-    except (RunError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: holds no trained agent ({error}); takes an agent.npz") from error
     return arrays, about
 
@@ -282,27 +230,14 @@ def load_agent(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def read_transitions(path: Path, size: int, last: int) -> np.ndarray:
     """Return the last transitions in the first ``size`` bytes of a file, oldest first.
 
-    The file holds one array after the other, as ``numpy.save`` appends them.
-
-    Args:
-        path: of the file.
-        size: in bytes.
-        last: how many transitions to return at least, if there are as many. Earlier arrays are
-            dropped while reading: together they may not fit into memory.
-
-    Raises:
-        ValueError: the file is damaged.
+    It holds one array after the other, as ``numpy.save`` appends them; ValueError if damaged.
     """
-    parts: deque[np.ndarray] = deque()
-    count = 0
+    parts = []
     with path.open("rb") as file:
         try:
             while file.tell() < size:
                 parts.append(np.load(file, allow_pickle=False))
-                count += len(parts[-1])
-                while len(parts) > 1 and count - len(parts[0]) >= last:
-                    count -= len(parts.popleft())
-            return np.concatenate(parts)
+            return np.concatenate(parts)[-last:]
         except Exception as error:  # NumPy raises many types
             raise ValueError(f"{path.name}: {' '.join(str(error).split())}") from error
 
@@ -310,41 +245,28 @@ def read_transitions(path: Path, size: int, last: int) -> np.ndarray:
 # --- Where a result comes from ---------------------------------------------------------------
 
 
-def circumstances(threads: int) -> dict[str, Any]:
-    """Return what a result depends on beside settings and data: revision, versions, machine.
-
-    Args:
-        threads: how many CPU threads compute.
-    """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+def circumstances(threads: int) -> Json:
+    """Return what a result depends on beside settings and data; it computes with ``threads``."""
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": threads,
     }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     return {"git_revision": git_revision(), "versions": versions, "machine": machine}
 
 
 def git_revision() -> str | None:
-    """Return the project's commit, with "+changes" if its files differ; None outside a clone.
-
-    Results don't count: those of a run would mark the revision of the next one.
-    """
+    """Return the project's commit, "+changes" if files beside results differ; None if no clone."""
 
     def git(*arguments: str) -> str:
-        # Under sudo the clone is another user's; git needs to be told that this is meant.
-        command = ["git", "-c", f"safe.directory={PROJECT}", "-C", str(PROJECT), *arguments]
+        # With its folder named, git takes another user's clone, as under sudo, and no outer one.
+        command = ["git", "-C", str(PROJECT), "--git-dir=.git", "--work-tree=.", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         return result.stdout.strip()
 
     try:
-        # A copy without .git inside somebody's repository must not get that one's revision.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != PROJECT:
-            return None
         revision = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     except (OSError, subprocess.SubprocessError):
@@ -365,7 +287,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(there: Json, now: Json) -> list[str]:
     """Return ``"name = value there, value now"`` for each name that differs between both."""
     return [
         f"{name} = {there.get(name)!r} there, {now.get(name)!r} now"
@@ -379,16 +301,11 @@ def fingerprint(name: str, sha256: dict[str, str]) -> str:
     return " ".join([name, *(text[:6] for text in sha256.values())])
 
 
-def read_own(
-    path: Path,
-    kind: str,
-    comparable: Callable[[dict[str, Any]], dict[str, Any]],
-    now: dict[str, Any],
-) -> dict[str, Any] | None:
+def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Json) -> Json | None:
     """Return the JSON file that says whose a folder is; None if the folder is empty.
 
     Args:
-        path: of the file; names that begin with a dot do not count as content of its folder.
+        path: of the file.
         kind: what the folder holds: run, comparison or audit.
         comparable: from the file's content to the values that have to be those of ``now``.
         now: the present values.
@@ -399,10 +316,9 @@ def read_own(
     folder = path.parent
     try:
         if not path.exists():
-            files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-            others = [name for name in files if not name.startswith(".")]
+            others = sorted(file.name for file in folder.glob("[!.]*"))  # .lock does not count
             if others:
-                raise RunError(f"{folder}: holds {min(others)} but no {path.name}; {_ADVICE}")
+                raise RunError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
@@ -421,22 +337,14 @@ def read_own(
 class Run:
     """The folder ``results/<name>/`` of one run; a context manager that holds its lock.
 
-    Args:
-        settings: the run's; stored in ``config.json``, but for the names of places.
-        dataset: its name, source, verdict and SHA-256 are stored.
-        threads: how many CPU threads the run computes with.
-
     Attributes:
         folder: where everything is.
         episodes_finished: by this run and those that it continues.
         config: the content of ``config.json``.
 
     Raises:
-        RunError: the folder can't be written, or holds another run, a damaged one, one that is
-            running, or something else.
+        RunError: the folder can't be written, is in use, damaged, or holds something else.
     """
-
-    _TABLES: ClassVar = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
 
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
         self.settings = settings
@@ -444,43 +352,29 @@ class Run:
         self.name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
         self.folder = settings.results_dir / self.name
         self.episodes_finished = 0
-        self.config: dict[str, Any] = {}
+        self.config: Json = {}
         self._threads = threads
-        self._config_path = self.folder / "config.json"
         self._checkpoint_path = self.folder / "checkpoint.npz"
         self._tables: dict[str, CsvTable] = {}
-        self._transitions: IO[bytes] | None = None
         self._sizes: dict[str, int] = {}  # of the files at the last checkpoint, in bytes
         self._state: dict[str, np.ndarray] | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
-        self._open.enter_context(locked(self.folder, "run"))
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder, "run"))
             self._read()
-        except BaseException:
-            self._open.close()
-            raise
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._tables and not self.finished:
             # On a full disk this fails as well: the state then stays "running", without a lock.
-            with contextlib.suppress(OSError, RunError):
+            with contextlib.suppress(OSError):
                 self._set_state("interrupted")
         # A last flush fails on a full disk; the error that stopped the run is the one to show.
-        for table in self._tables.values():
-            with contextlib.suppress(OSError):
-                table.close()
-        if self._transitions is not None:
-            with contextlib.suppress(OSError):
-                self._transitions.close()
-        self._open.close()
+        with contextlib.suppress(OSError):
+            self._open.close()
 
     @property
     def finished(self) -> bool:
@@ -491,7 +385,7 @@ class Run:
         """Read what an earlier session left. Nothing is written before ``start``."""
         now = self.settings.stored() | {"DATASET": None}
         now["data"] = fingerprint(self.dataset.name, self.dataset.sha256)
-        self.config = read_own(self._config_path, "run", _comparable, now) or {}
+        self.config = read_own(self.folder / "config.json", "run", _comparable, now) or {}
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
@@ -509,30 +403,27 @@ class Run:
             self._sizes = json.loads(str(self._state.pop("files")))
             self.episodes_finished = int(self._state["episode"]) - 1
             for name, size in self._sizes.items():
-                if (self.folder / name).stat().st_size < size:
-                    raise RunError(f"{self.folder / name}: shorter than at the last checkpoint")
+                path = self.folder / name
+                if not path.exists() or path.stat().st_size < size:
+                    raise RunError(f"{path}: shorter than at the last checkpoint")
         except RunError as error:
             raise RunError(f"{error}; {_ADVICE}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged_checkpoint(error) from error
-        except FileNotFoundError as error:
-            raise RunError(f"{error.filename}: missing; {_ADVICE}") from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.
 
-        Args:
-            shards: each node's training images, indices into ``dataset.x_train``.
-            distances: (N, N) float64.
+        ``shards`` are each node's indices into ``dataset.x_train``; ``distances`` (N, N) float64.
         """
         self._start_session()
-        for name in (*self._TABLES, _TRANSITIONS):
-            path = self.folder / name
-            if path.exists():
-                os.truncate(path, self._sizes.get(name, 0))
-        for name, columns in self._TABLES.items():
+        for name in ("rounds.csv", "episodes.csv", _TRANSITIONS):
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, self._sizes.get(name, 0))
+        for name, columns in (("rounds.csv", ROUND_COLUMNS), ("episodes.csv", EPISODE_COLUMNS)):
             self._tables[name] = CsvTable(self.folder / name, columns)
-        self._transitions = (self.folder / _TRANSITIONS).open("ab")
+            self._open.callback(self._tables[name].close)
+        self._transitions = self._open.enter_context((self.folder / _TRANSITIONS).open("ab"))
         write_table(self.folder / "shards.csv", shard_table(self.dataset, shards))
         write_table(self.folder / "distances.csv", distance_table(self.dataset.name, distances))
 
@@ -544,9 +435,8 @@ class Run:
             **circumstances(self._threads),
         }
         if self.config:
-            before = self.config["sessions"][-1] if self.config["sessions"] else session
             for key in ("versions", "git_revision", "machine"):
-                if before[key] != session[key]:
+                if self.config["sessions"][-1][key] != session[key]:
                     warn(f"continuing {self.name} with other {key}: bit-equality is not promised")
         else:
             self.config = {
@@ -573,7 +463,7 @@ class Run:
         ended = None if state == "running" else _now()
         self.config["state"] = state
         self.config["ended"] = self.config["sessions"][-1]["ended"] = ended
-        write_json(self._config_path, self.config)
+        write_json(self.folder / "config.json", self.config)
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """Write a row of one of the tables; the dataset's name is filled in."""
@@ -582,11 +472,8 @@ class Run:
     def checkpoint(self, agent_state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
         """Make the episode just recorded part of what a later session continues.
 
-        Args:
-            agent_state: the agent's after the episode, with ``episode``, the next one's number.
-            transitions: what the episode added to the replay buffer.
+        ``agent_state`` holds ``episode``, the next one's number; ``transitions`` are the new ones.
         """
-        assert self._transitions is not None, "start comes first"
         np.save(self._transitions, transitions, allow_pickle=False)
         self._transitions.flush()
         os.fsync(self._transitions.fileno())
@@ -601,14 +488,7 @@ class Run:
         return self._state
 
     def transitions(self, last: int) -> np.ndarray:
-        """Return the last transitions up to the last checkpoint, oldest first.
-
-        Args:
-            last: how many are needed; more may come, fewer only if there are no more.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """Return the last transitions up to the last checkpoint; see ``read_transitions``."""
         return read_transitions(self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS], last)
 
     def damaged_checkpoint(self, error: Exception) -> RunError:
@@ -621,14 +501,13 @@ class Run:
         self._remove_checkpoint()
 
     def _remove_checkpoint(self) -> None:
-        """Of no use to a finished run, and large."""
         self._checkpoint_path.unlink(missing_ok=True)
         (self.folder / _TRANSITIONS).unlink(missing_ok=True)
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def _comparable(config: Json) -> Json:
     """What of a run's ``config.json`` has to be the same when the run is continued."""
-    str(config["state"]), list(config["sessions"])  # they are needed later
+    config["state"], config["sessions"]  # they are needed later
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
     return {**config["settings"], "DATASET": None, "data": data}
@@ -636,13 +515,10 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 def shard_table(dataset: Dataset, shards: list[np.ndarray]) -> pd.DataFrame:
     """Return SHARD_COLUMNS: how many training images of each class each node holds."""
-    counts = [np.bincount(dataset.y_train[s], minlength=dataset.classes) for s in shards]
-    rows = [
-        (dataset.name, node, label, int(count))
-        for node, of_node in enumerate(counts)
-        for label, count in enumerate(of_node)
-    ]
-    return pd.DataFrame(rows, columns=list(SHARD_COLUMNS))
+    counts = np.stack([np.bincount(dataset.y_train[s], minlength=dataset.classes) for s in shards])
+    node, label = np.indices(counts.shape)
+    values = (dataset.name, node.ravel(), label.ravel(), counts.ravel())
+    return pd.DataFrame(dict(zip(SHARD_COLUMNS, values, strict=True)))
 
 
 def distance_table(dataset: str, distances: np.ndarray) -> pd.DataFrame:

@@ -5,8 +5,7 @@ Usage: ``python3 -m benchmarks.rounds [--output results/benchmark]``
 Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it as
 ``report.md``. Nothing else should use the cores meanwhile. Linux only: it reads memory from /proc.
 
-Whatever is compared takes turns within one run, and a ratio is the median of the turns' ratios. A
-machine that gets slower or faster meanwhile changes the seconds much, and the ratios little.
+What is compared takes turns within one run, and a ratio is the median of the turns' ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -36,12 +35,10 @@ from models import Moments, tf, use_cpu
 from node import DQNAgent
 from records import Run, cpu_name
 
-# Floating-point operations of the foundation model on one image, a multiplication and an addition
-# counted as two:
-#   first convolution   24 * 24 positions * 20 filters * 5 * 5 * 1 weights * 2 =   576,000
-#   second convolution    8 * 8 positions * 50 filters * 5 * 5 * 20 weights * 2 = 3,200,000
-#   dense                                       800 inputs * 10 outputs * 2    =    16,000
-# Training adds the gradient by the weights of all three layers, and by the inputs of the last two.
+# Floating-point operations of the foundation model on one image: a multiplication and an addition
+# count as two. Convolutions of 24 * 24 positions, 20 filters, 5 * 5 * 1 weights and of 8 * 8, 50,
+# 5 * 5 * 20; 800 * 10 dense weights. Training adds the gradients by weights and, but for the first
+# layer, by inputs.
 FORWARD = 576_000 + 3_200_000 + 16_000
 BACKWARD = FORWARD + 3_200_000 + 16_000
 
@@ -54,12 +51,12 @@ PARTS = ("training", "evaluation", "agent")
 
 # Trainings by the settings of main.py; those in one list run side by side. Of the trainings with N
 # nodes only the rest of a round counts, beside local training and evaluation: few images will do.
+_FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
+SIZES = {f"N = {nodes}": [{**_FEW, "NUM_NODES": nodes}] for nodes in (10, 100, 1000)}
 SIDE_BY_SIDE = {
     "one": [{"MAX_ROUNDS": 6}],
     "two": [{"MAX_ROUNDS": 6, "THREADS": 1, "SEED": seed} for seed in (0, 1)],
 }
-_FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
-SIZES = {f"N = {nodes}": [{**_FEW, "NUM_NODES": nodes}] for nodes in (10, 100, 1000)}
 TUNED = {"tuned": [{**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 18, "THREADS": 1}]}  # it needs 17
 
 # The run whose memory is watched. Its DQN is trained from about episode 33 on.
@@ -69,19 +66,8 @@ Row = tuple[str, str, str]  # what, measured, compared
 Episodes = dict[str, list[list[dict[str, float]]]]  # by kind, turn and process
 
 
-def take_turns(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Return each action's (repeats,) seconds; they take turns, after a first one that compiles."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 1):
-        for name, action in actions.items():
-            started = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - started)
-    return {name: np.array(values[1:]) for name, values in times.items()}
-
-
 def measure_round(dataset: data.Dataset, repeats: int) -> dict[str, np.ndarray]:
-    """Return the seconds of a round, its parts, the matrix product and the reference's round."""
+    """Return (repeats,) seconds each of a round, its parts, a matrix product and the reference."""
     settings = Settings(GOAL_ACCURACY=1.0, MAX_ROUNDS=repeats + 1)
     environment = DecentralizedLearning(settings, dataset)
     foundation = environment.foundation
@@ -104,7 +90,13 @@ def measure_round(dataset: data.Dataset, repeats: int) -> dict[str, np.ndarray]:
         "round": lambda: next(rounds),
         "reference": lambda: reference.round([0]),
     }
-    return take_turns(actions, repeats)
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats + 1):
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - started)
+    return {name: np.array(values[1:]) for name, values in times.items()}  # the first compiles
 
 
 def round_rows(times: dict[str, np.ndarray], test_images: int, samples: int) -> list[Row]:
@@ -112,13 +104,11 @@ def round_rows(times: dict[str, np.ndarray], test_images: int, samples: int) -> 
     product = times["product"]
     rate = f"{PRODUCT / np.median(product) / 1e9:.0f} GFLOP/s"
     rows = [(f"matrix product, {MATRIX} x {MATRIX}, float32", _seconds(product), rate)]
-    operations = {"evaluation": FORWARD, "training": FORWARD + BACKWARD}
-    for name, images in {"evaluation": test_images, "training": samples}.items():
-        flop = operations[name] * images
+    work = {"evaluation": FORWARD * test_images, "training": (FORWARD + BACKWARD) * samples}
+    for (name, flop), images in zip(work.items(), (test_images, samples), strict=True):
         rate = f"{flop / np.median(times[name]) / 1e9:.0f} GFLOP/s"
-        share = np.median(product / times[name]) * flop / PRODUCT
-        compared = f"{rate}, {share:.0%} of the matrix product's"
-        rows.append((f"{name}, {images} images", _seconds(times[name]), compared))
+        share = f"{np.median(product / times[name]) * flop / PRODUCT:.0%} of the matrix product's"
+        rows.append((f"{name}, {images} images", _seconds(times[name]), f"{rate}, {share}"))
     ratio = f"{np.median(times['reference'] / times['round']):.2f} times a round"
     rows.append(("round", _seconds(times["round"]), ""))
     return [*rows, ("round of the reference", _seconds(times["reference"]), ratio)]
@@ -134,75 +124,70 @@ def memory(name: str, process: int | str = "self") -> float:
     return int(status.split(f"{name}:")[1].split()[0]) * 1024 / 1e6
 
 
-class Training:
-    """A training as main.py's, at its end, of which one episode at a time is played and timed."""
+def _time(owner: Any, name: str, seconds: dict[str, float], part: str) -> None:
+    """Let each call of a method add its seconds to a part."""
+    method = getattr(owner, name)
 
-    def __init__(self, settings: Settings) -> None:
-        self.environment = DecentralizedLearning(settings)
-        observation = np.zeros(self.environment.observation_space.shape or (), np.float32)
-        self.agent = DQNAgent(len(observation), settings)
-        self.agent.epsilon = 0.0
-        for _ in range(settings.EPISODES * (settings.MAX_ROUNDS - 1)):  # as in a whole training
-            self.agent.replay.add(observation, [0], 0.0, observation, False)
-        self._run = Run(settings, self.environment.dataset, use_cpu(settings.THREADS))
-        self._run.__enter__()  # until the process ends; the folder is a temporary one
-        self._run.start(self.environment.shards, self.environment.distances)
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._time(self.environment.foundation, "train_epoch", "training")
-        self._time(self.environment.foundation, "evaluate", "evaluation")
-        self._time(self.agent, "act", "agent")
-        self._time(self.agent, "train", "agent")
-
-    def _time(self, owner: Any, name: str, part: str) -> None:
-        """Let each call of a method add its seconds to a part."""
-        method = getattr(owner, name)
-
-        def timed(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = method(*arguments)
-            self._seconds[part] += time.perf_counter() - started
-            return result
-
-        setattr(owner, name, timed)
-
-    def _policy(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
-        """Let the agent choose, but visit all nodes in turn, so that most nodes' models differ."""
-        _, chosen_by = self.agent.act(observation)
-        return [info["round"] % self.agent.actions], chosen_by
-
-    def episode(self) -> dict[str, float]:
-        """Play an episode as ``main.train`` does.
-
-        Returns:
-            Seconds per round, in all (``round``) and of its parts (``training``, ``evaluation``,
-            ``agent``), and ``memory``, the most that the process ever held in MB.
-        """
-        agent, run, rounds = self.agent, self._run, []
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+    def timed(*arguments: Any) -> Any:
         started = time.perf_counter()
-        for round_ in rollout(self.environment, self._policy, seed=0):
-            rounds.append(round_)
-            main.record_round(run, 1, round_)
-            if round_.observation is not None:
-                done = round_.terminated or round_.truncated
-                kept = round_.observation, round_.action, round_.reward, round_.next_observation
-                agent.remember(*kept, done=done)
-        main.record_episode(run, 1, rounds, agent.epsilon, agent.train(), started)
-        run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
-        self._seconds["round"] = time.perf_counter() - started
-        per_round = {part: value / len(rounds) for part, value in self._seconds.items()}
-        return {**per_round, "memory": memory("VmHWM")}
+        result = method(*arguments)
+        seconds[part] += time.perf_counter() - started
+        return result
+
+    setattr(owner, name, timed)
+
+
+def play_training(settings: Settings) -> Iterator[dict[str, float]]:
+    """Play episodes as ``main.train`` does at its end, with a full replay buffer.
+
+    Yields:
+        Seconds per round, in all (``round``) and of its parts (``training``, ``evaluation``,
+        ``agent``), and ``memory``, the most that the process ever held in MB.
+    """
+    environment = DecentralizedLearning(settings)
+    agent = DQNAgent(environment.observation_size, settings)
+    agent.epsilon = 0.0
+    observation = np.zeros(environment.observation_size, np.float32)
+    for _ in range(settings.EPISODES * (settings.MAX_ROUNDS - 1)):
+        agent.replay.add(observation, [0], 0.0, observation, False)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    _time(environment.foundation, "train_epoch", seconds, "training")
+    _time(environment.foundation, "evaluate", seconds, "evaluation")
+    _time(agent, "act", seconds, "agent")
+    _time(agent, "train", seconds, "agent")
+
+    def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
+        # The agent's choice is not taken: with all nodes in turn, most nodes' models differ.
+        return [info["round"] % settings.NUM_NODES], agent.act(observation)[1]
+
+    with Run(settings, environment.dataset, environment.threads) as run:
+        run.start(environment.shards, environment.distances)
+        while True:
+            seconds.update(dict.fromkeys(PARTS, 0.0))
+            started, rounds = time.perf_counter(), []
+            for round_ in rollout(environment, policy, seed=0):
+                rounds.append(round_)
+                main.record_round(run, 1, round_)
+                if round_.observation is not None:
+                    done = round_.terminated or round_.truncated
+                    kept = round_.observation, round_.action, round_.reward, round_.next_observation
+                    agent.remember(*kept, done=done)
+            main.record_episode(run, 1, rounds, agent.epsilon, agent.train(), started)
+            run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
+            whole = {**seconds, "round": time.perf_counter() - started}
+            per_round = {part: value / len(rounds) for part, value in whole.items()}
+            yield {**per_round, "memory": memory("VmHWM")}
 
 
 @functools.cache
-def _training(folder: str, **overrides: Any) -> Training:
+def _training(folder: str, **overrides: Any) -> Iterator[dict[str, float]]:
     own = tempfile.mkdtemp(dir=folder)
-    return Training(Settings(GOAL_ACCURACY=1.0, RESULTS_DIR=own, **overrides))
+    return play_training(Settings(GOAL_ACCURACY=1.0, RESULTS_DIR=own, **overrides))
 
 
 def play_episode(folder: str, overrides: dict[str, Any]) -> dict[str, float]:
     """Play the next episode of this process's training with these settings."""
-    return _training(folder, **overrides).episode()
+    return next(_training(folder, **overrides))
 
 
 def play_in_turns(kinds: dict[str, list[dict[str, Any]]], repeats: int) -> Episodes:

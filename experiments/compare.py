@@ -8,65 +8,46 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import (
-    Parser,
-    add_setting_flags,
-    available_cores,
-    count_of,
-    exit_status,
-    named_settings_of,
-    overrides_of,
-    seeds_of,
-    value_of,
-)
+import pandas as pd
+from tqdm import tqdm
+
+import cli
+import data
+import records
 from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
 from experiments.methods import METHODS, check_method
 
-# TensorFlow takes seconds to import. The functions below import what needs it, so that a mistake
-# on the command line is reported at once.
+# TensorFlow and SciPy take seconds to import. The functions below import what needs them, so that a
+# mistake on the command line is reported at once.
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from data import Dataset
     from experiments.jobs import Job
     from experiments.tuning import Log
 
 PROGRAM = "experiments.compare"
 
-# Enough to see how it goes within minutes on the bundled digits.
-_SEEDS, _TEST_EPISODES, _VALIDATION_EPISODES = "2", 5, 10
-
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        description: one line of help.
-        methods: names in ``METHODS``.
-        parameter: what varies: a setting's name, or words; "" if nothing does.
-        variants: each value's name, which is also a folder's, with the settings that it sets.
-    """
-
-    description: str
-    methods: tuple[str, ...]
-    parameter: str = ""
+    description: str  # one line of help
+    methods: tuple[str, ...]  # names in METHODS
+    parameter: str = ""  # what varies: a setting's name, or words; "" if nothing does
+    # Each value's name, which is also a folder's, with the settings that it sets.
     variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
 
 
-_TUNED = NAMED_SETTINGS["tuned"]
-
 # What the ablation takes out of the tuned settings. Settings that make no sense alone go together.
-_SCALES = ("BROADCAST_SCALE", "LOCAL_SCALE")
 _ABLATIONS = {
     "nothing": (),
-    "observation": ("OBSERVATION", "PCA_COMPONENTS", "PCA_SIGNS", *_SCALES),
+    "observation": ("OBSERVATION", "PCA_COMPONENTS", "PCA_SIGNS", "BROADCAST_SCALE", "LOCAL_SCALE"),
     "step-reward": ("REWARD_BASE", "REWARD_CEILING"),
     "progress-reward": ("REWARD_PROGRESS",),
     "persistent-exploration": ("EXPLORATION_PERSIST",),
@@ -77,7 +58,7 @@ _ABLATIONS = {
     "discount": ("DISCOUNT",),
     "epsilon-decay": ("EPSILON_DECAY",),
     "miss-penalty": ("MISS_PENALTY",),
-    "scales": _SCALES,
+    "scales": ("BROADCAST_SCALE", "LOCAL_SCALE"),
     "q-networks": ("Q_NETWORKS",),
     "dueling": ("DUELING",),
     "weight-decay": ("Q_WEIGHT_DECAY",),
@@ -115,7 +96,7 @@ COMPARISONS: dict[str, Comparison] = {
         ("hl",),
         "taken back",
         {
-            change: {name: value for name, value in _TUNED.items() if name not in names}
+            change: {k: v for k, v in NAMED_SETTINGS["tuned"].items() if k not in names}
             for change, names in _ABLATIONS.items()
         },
     ),
@@ -127,40 +108,20 @@ COMPARISONS: dict[str, Comparison] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A command line that was checked.
+    """A command line that was checked."""
 
-    Attributes:
-        name: of the comparison, or of a tuning trial.
-        comparison: its parameter and variants.
-        methods, seeds, test_episodes: what is run.
-        kind: of the episodes, ``test`` or ``validation``.
-        settings: of all jobs, before variants and methods change them.
-        named: the settings that the command line names.
-        agents: path of the given agent of each seed.
-        data_sha256: of the data that the given agents were trained on; {} for any.
-        workers: processes on this machine.
-        cluster: address of a Dask scheduler; "" for none.
-    """
-
-    name: str
-    comparison: Comparison
+    name: str  # of the comparison, or "trial"
+    comparison: Comparison  # its parameter and variants
     methods: list[str]
     seeds: list[int]
     test_episodes: int
-    kind: str
-    settings: Settings
-    named: set[str]
-    agents: dict[int, Path]
-    data_sha256: dict[str, str]
-    workers: int
-    cluster: str
-
-    def folder(self, dataset: str) -> Path:
-        """Return where the comparison's results go."""
-        results, name = self.settings.results_dir, self.settings.NAME
-        if self.kind == "validation":
-            return results / "tuning" / f"{name}-{dataset}"
-        return results / (name or f"{self.name}-{dataset}")
+    kind: str  # of the episodes: test or validation
+    settings: Settings  # of all jobs, before variants and methods change them
+    named: set[str]  # settings that the command line names
+    agents: dict[int, Path]  # the given agent of each seed
+    data_sha256: dict[str, str]  # of the data that these were trained on; {} for any
+    workers: int  # processes on this machine
+    cluster: str  # address of a Dask scheduler; "" for none
 
     def variants(self) -> dict[str, Settings]:
         """Return the settings with each value of what varies."""
@@ -168,31 +129,33 @@ class Plan:
         return {name: self.settings.replace(**changes) for name, changes in items}
 
 
-def _parser() -> Parser:
+def _parser() -> cli.Parser:
     examples = (
         f"  python3 -m {PROGRAM} --list\n"
         f"  python3 -m {PROGRAM} --dataset mnist --seeds 10 --test-episodes 20\n"
         f"  python3 -m {PROGRAM} --vary GOAL_ACCURACY=0.7,0.75,0.8 --methods hl,random"
     )
     text = "Compare methods over many seeds; results go to results/<name>/."
-    parser = Parser(PROGRAM, text, examples)
-    cores = available_cores()
+    parser = cli.Parser(PROGRAM, text, examples)
     add = parser.add_argument
-    add("comparison", nargs="?", metavar="NAME", help="a named comparison, see --list [paper]")
     add("--list", action="store_true", help="list comparisons and methods, and stop")
-    add("--vary", metavar="NAME=v1,v2,...", help="compare values of a setting instead")
-    add("--seeds", type=seeds_of, help=f"a number (5 is 0 to 4) or a list (0,3,7-9) [{_SEEDS}]")
-    add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
-    help_ = f"episodes that test each policy, per seed [{_TEST_EPISODES}]"
-    add("--test-episodes", type=count_of, metavar="N", help=help_)
-    help_ = f"a tuning trial: {_VALIDATION_EPISODES} validation episodes, logged in tuning.csv"
-    add("--validation", action="store_true", help=help_)
+    what, who, where = (parser.add_mutually_exclusive_group().add_argument for _ in range(3))
+    help_ = "a named comparison, see --list [paper]"
+    what("comparison", nargs="?", choices=COMPARISONS, default="paper", metavar="NAME", help=help_)
+    what("--vary", metavar="NAME=v1,v2,...", help="compare values of a setting instead")
+    what("--validation", action="store_true", help="a tuning trial, logged in tuning.csv")
+    help_ = "a number (5 is 0 to 4) or a list (0,3,7-9) [%(default)s]"
+    who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz, with its settings and its seed; repeatable"
-    add("--agent", action="append", default=[], metavar="FILE", help=help_)
-    add("--jobs", type=count_of, metavar="N", help=f"processes [{cores}, all cores]")
-    add("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
-    add("--seed", help=argparse.SUPPRESS)  # main.py's, which users try here as well
-    add_setting_flags(parser, {"--dataset": "DATASET", "--episodes": "EPISODES", "--name": "NAME"})
+    who("--agent", type=Path, action="append", default=[], metavar="FILE", help=help_)
+    add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
+    help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
+    add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
+    cores, help_ = str(cli.available_cores()), "processes [%(default)s, all cores]"
+    where("--jobs", type=cli.count_of, default=cores, metavar="N", help=help_)
+    where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
+    add("--seed", dest="SEED", help=argparse.SUPPRESS)  # main.py's, refused as --set SEED is
+    cli.add_setting_flags(parser, {f"--{n.lower()}": n for n in ("DATASET", "EPISODES", "NAME")})
     return parser
 
 
@@ -206,14 +169,15 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.list:
-        lines = [f"  {name:15} {c.description}" for name, c in COMPARISONS.items()]
-        methods = [f"  {name:15} {method.description}" for name, method in METHODS.items()]
-        print("\n".join(["comparisons:", *lines, "methods:", *methods]))
+        for kind, entries in (("comparisons", COMPARISONS), ("methods", METHODS)):
+            lines = [f"  {name:15} {entry.description}" for name, entry in entries.items()]
+            print("\n".join([f"{kind}:", *lines]))
         sys.exit(0)
-    named, base = overrides_of(parser, parsed), named_settings_of(parser, parsed)
+    named, base = cli.overrides_of(parser, parsed), cli.named_settings_of(parser, parsed)
     try:
-        _check_flags(parsed)
         plan = _plan_of(parsed, named, base)
+        if base and (plan.agents or plan.name == "ablation"):
+            raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
         _check_plan(plan)
         return plan
     except UserError as error:
@@ -222,33 +186,28 @@ def parse(arguments: list[str] | None = None) -> Plan:
 
 def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, Any]) -> Plan:
     """The plan of a command line that names some settings, on top of named settings."""
+    name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
-        name, comparison = "trial", Comparison("a tuning trial", ("hl",))
+        name, comparison = "trial", Comparison("", ("hl",))
     elif parsed.vary:
         name, comparison = _values_of(parsed.vary)
-    else:
-        name = parsed.comparison or "paper"
-        if name not in COMPARISONS:
-            raise ConfigError(f"comparison: got {name!r}, takes one of {', '.join(COMPARISONS)}")
-        comparison = COMPARISONS[name]
     agents, stored, data_sha256 = _read_agents(parsed.agent)
     values = {**stored, **base, **named}
     if "DATASET" not in values and Settings().DATASET == "auto":
         values["DATASET"] = "digits"  # takes minutes, where MNIST takes hours
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
-    default_episodes = _VALIDATION_EPISODES if parsed.validation else _TEST_EPISODES
     return Plan(
         name=name,
         comparison=comparison,
         methods=list(dict.fromkeys(m.strip() for m in methods)),
-        seeds=sorted(agents) or parsed.seeds or seeds_of(_SEEDS),
-        test_episodes=parsed.test_episodes or default_episodes,
+        seeds=sorted(agents) or parsed.seeds,
+        test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
         kind="validation" if parsed.validation else "test",
         settings=Settings(**values),
         named=set(named),
         agents=agents,
         data_sha256={} if "DATASET" in named else data_sha256,
-        workers=parsed.jobs or available_cores(),
+        workers=parsed.jobs,
         cluster=parsed.cluster,
     )
 
@@ -258,77 +217,51 @@ def _values_of(text: str) -> tuple[str, Comparison]:
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
     if not texts or name in {"DATASET", *names_of("run", "place")}:
-        raise ConfigError(
-            f"--vary: got {text!r}, takes NAME=v1,v2,... of the world's or the agent's settings"
-        )
+        raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
-        valid = getattr(Settings(**{name: value_of(name, value)}), name)
+        valid = getattr(Settings(**{name: cli.value_of(name, value)}), name)
         variants[str(valid).replace(" ", "")] = {name: valid}
     return name.lower(), Comparison("", ("hl", "random", "nearest_twice"), name, variants)
 
 
-def _read_agents(texts: list[str]) -> tuple[dict[int, Path], dict[str, Any], dict[str, str]]:
+def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any], dict[str, str]]:
     """The given agents by seed, the settings that all share, and the SHA-256 of their data."""
     agents: dict[int, Path] = {}
     shared: dict[str, Any] = {}
-    data_sha256: dict[str, str] = {}
-    for text in texts:
-        from records import differences, load_agent
-
-        path = Path(text).expanduser().resolve()
-        about = load_agent(path)[1]
+    for path in paths:
+        about = records.load_agent(path)[1]
         seed = about["settings"]["SEED"]
         own = {k: v for k, v in about["settings"].items() if k not in names_of("run")}
-        own["DATASET"] = about["dataset"]["name"]
+        own |= {"DATASET": about["dataset"]["name"], "data": about["dataset"]["sha256"]}
         if seed in agents:
             raise ConfigError(f"--agent: got two agents with seed {seed}, takes one of each")
-        if agents and (own, about["dataset"]["sha256"]) != (shared, data_sha256):
-            differing = "; ".join(differences(shared, own)) or "other data"
-            raise ConfigError(f"--agent: {text}: differs from the first ({differing})")
-        agents[seed], shared, data_sha256 = path, own, about["dataset"]["sha256"]
+        if agents and own != shared:
+            differing = "; ".join(records.differences(shared, own))
+            raise ConfigError(f"--agent: {path}: differs from the first ({differing})")
+        agents[seed], shared = path.resolve(), own
+    data_sha256 = shared.pop("data", {})
     return agents, shared, data_sha256
-
-
-def _check_flags(parsed: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other."""
-    named = f"got {parsed.comparison!r}" if parsed.comparison else ""
-    for wrong, message in (
-        (parsed.seed is not None, f"--seed: got {parsed.seed!r}, takes --seeds in a comparison"),
-        (parsed.jobs and parsed.cluster, "--jobs: got it beside --cluster, takes one of the two"),
-        (parsed.vary and named, f"--vary: {named} beside it, takes no named comparison"),
-        (parsed.validation and (named or parsed.vary), "--validation: takes no comparison"),
-        (parsed.agent and parsed.seeds, "--seeds: got it beside --agent, takes the agents' seeds"),
-        (parsed.agent and parsed.validation, "--agent: got it beside --validation, takes none"),
-        (
-            parsed.settings != "paper" and (parsed.agent or parsed.comparison == "ablation"),
-            "--settings: got it beside --agent or an ablation, which have their own",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(message)
 
 
 def _check_plan(plan: Plan) -> None:
     """Refuse settings that others set already, and methods that can't run."""
     varied = {setting for changes in plan.comparison.variants.values() for setting in changes}
-    if "SEED" in plan.named:
-        raise ConfigError("SEED: got it with --set, takes --seeds in a comparison")
-    for name in sorted(varied & plan.named):
-        value = getattr(plan.settings, name)
-        raise ConfigError(f"{name}: got {value!r} with --set, takes what the comparison sets")
-    for name in sorted((names_of("agent") | {"NUM_NODES"}) & (varied | plan.named)):
-        if plan.agents:
-            raise ConfigError(
-                f"{name}: got it beside --agent, takes what the agent was trained with"
-            )
-    if plan.agents and "hl" not in plan.methods:
-        raise ConfigError(f"--agent: got the methods {', '.join(plan.methods)}, takes hl as well")
-    if plan.kind == "validation":
-        if not plan.settings.NAME:
-            raise ConfigError("--validation: got no --name, takes the trial's name")
-        if plan.methods not in (["hl"], ["tuned"]):
-            raise ConfigError(f"--validation: got {', '.join(plan.methods)}, takes hl or tuned")
+    fixed = names_of("agent") | {"NUM_NODES"} if plan.agents else set()
+    twice = ", ".join(sorted(varied & plan.named))
+    trained = ", ".join(sorted(fixed & (varied | plan.named)))
+    names, trial = ", ".join(plan.methods), plan.kind == "validation"
+    for wrong, message in (
+        ("SEED" in plan.named, "SEED: got it, takes --seeds in a comparison"),
+        (twice, f"{twice}: got it with --set, takes the comparison's values"),
+        (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
+        (plan.agents and trial, "--agent: got it beside --validation, takes none"),
+        (plan.agents and "hl" not in plan.methods, f"--agent: got {names}, takes hl as well"),
+        (trial and not plan.settings.NAME, "--validation: got no --name, takes the trial's name"),
+        (trial and names not in ("hl", "tuned"), f"--validation: got {names}, takes hl or tuned"),
+    ):
+        if wrong:
+            raise ConfigError(message)
     for variant, settings in plan.variants().items():
         asked = plan.named | set(plan.comparison.variants[variant])
         for method in plan.methods:
@@ -350,21 +283,22 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
 
     jobs = []
     for variant, settings in plan.variants().items():
-        own = settings.replace(
-            NAME="", RESULTS_DIR=str(folder / "jobs" / variant), THREADS=settings.THREADS or 1
-        )
-        for method in plan.methods:
-            for seed in plan.seeds:
-                agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
-                of_seed = own.replace(SEED=seed)
-                jobs.append(Job(method, of_seed, variant, plan.test_episodes, agent, plan.kind))
+        place = {"NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
+        own = settings.replace(**place, THREADS=settings.THREADS or 1)
+        for method, seed in itertools.product(plan.methods, plan.seeds):
+            agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
+            of_seed = own.replace(SEED=seed)
+            jobs.append(Job(method, of_seed, variant, plan.test_episodes, agent, plan.kind))
     return sorted(jobs, key=lambda job: -job.episodes)
 
 
-def config_of(plan: Plan, dataset: Dataset) -> dict[str, Any]:
-    """Return what all jobs of a comparison share, for ``config.json``."""
-    stored = plan.settings.stored()
-    config = {
+def shared_config(plan: Plan, dataset: data.Dataset, folder: Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a comparison, with what its folder has already.
+
+    Raises:
+        UserError: the folder holds something else, and the means would be mixed.
+    """
+    values = {
         "comparison": plan.name,
         "parameter": plan.comparison.parameter,
         "variants": plan.comparison.variants,
@@ -372,60 +306,41 @@ def config_of(plan: Plan, dataset: Dataset) -> dict[str, Any]:
         "episodes": plan.kind,
         "test_episodes": plan.test_episodes,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
-        "settings": {k: v for k, v in stored.items() if k not in names_of("run")},
+        "settings": plan.settings.model_dump(mode="json", exclude=names_of("run", "place")),
     }
-    return json.loads(json.dumps(config))
+    config = json.loads(json.dumps(values))
+    several = ("variants", "methods")  # those have to agree that both have
 
-
-def merged_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a comparison's config with the methods and variants that its folder has already.
-
-    Raises:
-        UserError: the folder holds something else, and the means would be mixed.
-    """
-    from records import fingerprint, read_own
-
-    several = ("variants", "methods")
-
-    def comparable(stored: dict[str, Any]) -> dict[str, Any]:
-        names = ("comparison", "parameter", "episodes", "test_episodes")
-        flat = {name: stored[name] for name in names} | stored["settings"]
-        flat["data"] = fingerprint(stored["dataset"]["name"], stored["dataset"]["sha256"])
-        # Of methods and variants those have to agree that both have.
-        shared = {
-            f"{kind} {name}": stored[kind].get(name) for kind in several for name in config[kind]
-        }
-        return flat | {name: value for name, value in shared.items() if value is not None}
+    def comparable(content: dict[str, Any]) -> dict[str, Any]:
+        flat = {k: v for k, v in content.items() if k not in (*several, "settings", "dataset")}
+        flat["data"] = records.fingerprint(**content["dataset"])
+        for kind in several:
+            both = content[kind].keys() & config[kind].keys()
+            flat |= {f"{kind} {name}": content[kind][name] for name in both}
+        return flat | content["settings"]
 
     now = comparable(config)
-    stored = read_own(
-        folder / "config.json",
-        "comparison",
-        lambda stored: {**now, **comparable(stored)},
-        now,
+    found = records.read_own(
+        folder / "config.json", "comparison", lambda content: now | comparable(content), now
     )
-    return config if stored is None else stored | {k: stored[k] | config[k] for k in several}
+    return config if found is None else found | {k: found[k] | config[k] for k in several}
 
 
 Key = tuple[str, str, int]  # variant, method, seed
+_KEY = ["variant", "method", "seed"]
 
 
 class Tables:
     """The tables of a comparison's folder, which grow by a job's rows when the job is finished.
 
     A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
-
-    Args:
-        folder: the comparison's.
-        config: of the comparison, for the order of its variants.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         from experiments import estimates
 
         self.folder = folder
-        self._test_episodes = config["test_episodes"]
-        self._variants = list(config["variants"])
+        self._config = config
         # episodes.csv comes last: a job that is in it is in all others.
         self._columns = {
             "jobs": estimates.JOB_COLUMNS,
@@ -438,28 +353,32 @@ class Tables:
         """Return a table as text, so that no digit changes; without a file it has no rows.
 
         Raises:
-            UserError: the file can't be read, or has other columns.
+            UserError: the file is damaged, or has other columns.
         """
-        import pandas as pd
-
         path, columns = path or self.folder / f"{name}.csv", list(self._columns[name])
         if not path.exists():
             return pd.DataFrame(columns=columns, dtype=str)
         try:
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        except (OSError, ValueError) as error:
+            if list(table) != columns:
+                raise ValueError(f"got the columns {list(table)}, takes {columns}")
+        except ValueError as error:
             raise UserError(f"{path}: can't be read ({error})") from error
-        if list(table) != columns:
-            raise UserError(f"{path}: got the columns {list(table)}, takes {columns}")
         return table
 
-    def create(self) -> None:
-        """Write the tables that are missing, without rows."""
-        from records import write_table
+    def create(self, settings: Settings) -> None:
+        """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
+        from environment import distance_matrix
 
+        records.write_json(self.folder / "config.json", self._config)
         for name in self._columns:
             if not (self.folder / f"{name}.csv").exists():
-                write_table(self.folder / f"{name}.csv", self.read(name))
+                records.write_table(self.folder / f"{name}.csv", self.read(name))
+        table = pd.concat(
+            records.distance_table(variant, distance_matrix(settings.replace(**changes)))
+            for variant, changes in self._config["variants"].items()
+        ).rename(columns={"dataset": "variant"})
+        records.write_table(self.folder / "distances.csv", table)
 
     def finished(self) -> set[Key]:
         """Return the jobs all of whose test episodes, with all their rounds, are in the tables."""
@@ -467,26 +386,21 @@ class Tables:
         rounds = self.read("rounds").astype({"seed": int})
         counts = episodes.groupby(_KEY)["rounds"].agg(["size", "sum"])
         found = rounds.groupby(_KEY).size().reindex(counts.index)
-        whole = (counts["size"] == self._test_episodes) & (counts["sum"] == found)
-        return set(counts.index[whole])
+        complete = counts["size"] == self._config["test_episodes"]
+        return set(counts.index[complete & (counts["sum"] == found)])
 
     def add(self, name: str, rows: pd.DataFrame) -> None:
         """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
-        import pandas as pd
-
-        from records import write_table
-
-        rows = rows.astype(str)
-        old = self.read(name)
+        rows, old = rows.astype(str), self.read(name)
         replaced = pd.MultiIndex.from_frame(old[_KEY]).isin(pd.MultiIndex.from_frame(rows[_KEY]))
         table = pd.concat([old[~replaced], rows], ignore_index=True)
         ranks = {
-            "variant": table["variant"].map(self._variants.index),
+            "variant": table["variant"].map(list(self._config["variants"]).index),
             "method": table["method"].map(list(METHODS).index),
             "seed": table["seed"].astype(int),
         }
         order = pd.DataFrame(ranks).sort_values(_KEY, kind="stable").index
-        write_table(self.folder / f"{name}.csv", table.loc[order])
+        records.write_table(self.folder / f"{name}.csv", table.loc[order])
 
     def jobs(self) -> dict[Key, dict[str, Any]]:
         """Return the rows of ``jobs.csv`` by job."""
@@ -495,50 +409,28 @@ class Tables:
 
     def set_job(self, job: Job, state: str, **values: Any) -> None:
         """Write a job's row of ``jobs.csv``."""
-        import pandas as pd
-
         row = self.jobs().get(job.key, dict.fromkeys(self._columns["jobs"], ""))
-        row |= dict(zip(_KEY, job.key, strict=True)) | {"state": state, "error": ""}
-        self.add("jobs", pd.DataFrame([row | {"agent": sha256_of(job.agent)} | values]))
+        row |= dict(zip(_KEY, job.key, strict=True))
+        row |= {"state": state, "error": "", "agent": _sha256(job.agent), **values}
+        self.add("jobs", pd.DataFrame([row]))
 
     def collect(self, job: Job) -> None:
         """Add a finished job's rows to the tables, and copy its trained agent."""
-        from records import replacing
-
         if job.trains:
             path = job.training_folder / "episodes.csv"
-            self.add("training", _training_rows(job, path))
+            rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+            rows = rows.assign(**dict(zip(_KEY, job.key, strict=True)))
+            self.add("training", rows[list(self._columns["training"])])
             agent = self.folder / "agents" / job.variant / f"{job.name}.npz"
             agent.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(agent) as file:
+            with records.replacing(agent) as file:
                 file.write((job.training_folder / "agent.npz").read_bytes())
         for name in ("rounds", "episodes"):
             self.add(name, self.read(name, job.folder / f"{name}.csv"))
 
 
-_KEY = ["variant", "method", "seed"]
-
-
-def _training_rows(job: Job, path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for place, (name, value) in enumerate(zip(_KEY, job.key, strict=True), start=1):
-        rows.insert(place, name, str(value))
-    return rows
-
-
-def write_distances(folder: Path, variants: dict[str, Settings]) -> None:
-    """Write ``distances.csv``: the distance of each two nodes, for each variant's settings."""
-    import pandas as pd
-
-    from environment import distance_matrix
-    from experiments.estimates import DISTANCE_COLUMNS
-    from records import distance_table, write_table
-
-    tables = [distance_table(name, distance_matrix(own)) for name, own in variants.items()]
-    table = pd.concat(tables, ignore_index=True).set_axis(list(DISTANCE_COLUMNS), axis=1)
-    write_table(folder / "distances.csv", table)
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -547,17 +439,12 @@ def write_distances(folder: Path, variants: dict[str, Settings]) -> None:
 def compare(plan: Plan) -> int:
     """Run what is left of a comparison, write its tables and figures, and print its report.
 
-    Returns:
-        0, or 1 if a job failed.
-
-    Raises:
-        UserError: nothing was started.
+    Returns 1 if a job failed, else 0. After a UserError nothing was started.
     """
-    import data
     import models
+    from experiments import figures
     from experiments.jobs import dask_client, load_dataset
     from experiments.tuning import Log
-    from records import locked, write_json
 
     models.use_cpu(plan.settings.THREADS or 1)
     dataset = load_dataset(plan.settings.DATASET, plan.settings.DATA_DIR)
@@ -565,28 +452,32 @@ def compare(plan: Plan) -> int:
     plan = dataclasses.replace(plan, settings=plan.settings.replace(DATASET=dataset.name))
     if plan.data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--agent: trained on other data; --dataset {dataset.name} tests it here")
-    folder = plan.folder(dataset.name)
+    name = plan.settings.NAME or f"{plan.name}-{dataset.name}"
+    trial = f"tuning/{name}-{dataset.name}"
+    folder = plan.settings.results_dir / (trial if plan.kind == "validation" else name)
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
-    config = merged_config(folder, config_of(plan, dataset))
+    tables = Tables(folder, shared_config(plan, dataset, folder))
+    finished, rows = tables.finished(), tables.jobs()
     for job in jobs:
         data.make_shards(dataset, job.test_settings)
-    tables = Tables(folder, config)
-    finished = tables.finished()
+        if job.key in rows and rows[job.key]["agent"] != _sha256(job.agent):
+            raise UserError(f"{folder}: holds {job.name} of another agent; choose a --name")
     waiting = [job for job in jobs if job.key not in finished]
-    _check_agents(tables, jobs)
     log = Log(plan.settings, plan.named) if plan.kind == "validation" else None
-    workers = min(plan.workers, len(waiting))
-    with dask_client(workers, plan.cluster if waiting else "") as client, locked(folder, PROGRAM):
-        write_json(folder / "config.json", config)
-        tables.create()
-        write_distances(
-            folder, {n: plan.settings.replace(**v) for n, v in config["variants"].items()}
+    cluster, workers = plan.cluster if waiting else "", min(plan.workers, len(waiting))
+    with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
+        tables.create(plan.settings)
+        print(
+            f"{plan.name}: {len(plan.methods)} methods, {len(plan.seeds)} seeds, "
+            f"{len(plan.comparison.variants)} values, {plan.test_episodes} test episodes each: "
+            f"{len(jobs)} jobs, {len(waiting)} to do; results in {folder}",
+            flush=True,
         )
-        print(_summary(plan, jobs, waiting, folder), flush=True)
         for job in jobs:
-            if job.key in finished:
-                tables.set_job(job, "finished")
+            tables.set_job(job, "finished" if job.key in finished else "waiting")
+            if log and job.key not in finished:
+                log.write(job, "not finished")
         failed = _run(tables, waiting, client, log)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
@@ -595,46 +486,14 @@ def compare(plan: Plan) -> int:
         for job, error in failed:
             print(f"failed: {job.folder}: {error}")
         if len(failed) < len(jobs) and plan.kind == "test":
-            from experiments import figures
-
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
 
 
-def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a file; "" without a path."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-
-
-def _check_agents(tables: Tables, jobs: list[Job]) -> None:
-    """Refuse a given agent whose test is there with another agent's rows."""
-    rows = {
-        tuple(row[name] for name in _KEY): row for row in tables.read("jobs").to_dict("records")
-    }
-    for job in jobs:
-        row = rows.get((job.variant, job.method, str(job.settings.SEED)))
-        if row and row["state"] == "finished" and row["agent"] != sha256_of(job.agent):
-            raise UserError(f"{tables.folder}: holds {job.name} of another agent; choose a --name")
-
-
-def _summary(plan: Plan, jobs: list[Job], waiting: list[Job], folder: Path) -> str:
-    return (
-        f"{plan.name}: {len(plan.methods)} methods, {len(plan.seeds)} seeds, "
-        f"{len(plan.comparison.variants)} values, {plan.test_episodes} test episodes each: "
-        f"{len(jobs)} jobs, {len(waiting)} to do; results in {folder}"
-    )
-
-
 def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> list[tuple[Job, str]]:
     """Run the waiting jobs and collect each as it ends; return the failed ones and their errors."""
-    from tqdm import tqdm
-
     from experiments.jobs import run_jobs
 
-    for job in waiting:
-        tables.set_job(job, "waiting")
-        if log:
-            log.write(job, "not finished")
     bar = tqdm(
         total=sum(job.episodes for job in waiting),
         initial=sum(job.episodes_finished() for job in waiting),
@@ -648,22 +507,21 @@ def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> li
             if ended is None:
                 continue
             job, outcome = ended
-            if not outcome["error"]:
-                tables.collect(job)
-            else:
+            if outcome["error"]:
                 failed.append((job, outcome["error"]))
+            else:
+                tables.collect(job)
             tables.set_job(job, "failed" if outcome["error"] else "finished", **outcome)
             if log:
                 log.write(job, outcome["error"], outcome.get("seconds", 0.0))
-            done = f"failed: {outcome['error']}" if outcome["error"] else "finished"
-            bar.write(f"{' '.join(filter(None, [job.variant, job.name]))} {done}")
+            bar.write(f"{job.variant} {job.name} {outcome['error'] or 'finished'}".strip())
     return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a comparison; return the exit status, as main.py's, and 1 if a job failed."""
     plan = parse(arguments)
-    return exit_status(PROGRAM, lambda: compare(plan))
+    return cli.exit_status(PROGRAM, lambda: compare(plan))
 
 
 if __name__ == "__main__":

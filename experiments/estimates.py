@@ -51,8 +51,7 @@ QUANTITIES = tuple(
     "diverged".split()
 )
 
-# What identifies a job.
-_JOB = ["variant", "method", "seed"]
+_JOB = ["variant", "method", "seed"]  # what identifies a job
 
 # A quantity's name, its statistic, and the (S, E) arrays that the statistic takes.
 Statistic = Callable[..., np.ndarray]
@@ -70,8 +69,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         have the rows of the finished ones. All are data frames with the columns above.
 
     Raises:
-        UserError: a file is missing or damaged, no job is finished, or the tables contradict each
-            other.
+        UserError: a file is missing or damaged, or no job is finished.
     """
     tables: dict[str, Any] = {
         "config": _read_config(folder / "config.json"),
@@ -88,7 +86,15 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     ):
         table = records.read_table(folder / f"{name}.csv", columns)
         tables[name] = table[pd.MultiIndex.from_frame(table[_JOB]).isin(of_finished)]
-    _check_tables(folder, finished, tables)
+    expected = tables["config"]["test_episodes"]
+    counts = tables["episodes"].groupby(_JOB).size()
+    for job in finished[_JOB].itertuples(index=False, name=None):
+        if counts.get(job, 0) != expected:
+            name = " ".join(filter(None, map(str, job)))
+            raise UserError(
+                f"{folder / 'episodes.csv'}: got {counts.get(job, 0)} test episodes of {name}, "
+                f"takes {expected}; run the comparison again"
+            )
     return tables
 
 
@@ -101,28 +107,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a comparison's config.json ({error})") from error
     return config
-
-
-def _check_tables(folder: Path, finished: pd.DataFrame, tables: dict[str, Any]) -> None:
-    """Raise a UserError if a finished job's episodes or rounds are not all there."""
-    episodes, expected = tables["episodes"], tables["config"]["test_episodes"]
-    counts = episodes.groupby(_JOB).size().to_dict()
-    for job in finished[_JOB].itertuples(index=False, name=None):
-        if counts.get(job, 0) != expected:
-            name = " ".join(filter(None, map(str, job)))
-            raise UserError(
-                f"{folder / 'episodes.csv'}: got {counts.get(job, 0)} test episodes of {name}, "
-                f"takes {expected}; run the comparison again"
-            )
-    recorded = tables["rounds"].groupby([*_JOB, "episode"]).size().to_dict()
-    if episodes.set_index([*_JOB, "episode"])["rounds"].to_dict() != recorded:
-        raise UserError(
-            f"{folder / 'rounds.csv'}: got rounds that don't fit episodes.csv; run the comparison "
-            "again"
-        )
-    for column in ("dataset", "goal_accuracy", "max_rounds"):
-        if (episodes.groupby("variant")[column].nunique() > 1).any():
-            raise UserError(f"{folder / 'episodes.csv'}: got several values of {column}, takes one")
 
 
 def select(table: pd.DataFrame, variant: str, method: str) -> pd.DataFrame:

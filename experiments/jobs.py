@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,21 @@ import models
 from config import PROJECT, Settings, UserError, episode_seed, reason, stream
 from environment import DecentralizedLearning, rollout
 from experiments.estimates import EPISODE_COLUMNS, ROUND_COLUMNS
-from experiments.methods import METHODS, Policy
+from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
 from records import CsvTable, Run, circumstances, load_agent, locked
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One method with one seed.
+    """One method with one seed."""
 
-    Attributes:
-        method: a name in ``METHODS``.
-        settings: the comparison's with the variant's. SEED is the job's; RESULTS_DIR is the folder
-            of the variant's jobs.
-        variant: value of what the comparison varies; "" if nothing varies.
-        test_episodes: how many.
-        agent: path of the ``agent.npz`` that is tested; "" to train one, if the method learns.
-        kind: the stream of the episodes' seeds, ``test`` or ``validation``.
-    """
-
-    method: str
-    settings: Settings
-    variant: str
+    method: str  # a name in METHODS
+    settings: Settings  # the variant's; SEED and RESULTS_DIR, the variant's folder, are the job's
+    variant: str  # value of what the comparison varies; "" if nothing varies
     test_episodes: int
-    agent: str = ""
-    kind: str = "test"
+    agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
+    kind: str = "test"  # the stream of the episodes' seeds, test or validation
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -91,18 +80,12 @@ class Job:
         """Count the finished episodes of training and test in the folders."""
         return _rows(self.folder) + (_rows(self.training_folder) if self.trains else 0)
 
-    def first_nodes(self, episode: int) -> list[int]:
-        """Return who trains round 1 of a test episode, which is numbered from 1."""
-        number = self.settings.SEED * self.test_episodes + episode - 1
-        return METHODS[self.method].first_nodes(self.test_settings, number)
-
 
 def _rows(folder: Path) -> int:
     """Number of finished episodes in a folder."""
-    try:
+    with contextlib.suppress(OSError):  # a worker may be replacing the file
         return max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
-    except OSError:
-        return 0
+    return 0
 
 
 # --- One job ---------------------------------------------------------------------------------
@@ -127,8 +110,7 @@ def run_job(job: Job) -> None:
         return
     method, settings = METHODS[job.method], job.test_settings
     models.use_cpu(settings.THREADS)
-    dataset = load_dataset(settings.DATASET, settings.DATA_DIR)
-    environment = DecentralizedLearning(settings, dataset)
+    environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))
     sent_before = method.prepare(environment)
     policy = method.policy(environment) if method.policy else _learned_policy(job, environment)
     with locked(job.folder, "job"), contextlib.ExitStack() as stack:
@@ -137,16 +119,17 @@ def run_job(job: Job) -> None:
             (job.folder / name).unlink(missing_ok=True)
             tables.append(CsvTable(job.folder / name, columns))
             stack.callback(tables[-1].close)
+        rounds, episodes = tables
         for episode in range(1, job.test_episodes + 1):
-            _test_episode(job, environment, policy, episode, sent_before, *tables)
+            episodes.add(_test_episode(job, environment, policy, episode, sent_before, rounds))
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     """Return the DQN's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     if job.trains:
-        settings = METHODS[job.method].settings(job.settings)
-        settings = settings.replace(NAME=job.training_folder.name)
+        named = job.settings.replace(NAME=job.training_folder.name)
+        settings = METHODS[job.method].settings(named)
         with Run(settings, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
                 main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
@@ -164,15 +147,14 @@ def _test_episode(
     environment: DecentralizedLearning,
     policy: Policy,
     episode: int,
-    sent_before: tuple[int, float, float],
+    sent_before: Sent,
     rounds: CsvTable,
-    episodes: CsvTable,
-) -> None:
-    """Play a test episode and record it; ``sent_before`` is what ``Method.prepare`` returned."""
+) -> dict[str, Any]:
+    """Play a test episode, record its rounds and return its row of EPISODE_COLUMNS."""
     started = time.perf_counter()
-    settings, seed = environment.settings, job.settings.SEED
+    method, settings, seed = METHODS[job.method], environment.settings, job.settings.SEED
     rng = stream(seed, "policy", episode)
-    first_nodes = job.first_nodes(episode)
+    first_nodes = method.first_nodes(settings, seed * job.test_episodes + episode - 1)
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
     whose = {
         "dataset": environment.dataset.name,
@@ -183,41 +165,38 @@ def _test_episode(
     }
     transfers, cost, megabytes = sent_before
     holder, episode_reward = first_nodes[0], 0.0
-    seed_of_episode = episode_seed(seed, episode, job.kind)
-    for round_ in rollout(
+    played = rollout(
         environment,
         lambda seen, info: (policy(seen, info, rng), job.method),
-        seed_of_episode,
+        episode_seed(seed, episode, job.kind),
         first_nodes,
-    ):
+    )
+    for round_ in played:
         info = round_.info
-        columns = ("round", "node", "distance", "accuracy", "reward")
-        rounds.add({**whose, **{name: info[name] for name in columns}})
+        rounds.add(whose | {name: info[name] for name in ROUND_COLUMNS if name not in whose})
         hops, distance = communication(environment.distances, holder, info["node"])
         transfers, cost = transfers + hops, cost + distance
         megabytes += hops * model_megabytes
         episode_reward += round_.reward
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
-    sees_weights = METHODS[job.method].learns and settings.sees_weights
+    sees_weights = method.learns and settings.sees_weights
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
-    episodes.add(
-        {
-            **whose,
-            "rounds": info["round"],
-            "goal_reached": info["goal_reached"],
-            "final_accuracy": info["accuracy"],
-            "episode_reward": episode_reward,
-            "communication_cost": cost,
-            "transfers": transfers,
-            "megabytes": megabytes,
-            "observation_megabytes": sees_weights * models_seen * model_megabytes,
-            "diverged": info["diverged"],
-            "goal_accuracy": settings.GOAL_ACCURACY,
-            "max_rounds": settings.MAX_ROUNDS,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-    )
+    return {
+        **whose,
+        "rounds": info["round"],
+        "goal_reached": info["goal_reached"],
+        "final_accuracy": info["accuracy"],
+        "episode_reward": episode_reward,
+        "communication_cost": cost,
+        "transfers": transfers,
+        "megabytes": megabytes,
+        "observation_megabytes": sees_weights * models_seen * model_megabytes,
+        "diverged": info["diverged"],
+        "goal_accuracy": settings.GOAL_ACCURACY,
+        "max_rounds": settings.MAX_ROUNDS,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
 
 
 def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) -> tuple[int, float]:
@@ -274,26 +253,30 @@ def _line(error: BaseException) -> str:
 
 
 def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]] | None]:
-    """Run jobs side by side; a job that fails stops no other.
+    """Run jobs side by side, started in their order; without a Dask client, in this process.
 
-    If a worker dies, Dask gives its job to another one. A job has failed when that happened more
-    than ``distributed.scheduler.allowed-failures`` times.
-
-    Args:
-        jobs: in the order in which they are started.
-        client: a Dask client; None runs the jobs in this process.
+    A job that fails stops no other. If a worker dies, Dask gives its job to another one. A job has
+    failed when that happened more than ``distributed.scheduler.allowed-failures`` times.
 
     Yields:
         Each job as it ends, with what ``attempt`` returned; None every two seconds between.
     """
+    # Plain values, and a function that is pickled by value: a worker may not know this project yet.
+    plain = [{**vars(job), "settings": job.settings.model_dump()} for job in jobs]
+
+    def call(fields: dict[str, Any], project: str = str(PROJECT)) -> dict[str, Any]:
+        if project not in sys.path:
+            sys.path.insert(0, project)
+        from experiments.jobs import attempt as attempt_here
+
+        return attempt_here(fields)
+
     if client is None:
-        for job in jobs:
-            yield job, attempt(_plain(job))
+        yield from ((job, attempt(fields)) for job, fields in zip(jobs, plain, strict=True))
         return
     from distributed import wait
 
-    call = _remote_attempt()
-    waiting = {client.submit(call, str(PROJECT), _plain(j), pure=False): j for j in jobs}
+    waiting = {client.submit(call, f, pure=False): j for j, f in zip(jobs, plain, strict=True)}
     while waiting:
         with contextlib.suppress(TimeoutError):
             wait(list(waiting), timeout=2, return_when="FIRST_COMPLETED")
@@ -304,36 +287,16 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
         yield None
 
 
-def _plain(job: Job) -> dict[str, Any]:
-    """A job's fields as plain values, for a process that can't import this module yet."""
-    return {**vars(job), "settings": job.settings.model_dump()}
-
-
-def _remote_attempt() -> Callable[[str, dict[str, Any]], dict[str, Any]]:
-    """What a worker calls. It is pickled by value: a worker may not know this project."""
-
-    def call(project: str, fields: dict[str, Any]) -> dict[str, Any]:
-        if project not in sys.path:
-            sys.path.insert(0, project)
-        return importlib.import_module("experiments.jobs").attempt(fields)
-
-    return call
-
-
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
 
 @contextlib.contextmanager
 def dask_client(workers: int, address: str) -> Iterator[Any]:
-    """Connect to a Dask scheduler, or start one with workers on this machine.
+    """Connect to the Dask scheduler at an address, or start one with workers on this machine.
 
-    A local worker ends with this process: it holds a pipe from it. Memory limits are off, for a job
-    that needs much memory must not be killed for it.
-
-    Args:
-        workers: processes on this machine; up to 1 needs no Dask, and yields None.
-        address: of a running scheduler, whose workers see the folders of this project and of the
-            results under the same paths; "" for none.
+    Without an address, up to one worker needs no Dask: the client is None. A local worker ends with
+    this process: it holds a pipe from it. Memory limits are off, for a job that needs much memory
+    must not be killed for it.
 
     Raises:
         UserError: no scheduler answers.
@@ -342,26 +305,22 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
         yield None
         return
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     # A worker gets one job at a time: its death counts against no other.
     dask.config.set({"distributed.scheduler.worker-saturation": 1.0})
-    with contextlib.ExitStack() as stack:
-        if address:
-            try:
-                client = Client(address, timeout=CLUSTER_TIMEOUT)
-            except (OSError, ValueError, TimeoutError) as error:
-                message = f"--cluster: no Dask scheduler at {address} ({_line(error)})"
-                raise UserError(message) from error
-        else:
-            local = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                memory_limit=0,
-                dashboard_address=None,
-                scheduler_kwargs={"dashboard_address": ":0"},  # any port that is free
-                silence_logs=logging.CRITICAL,
-            )
-            client = Client(stack.enter_context(local))
-        yield stack.enter_context(client)
+    local = {
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "memory_limit": 0,
+        "dashboard_address": None,
+        "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
+        "silence_logs": logging.CRITICAL,
+    }
+    try:
+        client = Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--cluster: no Dask scheduler at {address} ({_line(error)})") from error
+    with client:
+        yield client

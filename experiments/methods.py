@@ -2,8 +2,6 @@
 
 A method's policy names the node that trains next. All methods run in the same environment. A
 ``Method`` states what it changes: some settings, who trains round 1, and the nodes' data.
-
-A method of your own is one more entry of ``METHODS``; ``experiments.compare`` then takes its name.
 """
 
 from __future__ import annotations
@@ -23,42 +21,24 @@ if TYPE_CHECKING:  # a command line is checked without TensorFlow
 # (observation, info, rng) -> the next node, or NODES_PER_ROUND of them. Observation and info are
 # the environment's. The generator is new in each episode, and no one else draws from it.
 Policy = Callable[[np.ndarray, dict[str, Any], np.random.Generator], Any]
-
-
-def _no_overrides(settings: Settings) -> dict[str, Any]:
-    return {}
-
-
-def _starter(settings: Settings, number: int) -> list[int]:
-    return [settings.STARTER_NODE]
-
-
-def _unprepared(environment: DecentralizedLearning) -> tuple[int, float, float]:
-    return 0, 0.0, 0.0
+Sent = tuple[int, float, float]  # number of transfers, sum of their distances, megabytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to train the foundation model.
+    """A way to train the foundation model."""
 
-    Attributes:
-        description: one line, for ``--list`` and the docs.
-        policy: makes the policy of an environment, once for all its episodes. None: the policy is
-            a DQN, which is trained first.
-        overrides: the settings that the method changes, from the comparison's settings.
-        first_nodes: who trains round 1, from the settings and the number of the test episode. The
-            number starts at 0 and runs on from seed to seed.
-        prepare: changes an environment before its first episode. Returns what is sent once before
-            each episode: number of transfers, sum of their distances, megabytes.
-        several: whether the policy can choose several nodes per round.
-    """
-
-    description: str
+    description: str  # one line, for --list and the docs
+    # Makes the policy of an environment, once for all its episodes. None: a DQN, trained first.
     policy: Callable[[DecentralizedLearning], Policy] | None
-    overrides: Callable[[Settings], dict[str, Any]] = _no_overrides
-    first_nodes: Callable[[Settings, int], list[int]] = _starter
-    prepare: Callable[[DecentralizedLearning], tuple[int, float, float]] = _unprepared
-    several: bool = False
+    # The settings that the method changes, from the comparison's settings.
+    overrides: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    # Who trains round 1, from the settings and the number of the test episode, which starts at 0
+    # and runs on from seed to seed.
+    first_nodes: Callable[[Settings, int], list[int]] = lambda settings, _: [settings.STARTER_NODE]
+    # Changes an environment before its first episode. Returns what is sent before each episode.
+    prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
+    several: bool = False  # whether the policy can choose several nodes per round
 
     @property
     def learns(self) -> bool:
@@ -71,11 +51,7 @@ class Method:
 
 
 def check_method(name: str, settings: Settings) -> None:
-    """Check that a method can run with the comparison's settings.
-
-    Raises:
-        ConfigError: it can't, or there is no such method.
-    """
+    """Raise a ConfigError if a method is unknown, or can't run with the comparison's settings."""
     if name not in METHODS:
         raise ConfigError(f"--methods: got {name!r}, takes some of {', '.join(METHODS)}")
     advice = f"with the method {name}, which --methods can leave out"
@@ -107,7 +83,7 @@ def stay_policy(environment: DecentralizedLearning) -> Policy:
 def walk_policy(first: list[int], cycle: list[int]) -> Policy:
     """Follow a fixed walk: the nodes of rounds 1, 2, ..., then a cycle without end.
 
-    No policy is asked who trains round 1: that is ``first_nodes``, whatever the walk says.
+    Who trains round 1 is up to ``first_nodes``, whatever the walk says.
     """
 
     def policy(observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> int:
@@ -200,32 +176,21 @@ def tour_length(distances: np.ndarray, tour: list[int]) -> float:
 FIXED_WALK, FIXED_WALK_CYCLE = [0] * 5, [5, 5, 5, 1, 1, 0, 0]
 
 
-def _each_in_turn(settings: Settings, number: int) -> list[int]:
-    return [number % settings.NUM_NODES]
-
-
-def _all_nodes(settings: Settings, number: int) -> list[int]:
-    others = [node for node in range(settings.NUM_NODES) if node != settings.STARTER_NODE]
-    return [settings.STARTER_NODE, *others]
-
-
-def _check_sizes(environment: DecentralizedLearning) -> tuple[int, float, float]:
+def _check_sizes(environment: DecentralizedLearning) -> Sent:
     """Refuse unequal shards: the environment's unweighted mean is FedAvg's for equal ones only."""
     sizes = {len(shard) for shard in environment.shards}
     if len(sizes) > 1:
         raise ConfigError(
-            f"SHARD_RULE: got shards of {min(sizes)} to {max(sizes)} images, takes equal ones with "
-            "the method fedavg"
+            f"SHARD_RULE: got {min(sizes)} to {max(sizes)} images, takes equal shards"
         )
     return 0, 0.0, 0.0
 
 
-def _pool_shards(environment: DecentralizedLearning) -> tuple[int, float, float]:
+def _pool_shards(environment: DecentralizedLearning) -> Sent:
     """Give the starter all images; an image that several nodes hold counts several times."""
     shards, starter = environment.shards, environment.settings.STARTER_NODE
-    images = environment.dataset.x_train
-    bytes_per_image = images[0].nbytes + 1  # and its label
-    sent = sum(len(shard) for node, shard in enumerate(shards) if node != starter)
+    bytes_per_image = environment.dataset.x_train[0].nbytes + 1  # and its label
+    sent = sum(map(len, shards)) - len(shards[starter])
     shards[starter] = np.concatenate(shards)
     cost = float(environment.distances[:, starter].sum())
     return len(shards) - 1, cost, sent * bytes_per_image / 1e6
@@ -245,20 +210,20 @@ METHODS: dict[str, Method] = {
     "standalone": Method(
         "each node trains alone, in turn from episode to episode",
         stay_policy,
-        first_nodes=_each_in_turn,
+        first_nodes=lambda settings, number: [number % settings.NUM_NODES],
     ),
     "stay": Method("the starter trains alone", stay_policy),
     # One model; a round is an epoch over all shards.
     "centralized": Method(
         "the starter gets all images and trains alone", stay_policy, prepare=_pool_shards
     ),
-    # McMahan et al. 2017 with all nodes in each round. The starter is the server, which averages.
+    # McMahan et al. 2017 with all nodes in each round. The starter comes first: it averages.
     # As in HL, every node keeps its Adam moments.
     "fedavg": Method(
         "all nodes train in each round; their models are averaged",
         stay_policy,
         overrides=lambda settings: {"NODES_PER_ROUND": settings.NUM_NODES},
-        first_nodes=_all_nodes,
+        first_nodes=lambda s, _: sorted(range(s.NUM_NODES), key=lambda n: n != s.STARTER_NODE),
         prepare=_check_sizes,
     ),
     "round_robin": _tour_method("nodes in the order of their numbers", numbered_tour, 1),

@@ -1,8 +1,7 @@
 """The log of tuning trials: one row for each trial, dataset and seed, from its start on.
 
-A trial trains an agent with some settings, freezes it, and tests it on validation episodes, whose
-initialisations neither a training nor a test has. So settings can be chosen by it, and a
-comparison's test episodes then measure them.
+A trial trains an agent and tests it on validation episodes, whose initialisations neither a
+training nor a test has. So settings can be chosen by it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ LOG_COLUMNS = tuple(
     "goal_reached communication_cost seconds git_revision error".split()
 )
 
-# Episodes at the end of a training whose mean number of rounds is logged.
-_LAST = 20
+_LAST = 20  # episodes at the end of a training whose mean number of rounds is logged
 
 
 class Log:
@@ -45,29 +43,18 @@ class Log:
             records.read_table(self._path, LOG_COLUMNS)
 
     def write(self, job: Job, error: str, seconds: float = 0.0) -> None:
-        """Write a job's row, in place of an earlier one, and print it if the job has ended.
-
-        Args:
-            job: one seed of the trial.
-            error: why it is not finished, in a line; "" if it is.
-            seconds: that it took.
-
-        Raises:
-            UserError, OSError: a table of the job or the log is damaged, or can't be written.
-        """
-        row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
-        row |= {"trial": self._trial, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
-        row |= {"settings": self._changes(job), "seconds": seconds, "error": error}
-        row["git_revision"] = records.git_revision() or ""
+        """Write a job's row, in place of an earlier one; without an error the job is finished."""
+        key = {"trial": self._trial, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
+        row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": self._changes(job)}
+        row |= {"seconds": seconds, "error": error, "git_revision": records.git_revision() or ""}
         if not error:
             row |= _means(job)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self._path.with_name(f".{self._path.name}.lock")):
-            table = pd.DataFrame([row], columns=list(LOG_COLUMNS)).astype(str)
+            table = pd.DataFrame([row]).astype(str)
             if self._path.exists():
                 old = pd.read_csv(self._path, dtype=str, keep_default_na=False)
-                key = ["trial", "dataset", "seed"]
-                table = pd.concat([old, table]).drop_duplicates(key, keep="last")
+                table = pd.concat([old, table]).drop_duplicates(list(key), keep="last")
             records.write_table(self._path, table)
         if error != "not finished":
             print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
@@ -76,11 +63,12 @@ class Log:
         """The agent's settings that are not the default, and what the command line named."""
         default, agents = Settings(), names_of("agent")
         settings = job.test_settings.replace(REWARD_IMAGES=job.settings.REWARD_IMAGES)
-        names = [name for group in GROUPS for name in group.model_fields]
         return " ".join(
-            f"{name}={value!r}".replace(" ", "")
-            for name, value in ((name, getattr(settings, name)) for name in names)
-            if name in self._named or (name in agents and value != getattr(default, name))
+            f"{name}={getattr(settings, name)!r}".replace(" ", "")
+            for group in GROUPS
+            for name in group.model_fields
+            if name in self._named
+            or (name in agents and getattr(settings, name) != getattr(default, name))
         )
 
 

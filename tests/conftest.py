@@ -1,6 +1,5 @@
 """What the tests share: a small dataset, small settings, and ways to run the commands."""
 
-import contextlib
 import dataclasses
 import os
 import subprocess
@@ -18,7 +17,9 @@ if CORES and WORKER:
     os.sched_setaffinity(0, [CORES[int(WORKER) % len(CORES)]])
 
 # The folder of datasets that a user names. Only tests that ask for ``mnist_dir`` depend on it.
-DATA_DIR = os.environ.pop("HL_DATA_DIR", "")
+# Test processes that this one starts find it under another name.
+DATA_DIR = os.environ.pop("HL_DATA_DIR", "") or os.environ.get("HL_TESTS_DATA_DIR", "")
+os.environ["HL_TESTS_DATA_DIR"] = DATA_DIR
 
 import config
 import data
@@ -110,19 +111,6 @@ def run(*arguments, script="main.py", cwd=PROJECT, **options):
         stdin=subprocess.DEVNULL,
         **options,
     )
-
-
-@contextlib.contextmanager
-def without_rights():
-    """Do as nobody what root does here: file modes mean nothing to root."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def refusal(parse, arguments, capsys):

@@ -21,13 +21,6 @@ def test_floating_point_operations_counted_from_the_network():
     assert rounds.PRODUCT == 17_179_869_184
 
 
-def test_actions_take_turns():
-    calls = []
-    times = rounds.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == ["a", "b"] * 4
-    assert [values.shape for values in times.values()] == [(3,), (3,)]
-
-
 def test_rows_of_a_round_by_hand():
     # 17.18 GFLOP in 0.1 s; 37.92 in 0.4 s, 0.552 of that rate; 5.4 in 0.1 s, 0.314 of it.
     times = {
@@ -100,15 +93,13 @@ TINY = {
 def test_an_episode_is_measured_by_its_parts(tmp_path, monkeypatch, few):
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
     settings = small_settings(**TINY, GOAL_ACCURACY=1.0, RESULTS_DIR=str(tmp_path))
-    training = rounds.Training(settings)
-    assert len(training.agent.replay) == 6 * 3
-    first, second = training.episode(), training.episode()
-    assert len(training.agent.replay) == 8 * 3
+    episodes = rounds.play_training(settings)
+    first, second = next(episodes), next(episodes)
     for seconds in (first, second):
         assert all(seconds[part] > 0 for part in rounds.PARTS)
         assert sum(seconds[part] for part in rounds.PARTS) < seconds["round"]
         assert seconds["memory"] > 100
-    training._run.__exit__(None, None, None)
+    episodes.close()
     rows = (tmp_path / "digits-seed0" / "rounds.csv").read_text().splitlines()
     assert [line.split(",")[3:5] for line in rows[1:5]] == [
         ["0", "starter"],

@@ -76,7 +76,7 @@ def test_a_bad_command_line_is_refused_without_tensorflow(tmp_path):
     [
         ("--dataset cifar", "DATASET: got 'cifar', takes one of auto, mnist"),
         ("--dataset digits --set SHARD_RULE=mine", "SHARD_RULE: got 'mine', takes one of"),
-        ("--dataset digits --set SAMPLES_PER_NODE=9000", "7200 training images of class 0"),
+        ("--dataset digits --set SAMPLES_PER_NODE=9000", "SAMPLES_PER_NODE: got 9000, takes fewer"),
         ("--dataset mnist --set DATA_DIR=/nowhere/x", "DATA_DIR: got '/nowhere/x'"),
     ],
 )

@@ -55,7 +55,7 @@ def test_main_class_shards_against_the_slow_rule(digits, nodes, heterogeneity):
 def test_main_class_shards_reach_as_far_as_the_data(digits):
     # 6,000 images a class, 400 a node: 15 nodes of each class fit, 151 nodes do not.
     assert len(data.make_shards(digits, Settings(NUM_NODES=150))) == 150
-    with pytest.raises(ConfigError, match=r"SAMPLES_PER_NODE: got 500.* 150 .* 6400 .* 6000"):
+    with pytest.raises(ConfigError, match=r"SAMPLES_PER_NODE: got 500.* node 150 "):
         data.make_shards(digits, Settings(NUM_NODES=151))
 
 
@@ -277,12 +277,12 @@ def test_forms_and_folders(tmp_path, arrays, no_network, form, name, below):
     for key, array in arrays.items():
         assert (getattr(dataset, key) == array).all()
     assert (dataset.name, dataset.verdict) == (name, "canonical")
-    assert dataset.source.startswith("DATA_DIR: ")
+    assert dataset.source in (f"{name}.npz", "here" if below == "." else below)
 
 
 def test_other_spelling_of_the_archive(tmp_path, arrays, no_network):
     write_npz(tmp_path / "fashion-mnist.npz", arrays)
-    assert load_from(tmp_path, "fashion_mnist").source == "DATA_DIR: fashion-mnist.npz"
+    assert load_from(tmp_path, "fashion_mnist").source == "fashion-mnist.npz"
 
 
 def test_canonical_mnist(mnist_dir):
@@ -303,7 +303,7 @@ def test_canonical_fashion_mnist(mnist_dir):
     assert dataset.verdict == "canonical"
     assert np.bincount(dataset.y_test).tolist() == [1000] * 10
     # Under MNIST's names, it is refused.
-    with pytest.raises(DataError, match=r"y_train: got \[6000, .* mnist"):
+    with pytest.raises(DataError, match="got other labels, takes those of mnist"):
         load_from(mnist_dir / "fashion-mnist")
 
 
@@ -318,21 +318,19 @@ def test_order_of_places(tmp_path, arrays, no_network, monkeypatch, capsys):
 
     place("system/mnist", 1)
     assert found() == 1
-    place("keras/datasets", 2)
+    place("project/data", 2)
     assert found() == 2
-    place("project/data", 3)
-    assert found() == 3
-    place("named", 4)
-    assert found(DATA_DIR=str(tmp_path / "named")) == 4
+    place("named", 3)
+    assert found(DATA_DIR=str(tmp_path / "named")) == 3
     # An empty folder is no mistake; the search goes on.
     (tmp_path / "empty").mkdir()
-    assert found(DATA_DIR=str(tmp_path / "empty")) == 2
+    assert found(DATA_DIR=str(tmp_path / "empty")) == 1
 
 
 def test_data_dir_that_does_not_exist(tmp_path, arrays, no_network):
-    write_npz(tmp_path / "keras" / "datasets" / "mnist.npz", arrays)
-    assert load_from("data").source == "Keras' cache: mnist.npz"
-    for folder in ("dat", str(tmp_path / "nowhere"), str(tmp_path / "keras/datasets/mnist.npz")):
+    write_npz(tmp_path / "system" / "mnist.npz", arrays)
+    assert load_from("data").source == "mnist.npz"
+    for folder in ("dat", str(tmp_path / "nowhere"), str(tmp_path / "system/mnist.npz")):
         with pytest.raises(ConfigError, match=f"DATA_DIR: got '{folder}'"):
             load_from(folder)
         with pytest.raises(ConfigError, match=f"DATA_DIR: got '{folder}'"):
@@ -348,7 +346,7 @@ def test_other_pixels_and_other_labels(tmp_path, arrays, capsys):
     # Even in another order: shards are taken in the dataset's order.
     path = tmp_path / "labels" / "mnist.npz"
     write_npz(path, dict(arrays, y_train=np.roll(arrays["y_train"], 1)))
-    with pytest.raises(DataError, match=f"{path}: y_train: got .3, 3, 3, 3, 3, 3, 3, 3, 3, 3."):
+    with pytest.raises(DataError, match=f"{path}: got other labels"):
         load_from(path.parent)
 
 
@@ -418,8 +416,6 @@ def test_mnist_never_falls_back(tmp_path, no_network):
         data.load(Settings(DATASET="mnist"))
     for part in ("(no network)", "mnist.npz", f"{tmp_path}/project/data", "HL_DATA_DIR"):
         assert part in str(caught.value)
-    with pytest.raises(DataNotFound, match=r"'fashion_mnist'.* dataset-fashion-mnist"):
-        data.load(Settings(DATASET="fashion_mnist"))
 
 
 def test_auto_falls_back_with_a_warning(no_network, capsys):
@@ -447,9 +443,9 @@ def only_download(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "*")
 
 
-def downloads_from(monkeypatch, url, files, below=""):
-    sums = {f"{below}{name}": hashlib.sha256(files[name]).hexdigest() for name in files}
-    monkeypatch.setattr(data, "_DOWNLOADS", {"mnist": (url, sums), "fashion_mnist": (url, sums)})
+def downloads_from(monkeypatch, url, files, dataset="mnist", below=""):
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in files}
+    monkeypatch.setitem(data._DOWNLOADS, dataset, (f"{url}/", below, sums))
 
 
 @contextlib.contextmanager
@@ -479,9 +475,9 @@ def test_a_download_goes_to_keras_cache(
     with serving(tmp_path / "served") as (url, asked):
         downloads_from(monkeypatch, url, {"mnist.npz": content})
         dataset = data.load(Settings(DATASET="mnist"))
-        assert (dataset.source, dataset.verdict) == ("download", "canonical")
+        assert (dataset.source, dataset.verdict) == ("mnist.npz", "canonical")
         # The second time the cache serves.
-        assert data.load(Settings(DATASET="mnist")).source == "Keras' cache: mnist.npz"
+        assert data.load(Settings(DATASET="mnist")).verdict == "canonical"
     assert asked == ["mnist.npz"]
     (cached,) = (tmp_path / "keras" / "datasets").iterdir()
     assert (cached.name, cached.read_bytes()) == ("mnist.npz", content)
@@ -496,8 +492,8 @@ def test_a_download_that_was_cut_off_is_continued(tmp_path, monkeypatch, arrays,
     first, *others = files
     cache = write(tmp_path / "keras" / "datasets" / "fashion-mnist", {first: files[first]})
     with serving(write(tmp_path / "served", files)) as (url, asked):
-        downloads_from(monkeypatch, url, files, below="fashion-mnist/")
-        assert data.load(Settings(DATASET="fashion_mnist")).source == "download"
+        downloads_from(monkeypatch, url, files, "fashion_mnist", below="fashion-mnist")
+        assert data.load(Settings(DATASET="fashion_mnist")).verdict == "canonical"
     assert asked == others
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == files
 
@@ -526,11 +522,8 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch, only_download):
 
 
 def test_the_real_downloads_have_hashes():
-    files = [item for _, files in data._DOWNLOADS.values() for item in files.items()]
-    assert [name for name, _ in files] == [
-        "mnist.npz",
-        *(f"fashion-mnist/{name}.gz" for name in NAMES.values()),
-    ]
+    files = [item for *_, files in data._DOWNLOADS.values() for item in files.items()]
+    assert [name for name, _ in files] == ["mnist.npz", *(f"{n}.gz" for n in NAMES.values())]
     assert all(len(bytes.fromhex(sha256)) == 32 for _, sha256 in files)
 
 
@@ -544,13 +537,13 @@ def test_the_real_downloads_have_hashes():
         ({"x_train": np.zeros((4, 28, 28), np.float64)}, "x_train: got float64"),
         ({"x_test": np.full((2, 28, 28), 1.5, np.float32)}, "x_test: got .* 1.5"),
         ({"x_test": np.full((2, 28, 28), np.nan, np.float32)}, "x_test: got .* nan"),
-        ({"x_test": np.zeros((2, 32, 32), np.uint8)}, r"x_test: got .*\(32, 32\)"),
+        ({"x_test": np.zeros((2, 32, 32), np.uint8)}, r"x_test: got shape \(2, 32, 32\)"),
         ({"x_train": np.zeros((0, 28, 28), np.uint8)}, r"x_train: got shape \(0, 28, 28\)"),
-        ({"y_test": np.array([0, -1])}, "y_test: got .* -1 to 0, takes 0 to 3"),
+        ({"y_test": np.array([0, -1])}, r"y_test: got .*\[-1, 0\], takes 0 to 3"),
         ({"y_test": np.array([0.0, 1.0])}, "y_test: got float64"),
         ({"y_train": np.array([0, 1, 2])}, r"y_train: got int64 of shape \(3,\)"),
         ({"y_train": np.array([0, 0, 2, 3])}, r"y_train: got .*\[0, 2, 3\]"),
-        ({"y_test": np.array([0, 4])}, "y_test: got .* 0 to 4, takes 0 to 3"),
+        ({"y_test": np.array([0, 4])}, r"y_test: got .*\[0, 4\], takes 0 to 3"),
     ],
 )
 def test_datasets_are_checked(change, words):
@@ -566,7 +559,8 @@ def test_datasets_are_checked(change, words):
         Dataset(**{**good, **change})
 
 
-@pytest.mark.parametrize("setting", ["DATASET", "SHARD_RULE"])
-def test_unknown_names(setting):
-    with pytest.raises(ConfigError, match=f"{setting}: got 'other', takes one of"):
-        data.load(small_settings(**{setting: "other"}))
+def test_unknown_names(few):
+    with pytest.raises(ConfigError, match="DATASET: got 'other', takes one of"):
+        data.load(small_settings(DATASET="other"))
+    with pytest.raises(ConfigError, match="SHARD_RULE: got 'other', takes one of"):
+        data.make_shards(few, small_settings(SHARD_RULE="other"))

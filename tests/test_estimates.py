@@ -237,23 +237,6 @@ def test_damaged_tables_are_refused(tmp_path):
     (tmp_path / "episodes.csv").write_text(whole.rpartition("mnist")[0])
     with pytest.raises(UserError, match=r"episodes\.csv: got 1 .*random 2, takes 2"):
         estimates.read_comparison(tmp_path)
-    (tmp_path / "episodes.csv").write_text(whole)
-    change_cell(tmp_path / "episodes.csv", 0, "rounds", "11")
-    with pytest.raises(UserError, match=r"rounds\.csv"):
-        estimates.read_comparison(tmp_path)
-    change_cell(tmp_path / "episodes.csv", 0, "rounds", "xx")
-    with pytest.raises(UserError, match=r"episodes\.csv.* rounds "):
-        estimates.read_comparison(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("column", "value"), [("dataset", "digits"), ("goal_accuracy", "0.7"), ("max_rounds", "9")]
-)
-def test_jobs_of_another_kind_are_not_averaged(tmp_path, column, value):
-    write_comparison(tmp_path, VALUES)
-    change_cell(tmp_path / "episodes.csv", 0, column, value)
-    with pytest.raises(UserError, match=f"episodes.csv: .*{column}"):
-        estimates.read_comparison(tmp_path)
 
 
 def test_nothing_to_estimate(tmp_path):

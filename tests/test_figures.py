@@ -2,7 +2,6 @@ import itertools
 import subprocess
 import sys
 
-import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
@@ -51,17 +50,13 @@ def texts(axis):
     return [text.get_text() for text in axis.texts]
 
 
-def grey_of(text):
-    return text.get_color() == figures.GREY
-
-
 def test_drawing_needs_no_tensorflow():
     code = "import sys, experiments.figures; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
 def test_figures_of_a_comparison(drawn, draw):
-    assert set(drawn) == {"headline", "methods", "accuracy", "training", "walks"}
+    assert set(drawn) == {"headline", "methods", "training", "walks"}
     for figure in drawn.values():
         assert "mnist" in figure.get_suptitle()
         assert figure.get_figwidth() == 7
@@ -96,7 +91,7 @@ def test_headline(drawn):
     # The paper, hl, random: from the fewest rounds to the most, and so in both panels.
     assert labels(rounds) == ["paper (MNIST)", "hl", "random"]
     assert rounds.yaxis_inverted()
-    for axis, change, paper in ((rounds, 80 / 120 - 1, -0.508), (cost, 0.8 / 4 - 1, -0.746)):
+    for axis, change, paper in ((rounds, 8000 / 120 - 100, -50.8), (cost, 80 / 4 - 100, -74.6)):
         points = marks(axis)
         assert list(points) == [1, 2]
         x, low, high = points[1]
@@ -121,19 +116,20 @@ def test_headline_cuts_off_large_changes_and_greys_few_successes(tmp_path, draw)
     figure = draw(tmp_path)["headline"]
     rounds, cost = figure.axes
     assert labels(rounds) == ["fedavg", "paper (MNIST)", "random", "stay"]
-    assert {y: x for y, (x, _, _) in marks(rounds).items()} == {0: -0.8, 2: 0, 3: 72 / 50 - 1}
+    changes = {y: x for y, (x, _, _) in marks(rounds).items()}
+    assert changes == pytest.approx({0: -80, 2: 0, 3: 44})
     # A cost of 8 against 1 is 700 % more.
-    assert {y: x for y, (x, _, _) in marks(cost).items()} == {2: 0, 3: -1}
+    assert {y: x for y, (x, _, _) in marks(cost).items()} == {2: 0, 3: -100}
     assert texts(cost)[0] == "+700 % →"
-    assert [grey_of(label) for label in rounds.get_yticklabels()] == [False, False, False, True]
-    assert [grey_of(text) for text in cost.texts[-4:]] == [False, False, False, True]
+    colors = [container.lines[0].get_color() for container in rounds.containers]
+    assert colors == [figures.BLACK, figures.BLACK, "0.65"]
 
 
 def test_points_are_the_seeds_and_their_mean(drawn):
     axis = drawn["methods"].axes[0]
-    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."]
+    (points,) = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."]
     assert labels(axis) == ["hl", "random"]
-    assert points == [[15.0, 25.0], [25.0, 35.0, 26.0]]
+    assert points == [15.0, 25.0, 25.0, 35.0, 26.0]
     assert [x for x, _, _ in marks(axis).values()] == pytest.approx([20, 172 / 6])
     lines = {line.get_linestyle(): line.get_xdata()[0] for line in axis.lines}
     assert lines[":"] == LIMIT
@@ -154,37 +150,10 @@ def test_only_a_cost_far_beyond_random_s_is_cut_off(tmp_path, draw):
     assert list(marks(cost)) == [0, 2, 3]
     assert 1.3 < cost.get_xlim()[1] < 2
     assert rounds.get_xlim()[1] > 36
-    assert goal.get_xlim()[1] == 1.04
+    assert goal.get_xlim()[1] > 1
 
 
 # --- Episodes --------------------------------------------------------------------------------
-
-
-def test_accuracy_stays_where_an_episode_ended():
-    rounds = pd.DataFrame(
-        {
-            "seed": [0, 0, 0, 1, 1],
-            "episode": 1,
-            "round": [1, 2, 3, 1, 2],
-            "accuracy": [0.1, 0.2, 0.6, 0.3, 0.8],
-        }
-    )
-    middle, low, high = figures.accuracy_curve(rounds, 4)
-    np.testing.assert_allclose(middle, [0.2, 0.5, 0.7, 0.7])
-    np.testing.assert_allclose(low, [0.1, 0.2, 0.6, 0.6])
-    np.testing.assert_allclose(high, [0.3, 0.8, 0.8, 0.8])
-
-
-def test_at_most_nine_panels_of_accuracy(tmp_path, draw):
-    # The more letters, the more rounds; hl is slow and is learned, random is the slowest.
-    values = {"m" * n: {0: [(n, 0.1)]} for n in range(1, 11)}
-    values |= {"hl": {0: [(20, 0.1)]}, "random": {0: [(30, 0.1)]}}
-    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
-    axes = draw(tmp_path)["accuracy"].axes
-    assert [axis.get_title() for axis in axes] == [*("m" * n for n in range(1, 8)), "hl", "random"]
-    random, mean, goal = axes[0].lines
-    assert list(random.get_ydata()) == list(mean.get_ydata()) == [0.5] * LIMIT
-    assert list(goal.get_ydata()) == [0.8, 0.8]
 
 
 def test_the_typical_episode_is_the_first_of_the_lowest_seed_closest_to_the_mean():
@@ -224,22 +193,18 @@ def test_walks(tmp_path, draw):
     assert len(random.lines) == 2  # no star
 
 
-def test_each_of_ten_nodes_has_a_colour_and_more_have_none(tmp_path, draw):
+def test_each_of_ten_nodes_has_a_colour_below_its_number(tmp_path, draw):
     write_comparison(tmp_path, {"hl": {0: [(11, 0.2)]}})
     rounds = pd.read_csv(tmp_path / "rounds.csv", dtype={"node": str})
-    for nodes, count in ((range(11), 1), ([*range(10), 9], 10)):
-        rounds.assign(node=nodes).to_csv(tmp_path / "rounds.csv", index=False)
-        (axis,) = draw(tmp_path)["walks"].axes
-        assert texts(axis) == [str(node) for node in nodes]
-        assert len({patch.get_facecolor() for patch in axis.patches}) == count
-        # The number can be read on its colour.
-        for patch, text in zip(axis.patches, axis.texts, strict=True):
-            back, front = (np.mean(c[:3]) for c in (patch.get_facecolor(), rgb(text.get_color())))
-            assert abs(back - front) > 0.4
-
-
-def rgb(color):
-    return matplotlib.colors.to_rgb(color)
+    rounds.assign(node=range(11)).to_csv(tmp_path / "rounds.csv", index=False)
+    (axis,) = draw(tmp_path)["walks"].axes
+    assert texts(axis) == [str(node) for node in range(11)]
+    colors = [patch.get_facecolor() for patch in axis.patches]
+    assert len(set(colors)) == 10
+    assert colors[10] == colors[0]
+    # The number can be read on its colour.
+    assert {text.get_color() for text in axis.texts} == {"black"}
+    assert min(np.mean(color[:3]) for color in colors) > 0.4
 
 
 # --- Training --------------------------------------------------------------------------------
@@ -256,10 +221,10 @@ def test_learning_curve(drawn):
     assert not cost.collections
 
 
-def test_no_cost_of_random_beside_one_that_is_counted_otherwise(tmp_path, draw):
+def test_no_random_beside_trainings_that_count_the_cost_otherwise(tmp_path, draw):
     write_comparison(tmp_path, VALUES, training={"hl": [(30, 1.0)] * 3}, node="1+2")
     rounds, cost = draw(tmp_path)["training"].axes
-    assert (len(rounds.lines), len(cost.lines)) == (2, 1)
+    assert (len(rounds.lines), len(cost.lines)) == (1, 1)
 
 
 def test_trainings_of_two_methods(tmp_path, draw):
@@ -280,55 +245,18 @@ def test_band_of_the_learning_curve(tmp_path, draw):
     table = pd.read_csv(path)
     table.assign(communication_cost=5.0 * (table["seed"] == 4)).to_csv(path, index=False)
     cost = draw(tmp_path)["training"].axes[1]
-    # Four costs of 0 and one of 5: 1, and 2.776 times the standard error of 1, not below 0.
+    # Four costs of 0 and one of 5: 1, and 2.776 times the standard error of 1.
     band = cost.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((0, 3.776), abs=1e-3)
+    assert (band.min(), band.max()) == pytest.approx((-1.776, 3.776), abs=1e-3)
 
 
-def test_many_trainings_are_rows_of_greys(tmp_path, draw):
+def test_many_trainings_are_not_drawn(tmp_path, draw):
     values = {f"v{n}": {"hl": {0: [(9 + n, 0.1)]}} for n in range(9)}
     write_comparison(tmp_path, values, parameter="taken back", training={"hl": [(30, 1.0)] * 6})
-    path = tmp_path / "training.csv"
-    table = pd.read_csv(path)
-    number = table["variant"].str[1:].astype(int)
-    table.assign(rounds=table["rounds"] - number * table["episode"] / 2).to_csv(path, index=False)
-    axis = draw(tmp_path)["training"].axes[0]
-    # The last of them has the fewest rounds at the end, 30 - 8 * 5.5 / 2.
-    assert labels(axis) == [f"v{n}" for n in range(8, -1, -1)]
-    values = axis.images[0].get_array()
-    np.testing.assert_allclose(values[0], [30 - 4 * (e - 0.5) for e in range(2, 7)])
-    np.testing.assert_allclose(values[8], 30)
-    assert axis.images[0].get_extent() == [1.5, 6.5, 8.5, -0.5]
-    assert texts(axis)[:2] == ["8.0", "10.8"]
+    assert set(draw(tmp_path)) == {"variants"}
 
 
 # --- Variants --------------------------------------------------------------------------------
-
-
-def test_numbers_have_a_line_per_method(tmp_path, draw):
-    more = {
-        method: {s: [(r + 4, c) for r, c in pairs] for s, pairs in by_seed.items()}
-        for method, by_seed in VALUES.items()
-    }
-    write_comparison(tmp_path, {"0.7": VALUES, "0.8": more}, parameter="GOAL_ACCURACY")
-    drawn = draw(tmp_path)
-    assert set(drawn) == {"variants"}
-    rounds = drawn["variants"].axes[0]
-    for container, mean in zip(rounds.containers, (20, 172 / 6), strict=True):
-        assert list(container.lines[0].get_ydata()) == pytest.approx([mean, mean + 4])
-    assert [text.get_text() for text in rounds.get_xticklabels()] == ["0.7", "0.8"]
-    assert rounds.get_xlabel() == "GOAL_ACCURACY"
-
-
-def test_all_methods_of_numbers_differ_in_colour_line_or_marker(tmp_path, draw):
-    names = [f"m{n}" for n in range(14)]
-    values = {name: {0: [(10, 0.2)]} for name in names}
-    write_comparison(tmp_path, {"0.7": values, "0.8": values}, parameter="GOAL_ACCURACY")
-    figure = draw(tmp_path)["variants"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
-    lines = [container.lines[0] for container in figure.axes[0].containers]
-    styles = {(x.get_color(), x.get_linestyle(), x.get_marker()) for x in lines}
-    assert len(styles) == 14
 
 
 def test_names_are_rows_sorted_by_rounds(tmp_path, draw):
@@ -408,15 +336,6 @@ def test_report_of_variants_and_break_even(tmp_path, draw):
     assert "paper, HL on MNIST" not in "\n".join(lines)
 
 
-def test_infinite_numbers_are_words(tmp_path, draw):
-    values = {"hl": {0: [(30, 1.0)]}, "random": {0: [(30, 0.0)]}}
-    write_comparison(tmp_path, values, training={"hl": [(30, 1.0)]})
-    draw(tmp_path)
-    report = figures.report(tmp_path, draw.tables)
-    assert "inf " not in report
-    assert cells(report)["hl"][1:] == ["infinite", "infinite"]
-
-
 def test_failed_jobs_are_counted_and_named(tmp_path, draw):
     write_comparison(tmp_path, VALUES, failed=[("hl", 1)])
     draw(tmp_path)
@@ -429,7 +348,7 @@ def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     write_comparison(tmp_path, VALUES)
     assert figures.main([str(tmp_path)]) == 0
     assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
-    names = ("headline", "methods", "accuracy", "walks")
+    names = ("headline", "methods", "walks")
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert set(first) == {f"{name}.png" for name in names}
     assert all(content.startswith(b"\x89PNG") for content in first.values())
@@ -445,7 +364,7 @@ def test_other_formats(tmp_path):
     write_comparison(tmp_path, {"hl": {0: [(3, 0.2)]}})
     assert figures.main([str(tmp_path), "--format", "svg"]) == 0
     drawn = {path.name for path in tmp_path.iterdir() if path.suffix not in (".csv", ".json")}
-    assert drawn == {"methods.svg", "accuracy.svg", "walks.svg"}
+    assert drawn == {"methods.svg", "walks.svg"}
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -474,9 +393,9 @@ def test_the_committed_headline_and_walks():
     order += " shortest_twice nearest random round_robin standalone hl stay"
     assert [text.replace(" ", "_") for text in labels(rounds)] == order.split()
     found = marks(rounds)
-    assert found[3] == pytest.approx((-0.389, -0.435, -0.335), abs=5e-4)
-    assert found[12] == pytest.approx((0.250, 0.192, 0.318), abs=5e-4)
-    assert marks(cost)[12][0] == pytest.approx(-0.623, abs=5e-4)
+    assert found[3] == pytest.approx((-38.9, -43.5, -33.5), abs=0.05)
+    assert found[12] == pytest.approx((25.0, 19.2, 31.8), abs=0.05)
+    assert marks(cost)[12][0] == pytest.approx(-62.3, abs=0.05)
     assert texts(cost)[0] == "+578 % →"
     goals = texts(cost)[2:]
     assert (goals[3], goals[9], goals[12]) == ("97 %", "93 %", "1 %")

@@ -159,6 +159,6 @@ def test_what_methods_change_of_the_settings():
 )
 def test_methods_that_cannot_run(name, overrides, words):
     with pytest.raises(ConfigError) as error:
-        methods.check(name, small_settings(**overrides))
+        methods.check_method(name, small_settings(**overrides))
     assert all(word in str(error.value) for word in words)
-    methods.check("random", small_settings(NODES_PER_ROUND=2))
+    methods.check_method("random", small_settings(NODES_PER_ROUND=2))

@@ -304,7 +304,7 @@ def refusal(capsys, *folders):
 def test_what_is_no_run_is_named_and_nothing_is_written(tmp_path, capsys):
     folder = make_run(tmp_path / "results" / "x", episodes=2)
     assert "nowhere" in refusal(capsys, folder, tmp_path / "nowhere")
-    assert "results: holds no run" in refusal(capsys, folder, tmp_path / "results")
+    assert "results/episodes.csv" in refusal(capsys, folder, tmp_path / "results")
     comparison = make_run(tmp_path / "paper", episodes=2)
     (comparison / "jobs.csv").touch()
     assert f"python3 -m experiments.figures {comparison}" in refusal(capsys, folder, comparison)
