@@ -147,7 +147,14 @@ def _parser() -> cli.Parser:
     help_ = "a number (5 is 0 to 4) or a list (0,3,7-9) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz, with its settings and its seed; repeatable"
-    who("--agent", type=Path, action="append", default=[], metavar="FILE", help=help_)
+    who(
+        "--agent",
+        type=lambda text: Path(text).expanduser(),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=help_,
+    )
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
@@ -394,9 +401,11 @@ class Tables:
         rows, old = rows.astype(str), self.read(name)
         replaced = pd.MultiIndex.from_frame(old[_KEY]).isin(pd.MultiIndex.from_frame(rows[_KEY]))
         table = pd.concat([old[~replaced], rows], ignore_index=True)
+        order_of = {name: place for place, name in enumerate(METHODS)}
         ranks = {
             "variant": table["variant"].map(list(self._config["variants"]).index),
-            "method": table["method"].map(list(METHODS).index),
+            # A method that a script added earlier may be unknown here.
+            "method": table["method"].map(lambda name: order_of.get(name, len(order_of))),
             "seed": table["seed"].astype(int),
         }
         order = pd.DataFrame(ranks).sort_values(_KEY, kind="stable").index

@@ -6,6 +6,7 @@ A training that was cut off continues, as any run of main.py. A test that was cu
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +28,7 @@ from environment import DecentralizedLearning, rollout
 from experiments.estimates import EPISODE_COLUMNS, ROUND_COLUMNS
 from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
-from records import CsvTable, Run, circumstances, load_agent, locked
+from records import CsvTable, Run, circumstances, load_agent, locked, read_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def run_job(job: Job) -> None:
     Raises:
         UserError, OSError: what the user or the system has to correct.
     """
-    if _rows(job.folder) == job.test_episodes and (job.folder / "rounds.csv").exists():
+    if _is_tested(job):
         return
     method, settings = METHODS[job.method], job.test_settings
     models.use_cpu(settings.THREADS)
@@ -122,6 +123,16 @@ def run_job(job: Job) -> None:
         rounds, episodes = tables
         for episode in range(1, job.test_episodes + 1):
             episodes.add(_test_episode(job, environment, policy, episode, sent_before, rounds))
+
+
+def _is_tested(job: Job) -> bool:
+    """Whether the test's folder holds all episodes with all their rounds."""
+    try:
+        episodes = read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
+        rounds = read_table(job.folder / "rounds.csv", ROUND_COLUMNS)
+    except UserError:
+        return False
+    return len(episodes) == job.test_episodes and episodes["rounds"].sum() == len(rounds)
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
@@ -278,7 +289,7 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
 
     waiting = {client.submit(call, f, pure=False): j for j, f in zip(jobs, plain, strict=True)}
     while waiting:
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(asyncio.TimeoutError):
             wait(list(waiting), timeout=2, return_when="FIRST_COMPLETED")
         for future in [future for future in waiting if future.done()]:
             problem = None if future.status == "finished" else future.exception()
@@ -320,7 +331,7 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
     }
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
         raise UserError(f"--cluster: no Dask scheduler at {address} ({_line(error)})") from error
     with client:
         yield client

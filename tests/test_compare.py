@@ -281,6 +281,8 @@ def test_damaged_jobs_are_made_again_or_fail(finished, tmp_path, capsys):
     (folder / "jobs" / "random-seed0" / "rounds.csv").unlink()
     torn = folder / "jobs" / "random-seed1" / "episodes.csv"
     torn.write_text("".join(torn.read_text().splitlines(keepends=True)[:-1]))
+    torn = folder / "jobs" / "stay-seed0" / "rounds.csv"
+    torn.write_text("".join(torn.read_text().splitlines(keepends=True)[:-1]))
     shutil.rmtree(folder / "jobs" / "hl-seed0")
     (folder / "jobs" / "training-hl-seed0" / "config.json").write_text("{broken")
     assert start(tmp_path) == 1

@@ -557,5 +557,5 @@ def test_a_checkpoint_with_other_content(tmp_path, stopped, few):
 
 def test_a_number_that_is_none_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("method,rounds\nhl,3\nhl,many\n")
-    with pytest.raises(UserError, match="x.csv"):
+    with pytest.raises(UserError, match=r"x\.csv"):
         records.read_table(tmp_path / "x.csv", ("method", "rounds"))
