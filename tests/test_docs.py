@@ -17,7 +17,7 @@ import data
 import models
 import plot
 import records
-from experiments import audit, collect, compare, estimates, figures, methods
+from experiments import audit, compare, estimates, figures, methods, tuning
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -205,7 +205,7 @@ def test_every_page_is_in_the_index():
         ("### Columns of a comparison's `rounds.csv`", estimates.ROUND_COLUMNS),
         ("### Columns of `estimates.csv`", estimates.ESTIMATE_COLUMNS),
         ("## An audit", audit.AUDIT_COLUMNS),
-        ("## The log of tuning trials", collect.LOG_COLUMNS),
+        ("## The log of tuning trials", tuning.LOG_COLUMNS),
     ],
 )
 def test_every_column_is_documented(heading, columns):
