@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> None:
     """Train the agent for EPISODES episodes, each one training of a fresh foundation model.
 
+    ``agent.npz`` is written at the end. The caller then declares the run finished.
+
     Args:
         environment: with the settings, which are the agent's as well.
         run: where everything is recorded, and where an earlier session is continued from.
         quiet: without progress bar.
-
-    ``agent.npz`` is written at the end. The caller then declares the run finished.
     """
     from tqdm import tqdm
 

@@ -304,13 +304,19 @@ def test_a_full_disk(tmp_path, capsys, finished):
     assert without_times(folder) == without_times(finished)
 
 
-def test_figures_that_fail_do_not_cost_the_agent(tmp_path, monkeypatch, finished):
+def test_figures_that_fail_are_drawn_by_the_same_command(tmp_path, monkeypatch, finished):
     def fail(folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plot, "draw_run", fail)
-    status, folder = start(tmp_path)
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "draw_run", fail)
+        status, folder = start(tmp_path)
     assert status == 1
+    assert agents_are_equal(folder, finished)
+    monkeypatch.setattr(plot, "draw_run", drawn.append)
+    assert start(tmp_path)[0] == 0
+    assert drawn == [folder]
     assert agents_are_equal(folder, finished)
     assert without_times(folder) == without_times(finished)
 
