@@ -92,7 +92,7 @@ def _help_lines(group: type[Group]) -> list[str]:
 
 
 def overrides_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names one by one; it exits if one lacks its value."""
+    """Return the settings that the command line names one by one; exit if one lacks a value."""
     texts: dict[str, str] = {}
     for assignment in parsed.set:
         name, equals, text = assignment.partition("=")
@@ -106,7 +106,7 @@ def overrides_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def value_of(name: str, text: str) -> Any:
-    """A command line's text as the Python value that it spells, or as text."""
+    """Return a command line's text as the Python value that it spells, or as text."""
     field = Settings.model_fields.get(name)
     if field is not None and field.annotation is str:
         return text
@@ -117,7 +117,7 @@ def value_of(name: str, text: str) -> Any:
 
 
 def named_settings_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """The overrides that ``--settings`` names; it exits if it does not know them."""
+    """Return the overrides that ``--settings`` names; exit if the name is unknown."""
     if parsed.settings not in NAMED_SETTINGS:
         names = " or ".join(NAMED_SETTINGS)
         parser.error(f"--settings: got {parsed.settings!r}, takes {names}")
@@ -125,7 +125,7 @@ def named_settings_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, A
 
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and the data's SHA-256 from a run's ``config.json``, for ``--config``.
+    """Return settings and the data's SHA-256 from a run's ``config.json``, for ``--config``.
 
     Raises:
         ConfigError: it can't be read, or is not a run's.
@@ -133,6 +133,7 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         settings = {**config["settings"], "DATASET": config["dataset"]["name"]}
+        list(config["sessions"])  # a comparison's config.json has none
         return settings, dict(config["dataset"]["sha256"])
     except OSError as error:
         raise ConfigError(f"--config: {reason(error)}; takes a run's config.json") from error
@@ -141,7 +142,7 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
-    """The settings of main.py's command line, and with ``--config`` the data's SHA-256, else {}.
+    """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it.
 
     Raises:
         SystemExit: with status 2 after one line on stderr if something is wrong.
@@ -164,7 +165,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
 
 
 def seeds_of(text: str) -> list[int]:
-    """A command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
+    """Return a command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
     seeds: list[int] = []
     if re.fullmatch(r"[0-9]{1,6}", text):
         seeds = list(range(int(text)))
@@ -180,20 +181,20 @@ def seeds_of(text: str) -> list[int]:
 
 
 def count_of(text: str) -> int:
-    """A command line's integer >= 1."""
+    """Return a command line's integer >= 1."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
     return int(text)
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def warn(message: str) -> None:
-    """A warning to the user, on stderr."""
+    """Print a warning on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -246,7 +247,7 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
 
 
 def settings_page() -> str:
-    """docs/settings.md: every setting with its default, values, meaning and source."""
+    """Return docs/settings.md: every setting with its default, values, meaning and source."""
     lines = [
         "# Settings",
         "",

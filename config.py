@@ -2,8 +2,8 @@
 
 Edit a default below, or override it for one run with ``--set NAME=VALUE`` (``main.py --help``).
 The line under a setting is its help. It ends with the setting's source: "public code" is the
-authors' TensorFlow implementation of the paper, "ours" is this project, whose settings of the agent
-are off by default. A setting's type states the values that it takes; its class is its group.
+authors' TensorFlow implementation of the paper. "ours" is this project. Its agent settings are off
+by default. A setting's type states the values that it takes; its class is its group.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ class ConfigError(UserError, ValueError):
 
 
 def reason(error: OSError) -> str:
-    """What the system refused, in one line."""
+    """Return what the system refused, in one line."""
     text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return " ".join(text.split())
 
 
 def absolute(text: str) -> Path:
-    """A path from the settings: "~" is the user's folder; relative paths start at the project's."""
+    """Return a path from the settings as an absolute path.
+
+    "~" is the user's folder; relative paths start at the project's.
+    """
     return PROJECT / os.path.expanduser(text)
 
 
 def _as_tuple(value: Any) -> Any:
-    """A list, or the lone integer of a user who forgot the comma of (500,), as a tuple."""
+    """Return a list, or the lone integer of a user who forgot the comma of (500,), as a tuple."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -137,9 +140,9 @@ class RewardSettings(Group):
     REWARD_PROGRESS: NotNegative = 0.0
     """Points per accuracy gained towards the goal in the round (ours)."""
     MISS_PENALTY: NotNegative = 0.0
-    """Points taken from the last round of an episode that misses the goal (ours)."""
+    """Penalty for missing the goal, in the last round (ours)."""
     REWARD_IMAGES: CountOrZero = 0
-    """Test images that judge a training round; 0 = the whole test set (ours)."""
+    """Test images that judge a round; 0 = all (ours)."""
 
 
 class ObservationSettings(Group):
@@ -152,7 +155,7 @@ class ObservationSettings(Group):
     PCA_COMPONENTS: CountOrZero = 0
     """Principal components kept, at most NUM_NODES; 0 = NUM_NODES (public code)."""
     PCA_SIGNS: Literal["loading", "holder"] = "loading"
-    """Sign of a component: scikit-learn's rule, or positive at the last node (public code)."""
+    """Sign: scikit-learn's rule, or positive at the last node (public code)."""
     BROADCAST_SCALE: Positive = 1.0
     """Factor of the broadcast scores (ours)."""
     LOCAL_SCALE: Positive = 1.0
@@ -191,7 +194,7 @@ class DQNSettings(Group):
     NORMALIZE_TARGETS: bool = True
     """Divide an update's targets by their Frobenius norm (public code)."""
     TARGET_UPDATE: CountOrZero = 0
-    """Episodes between copies to a target network; 0 = no target network (ours)."""
+    """Episodes between target-network copies; 0 = none (ours)."""
 
 
 class ExplorationSettings(Group):
@@ -204,7 +207,7 @@ class ExplorationSettings(Group):
     EPSILON_DECAY: NotNegative = 0.02
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
     EXPLORATION_PERSIST: Share = 0.0
-    """Probability that a random choice is repeated in the next round (ours)."""
+    """Probability of repeating a random choice (ours)."""
 
 
 class RunSettings(Group):
@@ -300,7 +303,7 @@ class Settings(
                 raise ConfigError(f"{name}: got {getattr(self, name)}, takes at most {other}")
 
     def replace(self, **changes: Any) -> Settings:
-        """A copy with some settings changed, validated as a whole."""
+        """Return a copy with some settings changed, validated as a whole."""
         return Settings(**{**self.model_dump(), **changes})
 
     @property
@@ -319,7 +322,7 @@ class Settings(
         return absolute(self.RESULTS_DIR)
 
     def stored(self) -> dict[str, Any]:
-        """What ``config.json`` keeps: every setting that can change a result, JSON types only."""
+        """Return what ``config.json`` keeps: all settings that can change a result, as JSON types."""
         return self.model_dump(mode="json", exclude=names_of("place"))
 
 
@@ -332,12 +335,12 @@ GROUPS: list[type[Group]] = [
 
 
 def names_of(*owners: str) -> set[str]:
-    """Names of all settings that belong to one of the owners (``Group.owner``)."""
+    """Return the names of all settings that belong to one of the owners (``Group.owner``)."""
     return {name for group in GROUPS if group.owner in owners for name in group.model_fields}
 
 
 def takes(name: str) -> str:
-    """The values that a setting takes, in words: "an integer >= 1"."""
+    """Return the values that a setting takes, in words: "an integer >= 1"."""
     field: FieldInfo = Settings.model_fields[name]
     kind = field.annotation
     if get_origin(kind) is Literal:
@@ -360,7 +363,7 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<="}
 
 
 def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
-    """The first mistake of a validation, as the one line that users see."""
+    """Return the first mistake of a validation, as the one line that users see."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] != "extra_forbidden":
@@ -371,7 +374,7 @@ def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def meaning(name: str) -> tuple[str, str]:
-    """What a setting means, and the source of its default: its docstring's two parts."""
+    """Return what a setting means, and the source of its default: its docstring's two parts."""
     text = Settings.model_fields[name].description or ""
     match = re.fullmatch(r"(.+) \((public code|ours)\)\.", text)
     if match is None:
@@ -381,7 +384,7 @@ def meaning(name: str) -> tuple[str, str]:
 
 # --- Randomness ------------------------------------------------------------------------------
 
-# Departure: the public code draws from the global generators of NumPy, Python and TensorFlow, and
+# Departure: the public code draws from the global generators of NumPy, Python and TensorFlow. It
 # seeds the first alone, so no two of its runs are the same. Here one seed is spread over named
 # streams: a change in how one of them is used changes nothing that the others yield. Streams used
 # within an episode are keyed by the episode as well, so resuming needs no generator state.
@@ -403,12 +406,12 @@ STREAMS = {
 
 
 def stream(seed: int, name: str, index: int = 0) -> np.random.Generator:
-    """The random generator of a seed, a stream's name and an index (ours)."""
+    """Return the random generator of a seed, a stream's name and an index (ours)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS[name], index)))
 
 
 def episode_seed(seed: int, episode: int, kind: str = "episode") -> int:
-    """The seed in [0, 2**63) with which the environment is reset for an episode (ours).
+    """Return the seed in [0, 2**63) that resets the environment for an episode (ours).
 
     Args:
         seed: SEED.

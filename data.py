@@ -250,7 +250,10 @@ def _download(name: str) -> Path:
     place = pooch.create(cache, url, registry=files)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
     for file in files:
-        os.chmod(place.fetch(file, downloader=downloader), 0o644)  # pooch's are the owner's alone
+        missing = not (cache / file).exists()
+        path = place.fetch(file, downloader=downloader)
+        if missing:
+            os.chmod(path, 0o644)  # pooch's files are readable by their owner alone
     return cache if folder else cache / f"{name}.npz"
 
 
@@ -262,9 +265,9 @@ def load_digits(settings: Settings) -> Dataset:
 
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
     fifth of each class is the test set, not distorted. The other digits of a class are repeated
-    to 6,000 training images, enough for 150 nodes. Each gets a small seeded distortion: it is
-    turned by up to 5 degrees, scaled by 0.95 to 1.05, sheared by up to 0.05 and shifted by up to
-    half a pixel.
+    to 6,000 training images, enough for 150 nodes. Each gets a small seeded distortion. It is
+    turned by up to 5 degrees and scaled by 0.95 to 1.05. It is sheared by up to 0.05 and shifted
+    by up to half a pixel.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_bundled
@@ -360,8 +363,8 @@ def main_class_shards(labels: np.ndarray, settings: Settings, rng: np.random.Gen
     """Return shards with a main class each, and some images of all others (public code).
 
     Of SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of the class n mod C and the
-    rest of the other C - 1 classes. Both are taken in the dataset's order: with g = n // C, the
-    main class's images [g m, (g+1) m) and the images [g (S-m), (g+1) (S-m)) of all the others.
+    rest of the other C - 1 classes. Both are taken in the dataset's order. With g = n // C, these
+    are the main class's images [g m, (g+1) m) and the others' images [g (S-m), (g+1) (S-m)).
     So with N = C the supplementary images are nearly the same on every node.
     """
     classes, size = int(labels.max()) + 1, settings.SAMPLES_PER_NODE

@@ -23,7 +23,7 @@ def distance_matrix(settings: Settings) -> np.ndarray:
     """Return (N, N) float64: the communication distance of each two nodes (public code).
 
     Uniform in [0, DISTANCE_SCALE) by the legacy generator that the public code seeds, made
-    symmetric by the mean with its transpose, zero on the diagonal. Without a unit.
+    symmetric by the mean with its transpose, zero on the diagonal. No unit.
     """
     n = settings.NUM_NODES
     uniform = np.random.RandomState(settings.DISTANCE_SEED).random_sample((n, n))
@@ -37,7 +37,7 @@ def reward(accuracy: float, distance: float, settings: Settings) -> float:
     """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
 
     REWARD_CEILING (ours) bounds the power. A large h makes each round below the goal cost about one
-    point; without a bound it would reward any excess over the goal far more.
+    point. Without a bound it would reward any excess over the goal far more.
     """
     progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
     if settings.REWARD_CEILING:
@@ -75,11 +75,11 @@ def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
 def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
     """Return the PCA scores of all nodes' weights, as scikit-learn's full PCA does.
 
-    Only the distinct weight vectors are looked at, each as often as nodes have it: the cost is
+    Only the distinct weight vectors are looked at, each as often as nodes have it. So the cost is
     that of a singular value decomposition of M vectors, however many nodes there are.
 
     Departure: a component without variance is 0 here; the public code, by scikit-learn's PCA,
-    hands the DQN rounding noise below 1e-5 there.
+    gives the DQN rounding noise below 1e-5 there.
 
     Args:
         models: (M, P) float, the distinct weight vectors.
@@ -96,8 +96,8 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     counts = np.bincount(owners, minlength=len(models)).astype(np.float64)
     centred = models.astype(np.float64)
     centred -= counts @ centred / counts.sum()
-    # The N x P matrix with repeated rows has the singular values of the M x P matrix whose rows
-    # are multiplied by the root of how often they occur; the small Gram matrix gives them.
+    # Multiply each of the M rows by the root of how often it occurs. The resulting M x P matrix has
+    # the singular values of the N x P matrix with repeated rows; the small Gram matrix gives them.
     roots = np.sqrt(counts)
     squares, vectors = np.linalg.eigh(roots[:, None] * (centred @ centred.T) * roots)
     squares, vectors = squares[::-1][:components], vectors[:, ::-1][:, :components]
@@ -134,9 +134,9 @@ class DistinctNodes(spaces.MultiDiscrete):
 
 
 class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
-    """N nodes that train one foundation model in turn (paper, Section 3.3).
+    """N nodes that train one foundation model in turn (public code).
 
-    Actions: the node that trains next, in [0, N); with NODES_PER_ROUND = k > 1, k distinct nodes,
+    Actions: the node that trains next, in [0, N). With NODES_PER_ROUND = k > 1, k distinct nodes,
     the first of which passes the averaged model on. The current node is allowed, and free.
 
     Observations: see ``observe``. Rewards: ``reward`` and, from round 2 on, ``progress_reward``
@@ -145,10 +145,15 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     An episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
     truncated after MAX_ROUNDS rounds.
 
-    Info, from ``reset`` and ``step``: ``round`` (from 1), ``node`` (that trained; a list if k > 1),
-    ``accuracy`` (share of the images that judged the round), ``distance`` (that the model travelled
-    to this round's first node), ``communication_cost`` (sum of the episode's distances),
-    ``reward``, ``goal_reached`` and ``diverged`` (some weight is not finite).
+    Info, from ``reset`` and ``step``:
+        round: number of the round, from 1.
+        node: node that trained; a list if k > 1.
+        accuracy: share of correct images among those that judged the round, in [0, 1].
+        distance: how far the model travelled to this round's first node, no unit.
+        communication_cost: sum of the episode's distances, no unit.
+        reward: of the round.
+        goal_reached: whether the accuracy is at least GOAL_ACCURACY.
+        diverged: whether some weight is not finite.
 
     A node is a shard, a weight vector and Adam's moments; no node has a Keras model of its own. The
     moments belong to the node and are kept within an episode (public code).
@@ -296,8 +301,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     def _judged(self) -> float:
         """Return the accuracy that the round counts with, in [0, 1].
 
-        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round. It is left to
-        them only if they fall short of the goal by more than three standard errors: the whole test
+        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round. They decide only
+        if they fall short of the goal by more than three standard errors. Otherwise the whole test
         set judges whether the goal is reached.
         """
         count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
@@ -328,7 +333,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         only the nodes that trained differ. ``local`` (the paper's figures): the same when each node
         keeps the model that it last trained. ``both`` (ours): the former, then the latter.
         ``last_node`` (ours): 1 for the nodes that trained last, 0 for the others. ``zeros`` (ours):
-        nothing. The last two are controls: they show what the weights are worth.
+        nothing. The last two are controls: they show how much the weights help.
 
         A component's sign has no meaning of its own. By scikit-learn's rule (public code) it flips
         from round to round. With PCA_SIGNS = ``holder`` (ours) the last node's score is never

@@ -1,6 +1,6 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
-There is one compiled Keras model per process. Nodes, rounds and agents differ in one vector of
+There is one compiled Keras model of each kind per process. Nodes, rounds and agents differ in one vector of
 weights, which the functions take and return. So a node costs a vector, and passing a model on is
 passing a reference. Keras' own optimizers can't do that: the TensorFlow backend disables their
 ``stateless_apply``, so ``adam`` is ours.
@@ -111,11 +111,11 @@ def adam(
     Args:
         weights: (P,) float32.
         gradient: (P,) float32, of the loss by the weights.
-        moments: of the steps before.
+        moments: of the steps before; ``first`` and ``second`` (P,) float32, ``step`` () float32.
         learning_rate: Adam's.
 
     Returns:
-        The new weights and moments.
+        The new weights, (P,) float32, and the new moments, shaped as the given ones.
     """
     step = moments.step + 1
     first = moments.first + (1 - _BETA_1) * (gradient - moments.first)
@@ -361,7 +361,7 @@ class QNetwork:
 
 
 def _to_input(images: tf.Tensor) -> tf.Tensor:
-    """Images as float32 in [0, 1] (public code)."""
+    """Return images as float32 in [0, 1] (public code)."""
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
@@ -371,8 +371,8 @@ _threads = 0  # what TensorFlow was given in this process; 0: nothing yet
 def use_cpu(threads: int) -> int:
     """Let TensorFlow compute on that many CPU threads, 0 for all cores; return the number.
 
-    One operation runs at a time: the networks are chains, and a fixed schedule keeps the order
-    of floating-point sums, so that the same seed gives the same bits.
+    One operation runs at a time, because the networks are chains. A fixed schedule keeps the order
+    of floating-point sums, so the same seed gives the same bits.
 
     Raises:
         ConfigError: TensorFlow computes with another number in this process already.
@@ -399,8 +399,8 @@ def use_cpu(threads: int) -> int:
 
 # --- One of each per process -----------------------------------------------------------------
 
-# Compiling takes a second and memory, and both models hold no weights: environments and agents of
-# one process share them as long as what they are made of stays the same.
+# Compiling takes a second and memory, and both models hold no weights. So the environments and
+# agents of one process share them as long as what they are made of stays the same.
 _latest: dict[type, tuple[tuple[Any, ...], Any]] = {}
 
 

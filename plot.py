@@ -25,7 +25,7 @@ import cli
 import records
 from config import UserError
 
-SINGLE, DOUBLE = 3.5, 7.0  # width of a figure in one column and over two columns, inches
+DOUBLE = 7.0  # width of a figure over two columns, inches
 
 # Figures are drawn at the size at which they are printed: no text is below 7 pt.
 # Any: Matplotlib's versions type the keys differently.
@@ -75,7 +75,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def data_note(dataset: str) -> str:
-    """The dataset's name for a figure's title; the stand-in for MNIST is named as such."""
+    """Return the dataset's name for a figure's title; the stand-in for MNIST is named as such."""
     return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
 
 
@@ -221,7 +221,7 @@ def _set_title(figure: Figure, text: str, tables: Tables) -> None:
 
 
 def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
-    """A panel per quantity of ``_CURVES``, one above the other, over the episodes."""
+    """Return a panel per quantity of ``_CURVES``, one above the other, over the episodes."""
     figure = Figure(figsize=(DOUBLE, height), layout="constrained")
     axes = list(figure.subplots(len(_CURVES), 1, sharex=True))
     for axis, label in zip(axes, _CURVES.values(), strict=True):
@@ -265,7 +265,7 @@ def draw_learning(tables: Tables) -> Figure:
 
 
 def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
-    """The rounds of the first and of the last episodes, without overlap, each with its title."""
+    """Return the rounds of the first and of the last episodes, without overlap, with titles."""
     rounds, episodes = tables["rounds"], tables["episodes"]["episode"]
     count = min(WINDOW, len(episodes) // 2)
     parts = []
@@ -314,7 +314,7 @@ def _heatmap(axis: Axes, values: np.ndarray, top: float, digits: int) -> AxesIma
 
 
 def _cell_text(value: float, digits: int) -> str:
-    """A number below 1 as ".12"; nothing if it rounds to 0."""
+    """Return a number below 1 as ".12"; nothing if it rounds to 0."""
     text = f"{value:.{digits}f}".removeprefix("0")
     return text if text.strip(".0") else ""
 

@@ -43,7 +43,7 @@ TEXT_COLUMNS = set(
     "trial settings observation target".split()
 )
 
-# Older versions of pandas need to be told to read the bits that were written.
+# pandas before 3 needs this to read back the same bits.
 _EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 
 _TRANSITIONS = "transitions.npy"  # many arrays, one after the other
@@ -302,7 +302,7 @@ def fingerprint(name: str, sha256: dict[str, str]) -> str:
 
 
 def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Json) -> Json | None:
-    """Return the JSON file that says whose a folder is; None if the folder is empty.
+    """Return the JSON file that identifies a folder; None if the folder is empty.
 
     Args:
         path: of the file.
@@ -506,7 +506,7 @@ class Run:
 
 
 def _comparable(config: Json) -> Json:
-    """What of a run's ``config.json`` has to be the same when the run is continued."""
+    """Return what of a run's ``config.json`` must stay the same when the run is continued."""
     config["state"], config["sessions"]  # they are needed later
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])

@@ -39,10 +39,16 @@ PROGRAM = "experiments.audit"
 # for several rounds, so their walks would not show how staying changes the accuracy.
 REPEAT = 0.6
 
-# Agent's settings that change what a walk records. All its others belong to the DQN or the reward,
-# or choose one of the observations that are recorded anyway.
-_AGENT_SETTINGS = {"PCA_COMPONENTS", "BROADCAST_SCALE", "LOCAL_SCALE", "REWARD_IMAGES"}
-_USED_SETTINGS = (names_of("world") - {"DATASET"}) | {"SEED"} | _AGENT_SETTINGS
+# Agent's settings of a recording, whatever config.py says. All observations are recorded anyway;
+# "zeros" is the cheapest for the environment to make besides.
+_RECORDING: dict[str, Any] = {
+    "OBSERVATION": "zeros",
+    "PCA_COMPONENTS": 0,
+    "PCA_SIGNS": "loading",
+    "BROADCAST_SCALE": 1.0,
+    "LOCAL_SCALE": 1.0,
+    "REWARD_IMAGES": 0,
+}
 
 _WALKS = 60
 _FOLDS = 6  # parts of the walks; each is predicted by a regression fitted to the other parts
@@ -77,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     Raises:
         SystemExit: with status 2 after one line on stderr if something is wrong.
     """
-    examples = f"  python3 -m {PROGRAM} --dataset mnist --set PCA_COMPONENTS=3"
+    examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
     parser = Parser(PROGRAM, "Audit the observations; results go to results/<name>/.", examples)
     help_ = f"episodes of random choices, at least {_FOLDS} [{_WALKS}]"
     parser.add_argument("--walks", type=count_of, default=_WALKS, metavar="N", help=help_)
@@ -86,11 +92,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
     values = {**named_settings_of(parser, parsed), **overrides_of(parser, parsed)}
-    for name in sorted((names_of("agent") - _AGENT_SETTINGS) & set(values)):
+    for name in sorted(names_of("agent") & set(values)):
         parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     try:
-        # What config.py says of the agent does not count. "zeros" is the cheapest observation.
-        settings = Settings(**{**values, "OBSERVATION": "zeros", "PCA_SIGNS": "loading"})
+        settings = Settings(**{**values, **_RECORDING})
     except ConfigError as error:
         parser.error(str(error))
     if settings.NODES_PER_ROUND != 1:
@@ -110,8 +115,8 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
     same number has the same initial weights.
 
     Returns:
-        For its R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and a float32 matrix
-        of R rows for each of OBSERVATIONS that ``all_features`` does not add.
+        For its R rounds ``nodes`` (R,) int64 and ``accuracies`` (R,) float64. Each of OBSERVATIONS
+        that ``all_features`` does not add has a float32 matrix of R rows.
     """
     from environment import positive_at, rollout
 
@@ -265,7 +270,8 @@ def audit(settings: Settings, count: int) -> int:
     environment = DecentralizedLearning(settings)
     dataset = environment.dataset
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
-    used = {name: value for name, value in settings.stored().items() if name in _USED_SETTINGS}
+    # The data that DATASET led to counts, not its name.
+    used = {k: settings.stored()[k] for k in names_of("world") - {"DATASET"} | {"SEED"}}
     about = {"sha256": dataset.sha256, "settings": used}
 
     def comparable(stored: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +293,7 @@ def audit(settings: Settings, count: int) -> int:
 
 
 def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list[Walk]:
-    """Walks 1 to ``count``, but for those of one round; what is missing is recorded."""
+    """Return walks 1 to ``count``, but for those of one round; record what is missing."""
     folder.mkdir(exist_ok=True)
     walks = []
     for episode in tqdm(range(1, count + 1), desc="walks", disable=None):

@@ -73,7 +73,7 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",
-        ("tuned", "random", "nearest_twice"),
+        ("tuned", "random"),
         "world",
         {
             **{f"distances-{seed}": {"DISTANCE_SEED": seed} for seed in (1, 2, 3)},
@@ -192,7 +192,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
 
 
 def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, Any]) -> Plan:
-    """The plan of a command line that names some settings, on top of named settings."""
+    """Return the plan of a command line that names some settings, on top of named settings."""
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
@@ -220,7 +220,7 @@ def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, 
 
 
 def _values_of(text: str) -> tuple[str, Comparison]:
-    """The comparison of ``--vary NAME=v1,v2,...``; commas inside parentheses separate nothing."""
+    """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate."""
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
     if not texts or name in {"DATASET", *names_of("run", "place")}:
@@ -233,7 +233,7 @@ def _values_of(text: str) -> tuple[str, Comparison]:
 
 
 def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any], dict[str, str]]:
-    """The given agents by seed, the settings that all share, and the SHA-256 of their data."""
+    """Return the agents by seed, the settings that all share, and the SHA-256 of their data."""
     agents: dict[int, Path] = {}
     shared: dict[str, Any] = {}
     for path in paths:
@@ -466,16 +466,14 @@ def compare(plan: Plan) -> int:
     folder = plan.settings.results_dir / (trial if plan.kind == "validation" else name)
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
-    tables = Tables(folder, shared_config(plan, dataset, folder))
-    finished, rows = tables.finished(), tables.jobs()
     for job in jobs:
         data.make_shards(dataset, job.test_settings)
-        if job.key in rows and rows[job.key]["agent"] != _sha256(job.agent):
-            raise UserError(f"{folder}: holds {job.name} of another agent; choose a --name")
-    waiting = [job for job in jobs if job.key not in finished]
+    _, waiting = _state(plan, dataset, folder, jobs)
     log = Log(plan.settings, plan.named) if plan.kind == "validation" else None
     cluster, workers = plan.cluster if waiting else "", min(plan.workers, len(waiting))
     with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
+        # Read again: another process may have written here meanwhile.
+        tables, waiting = _state(plan, dataset, folder, jobs)
         tables.create(plan.settings)
         print(
             f"{plan.name}: {len(plan.methods)} methods, {len(plan.seeds)} seeds, "
@@ -484,8 +482,8 @@ def compare(plan: Plan) -> int:
             flush=True,
         )
         for job in jobs:
-            tables.set_job(job, "finished" if job.key in finished else "waiting")
-            if log and job.key not in finished:
+            tables.set_job(job, "waiting" if job in waiting else "finished")
+            if log and job in waiting:
                 log.write(job, "not finished")
         failed = _run(tables, waiting, client, log)
         print(
@@ -497,6 +495,18 @@ def compare(plan: Plan) -> int:
         if len(failed) < len(jobs) and plan.kind == "test":
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
+
+
+def _state(
+    plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
+) -> tuple[Tables, list[Job]]:
+    """Return a comparison's tables and its unfinished jobs; refuse a folder of something else."""
+    tables = Tables(folder, shared_config(plan, dataset, folder))
+    finished, rows = tables.finished(), tables.jobs()
+    for job in jobs:
+        if job.key in rows and rows[job.key]["agent"] != _sha256(job.agent):
+            raise UserError(f"{folder}: holds {job.name} of another agent; choose a --name")
+    return tables, [job for job in jobs if job.key not in finished]
 
 
 def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> list[tuple[Job, str]]:

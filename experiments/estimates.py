@@ -127,7 +127,7 @@ def paired(episodes: pd.DataFrame, variant: str, method: str) -> list[pd.DataFra
 
 
 def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool:
-    """Whether a method misses the goal more often than random does, on the same seeds.
+    """Return whether a method misses the goal more often than random does, on the same seeds.
 
     What it saves then, it does not save for the same result.
     """
@@ -276,5 +276,5 @@ def _spent(
 
 
 def several_nodes(rounds: pd.DataFrame, variant: str, method: str) -> bool:
-    """Whether several nodes trained in a round; a training counts its cost otherwise then."""
+    """Return whether several nodes trained in a round; a training's cost then counts otherwise."""
     return bool(select(rounds, variant, method)["node"].str.contains("+", regex=False).any())

@@ -89,7 +89,7 @@ def add_labels(tables: Tables) -> None:
 
 
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """The estimates of a quantity, by label."""
+    """Return the estimates of a quantity, by label."""
     return table[table["quantity"] == quantity].set_index("label")
 
 
@@ -101,14 +101,14 @@ def learned_labels(tables: Tables) -> list[str]:
 
 
 def _counted(counts: pd.Series, noun: str) -> str:
-    """A number or a range of numbers with its noun: 1 seed, 5 to 10 seeds."""
+    """Return a number or a range of numbers with its noun: 1 seed, 5 to 10 seeds."""
     low, high = counts.min(), counts.max()
     count = str(low) if low == high else f"{low} to {high}"
     return f"{count} {noun}{'s' if high > 1 else ''}"
 
 
 def _set_title(figure: Figure, tables: Tables, text: str, quantity: str = "rounds") -> None:
-    """The figure's title: what it shows, of which data, and how much it rests on."""
+    """Set the figure's title: what it shows, of which data, and how much it rests on."""
     rows = _rows(tables["estimates"], quantity)
     seeds = _counted(rows["seeds"], "seed")
     episodes = _counted(rows["episodes"] // rows["seeds"], "episode")
@@ -118,7 +118,7 @@ def _set_title(figure: Figure, tables: Tables, text: str, quantity: str = "round
 
 
 def _add_legend(figure: Figure) -> None:
-    """A legend below the figure, in rows of equal length: each of its panels' labels once."""
+    """Add a legend below the figure, in rows of equal length: each panel's labels once."""
     handles: dict[str, Any] = {}
     for axis in figure.axes:
         drawn, texts = axis.get_legend_handles_labels()
@@ -380,7 +380,7 @@ def report(folder: Path, tables: Tables) -> str:
 
 
 def _markdown(table: pd.DataFrame, varied: str, columns: dict[str, tuple[str, str]]) -> list[str]:
-    """A Markdown table of estimates with their intervals, a row per variant and method.
+    """Return a Markdown table of estimates with their intervals, a row per variant and method.
 
     Args:
         table: estimates; a column ``mark``, if there is one, has texts to write after the means.
@@ -406,7 +406,7 @@ def _markdown(table: pd.DataFrame, varied: str, columns: dict[str, tuple[str, st
 
 
 def _changes(tables: Tables) -> list[str]:
-    """The table of changes against random, with the published ones."""
+    """Return the table of changes against random, with the published ones."""
     table, varied = tables["estimates"], tables["config"]["parameter"]
     change = changes(table).assign(mark="")
     for row in change[change["quantity"] == "communication_cost_change"].itertuples():
@@ -433,7 +433,7 @@ def _changes(tables: Tables) -> list[str]:
 
 
 def _sizes(tables: Tables) -> list[str]:
-    """What the numbers rest on, in sentences."""
+    """Return what the numbers rest on, in sentences."""
     jobs, training = tables["jobs"], tables["training"]
     counts = [f"{sum(jobs['state'] == name)} {name}" for name in ("finished", "waiting", "failed")]
     wrong = jobs[jobs["error"] != ""]

@@ -68,6 +68,11 @@ class Job:
         return METHODS[self.method].learns and not self.agent
 
     @property
+    def training_settings(self) -> Settings:
+        """Settings of the training: the method's own, and the training's folder."""
+        return METHODS[self.method].settings(self.settings).replace(NAME=self.training_folder.name)
+
+    @property
     def test_settings(self) -> Settings:
         """Settings of the test. However rounds are rewarded, all test images judge it."""
         return METHODS[self.method].settings(self.settings).replace(REWARD_IMAGES=0)
@@ -83,7 +88,7 @@ class Job:
 
 
 def _rows(folder: Path) -> int:
-    """Number of finished episodes in a folder."""
+    """Return the number of finished episodes in a folder."""
     with contextlib.suppress(OSError):  # a worker may be replacing the file
         return max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
     return 0
@@ -101,8 +106,8 @@ def load_dataset(name: str, folder: str) -> data.Dataset:
 def run_job(job: Job) -> None:
     """Train the agent, if there is one to train, and test the policy on ``test_episodes`` episodes.
 
-    The seeds of these episodes are a stream of their own, so no training has them. All methods
-    with the same SEED have the same ones.
+    Their seeds come from a separate stream, so no training uses them. All methods with the same
+    SEED use the same ones.
 
     Raises:
         UserError, OSError: what the user or the system has to correct.
@@ -126,7 +131,7 @@ def run_job(job: Job) -> None:
 
 
 def _is_tested(job: Job) -> bool:
-    """Whether the test's folder holds all episodes with all their rounds."""
+    """Return whether the test's folder holds all episodes with all their rounds."""
     try:
         episodes = read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
         rounds = read_table(job.folder / "rounds.csv", ROUND_COLUMNS)
@@ -139,8 +144,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     """Return the DQN's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     if job.trains:
-        named = job.settings.replace(NAME=job.training_folder.name)
-        settings = METHODS[job.method].settings(named)
+        settings = job.training_settings
         with Run(settings, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
                 main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
@@ -216,6 +220,11 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
     The holder sends the model to each node that trains. The first of these gets the others'
     results, which it averages. With one node per round that is the paper's distance. With several,
     the public code counts the way to the first alone.
+
+    Args:
+        distances: (N, N) float64, no unit.
+        holder: node that has the model before the round.
+        nodes: the node that trains, or several, the one that averages first.
     """
     nodes = [int(node) for node in np.atleast_1d(nodes)]
     ways = [(holder, node) for node in nodes if node != holder]
@@ -270,7 +279,8 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
     failed when that happened more than ``distributed.scheduler.allowed-failures`` times.
 
     Yields:
-        Each job as it ends, with what ``attempt`` returned; None every two seconds between.
+        Each job as it ends, with what ``attempt`` returned. With a client, None at least every two
+        seconds.
     """
     # Plain values, and a function that is pickled by value: a worker may not know this project yet.
     plain = [{**vars(job), "settings": job.settings.model_dump()} for job in jobs]
@@ -332,6 +342,7 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
     except (OSError, ValueError, asyncio.TimeoutError) as error:
-        raise UserError(f"--cluster: no Dask scheduler at {address} ({_line(error)})") from error
+        where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
+        raise UserError(f"{where} ({_line(error)})") from error
     with client:
         yield client

@@ -46,7 +46,7 @@ class Method:
         return self.policy is None
 
     def settings(self, settings: Settings) -> Settings:
-        """The method's settings: the comparison's with ``overrides``."""
+        """Return the method's settings: the comparison's with ``overrides``."""
         return settings.replace(**self.overrides(settings))
 
 
@@ -162,11 +162,6 @@ def _two_opt(distances: np.ndarray, tour: list[int]) -> list[int]:
                 tour[i : j + 1] = reversed(tour[i : j + 1])
                 improved = True
     return tour
-
-
-def tour_length(distances: np.ndarray, tour: list[int]) -> float:
-    """Return the sum of the distances along a closed tour."""
-    return float(sum(distances[a, b] for a, b in zip(tour, [*tour[1:], tour[0]], strict=True)))
 
 
 # --- Methods ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The log of tuning trials: one row for each trial, dataset and seed, from its start on.
 
-A trial trains an agent and tests it on validation episodes, whose initialisations neither a
-training nor a test has. So settings can be chosen by it.
+A trial trains an agent and tests it on validation episodes. Validation episodes share no initial
+weights with training or test episodes, so settings may be chosen by them.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Log:
             print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
     def _changes(self, job: Job) -> str:
-        """The agent's settings that are not the default, and what the command line named."""
+        """Return the agent's settings that are not the default, and what the command line named."""
         default, agents = Settings(), names_of("agent")
-        settings = job.test_settings.replace(REWARD_IMAGES=job.settings.REWARD_IMAGES)
+        settings = job.training_settings
         return " ".join(
             f"{name}={getattr(settings, name)!r}".replace(" ", "")
             for group in GROUPS
