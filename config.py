@@ -322,7 +322,7 @@ class Settings(
         return absolute(self.RESULTS_DIR)
 
     def stored(self) -> dict[str, Any]:
-        """Return what ``config.json`` keeps: all settings that can change a result, as JSON types."""
+        """Return what ``config.json`` keeps: settings that can change a result, as JSON types."""
         return self.model_dump(mode="json", exclude=names_of("place"))
 
 

@@ -168,7 +168,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     Attributes:
         settings, dataset: as given.
         shards: each node's training images, indices into ``dataset.x_train``.
-        distances: (N, N) float64.
+        distances: (N, N) float64, no unit.
         foundation: a ``FoundationModel``; trains and evaluates.
         observation_size: length of an observation.
         threads: how many CPU threads compute.

@@ -1,9 +1,9 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
-There is one compiled Keras model of each kind per process. Nodes, rounds and agents differ in one vector of
-weights, which the functions take and return. So a node costs a vector, and passing a model on is
-passing a reference. Keras' own optimizers can't do that: the TensorFlow backend disables their
-``stateless_apply``, so ``adam`` is ours.
+There is one compiled Keras model of each kind per process. Nodes, rounds and agents differ in one
+vector of weights, which the functions take and return. So a node costs a vector, and passing a
+model on is passing a reference. Keras' own optimizers can't do that: the TensorFlow
+backend disables their ``stateless_apply``, so ``adam`` is ours.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from models import Moments, shared_q_network, tf
 class ReplayBuffer:
     """A ring buffer of transitions, an array that grows up to the capacity.
 
-    Departure: the public code shuffles its memory in place before each draw, so that beyond the
-    capacity it drops transitions at random instead of the oldest. Its 120 episodes of at most
+    Departure: the public code shuffles its memory in place before each draw, so beyond the
+    capacity it drops transitions at random, not the oldest. Its 120 episodes of at most
     36 rounds never fill it.
 
     Args:

@@ -6,7 +6,7 @@ methods of a reduction get the same draws, because their seeds and episodes are 
 bootstrap has one level; with one episode per seed both give the same (tested).
 
 For methods that learn no policy, seeds differ in nothing but their episodes. Such an interval is
-too wide, with many seeds by up to the root of two: the spread of the seeds' means holds that of the
+too wide, with many seeds by up to the root of two. The spread of the seeds' means holds that of the
 episodes already. Where seeds differ and are few, it is too narrow, as any bootstrap's.
 
 An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one over all episodes.

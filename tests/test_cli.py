@@ -118,7 +118,11 @@ def test_config_repeats_a_run(tmp_path):
     settings = Settings(SEED=3, NAME="first", DISCOUNT=0.5, DATASET="auto")
     path = tmp_path / "config.json"
     about = {"name": "digits", "sha256": {"x_train": "ab"}}
-    path.write_text(json.dumps({"settings": settings.stored(), "dataset": about}))
+    config = {"settings": settings.stored(), "dataset": about}
+    path.write_text(json.dumps(config))
+    with pytest.raises(SystemExit):  # a comparison has no sessions
+        cli.settings_of_run(["--config", str(path)])
+    path.write_text(json.dumps({**config, "sessions": []}))
     again, sha256 = cli.settings_of_run(["--config", str(path), "--name", "second"])
     assert again == settings.replace(NAME="second", DATASET="digits")
     assert sha256 == {"x_train": "ab"}

@@ -68,8 +68,7 @@ def test_nearest_neighbours_by_hand():
 def test_the_shortest_tour_is_the_shortest_of_all(seed):
     distances = symmetric(7, seed)
     best = min(
-        tour_length(distances, [3, *rest])
-        for rest in itertools.permutations([0, 1, 2, 4, 5, 6])
+        tour_length(distances, [3, *rest]) for rest in itertools.permutations([0, 1, 2, 4, 5, 6])
     )
     tour = methods.shortest_tour(distances, 3)
     assert tour[0] == 3
