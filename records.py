@@ -159,7 +159,8 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         for column in table.columns.difference(texts):
             table[column] = pd.to_numeric(table[column])
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({' '.join(str(error).split())})") from error
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: can't be read ({cause})") from error
     if list(table) != list(columns):
         raise UserError(f"{path}: got the columns {', '.join(table)}, takes {', '.join(columns)}")
     return table.fillna(dict.fromkeys(texts, ""))

@@ -168,7 +168,7 @@ def test_examples_run(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("stripes-seed0/agent.npz", "sorted/agent.npz", "own/estimates.csv"):
         assert (tmp_path / "results" / name).exists()
-    assert (tmp_path / "rounds.png").exists()
+    assert (tmp_path / "results" / "rounds.png").exists()
     assert done.stdout.count("'round': 3") == 2
 
 
