@@ -22,6 +22,7 @@ import cli
 import data
 import records
 from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
+from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, check_method
 
 # TensorFlow and SciPy take seconds to import. The functions below import what needs them, so that a
@@ -334,7 +335,6 @@ def shared_config(plan: Plan, dataset: data.Dataset, folder: Path) -> dict[str, 
 
 
 Key = tuple[str, str, int]  # variant, method, seed
-_KEY = ["variant", "method", "seed"]
 
 
 class Tables:
@@ -344,17 +344,8 @@ class Tables:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from experiments import estimates
-
         self.folder = folder
         self._config = config
-        # episodes.csv comes last: a job that is in it is in all others.
-        self._columns = {
-            "jobs": estimates.JOB_COLUMNS,
-            "rounds": estimates.ROUND_COLUMNS,
-            "training": estimates.TRAINING_COLUMNS,
-            "episodes": estimates.EPISODE_COLUMNS,
-        }
 
     def read(self, name: str, path: Path | None = None) -> pd.DataFrame:
         """Return a table as text, so that no digit changes; without a file it has no rows.
@@ -362,7 +353,7 @@ class Tables:
         Raises:
             UserError: the file is damaged, or has other columns.
         """
-        path, columns = path or self.folder / f"{name}.csv", list(self._columns[name])
+        path, columns = path or self.folder / f"{name}.csv", list(TABLES[name])
         if not path.exists():
             return pd.DataFrame(columns=columns, dtype=str)
         try:
@@ -378,7 +369,7 @@ class Tables:
         from environment import distance_matrix
 
         records.write_json(self.folder / "config.json", self._config)
-        for name in self._columns:
+        for name in TABLES:
             if not (self.folder / f"{name}.csv").exists():
                 records.write_table(self.folder / f"{name}.csv", self.read(name))
         table = pd.concat(
@@ -391,15 +382,17 @@ class Tables:
         """Return the jobs all of whose test episodes, with all their rounds, are in the tables."""
         episodes = self.read("episodes").astype({"seed": int, "rounds": int})
         rounds = self.read("rounds").astype({"seed": int})
-        counts = episodes.groupby(_KEY)["rounds"].agg(["size", "sum"])
-        found = rounds.groupby(_KEY).size().reindex(counts.index)
+        counts = episodes.groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
+        found = rounds.groupby(JOB_KEY).size().reindex(counts.index)
         complete = counts["size"] == self._config["test_episodes"]
         return set(counts.index[complete & (counts["sum"] == found)])
 
     def add(self, name: str, rows: pd.DataFrame) -> None:
         """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
         rows, old = rows.astype(str), self.read(name)
-        replaced = pd.MultiIndex.from_frame(old[_KEY]).isin(pd.MultiIndex.from_frame(rows[_KEY]))
+        replaced = pd.MultiIndex.from_frame(old[JOB_KEY]).isin(
+            pd.MultiIndex.from_frame(rows[JOB_KEY])
+        )
         table = pd.concat([old[~replaced], rows], ignore_index=True)
         order_of = {name: place for place, name in enumerate(METHODS)}
         ranks = {
@@ -408,7 +401,7 @@ class Tables:
             "method": table["method"].map(lambda name: order_of.get(name, len(order_of))),
             "seed": table["seed"].astype(int),
         }
-        order = pd.DataFrame(ranks).sort_values(_KEY, kind="stable").index
+        order = pd.DataFrame(ranks).sort_values(JOB_KEY, kind="stable").index
         records.write_table(self.folder / f"{name}.csv", table.loc[order])
 
     def jobs(self) -> dict[Key, dict[str, Any]]:
@@ -416,20 +409,23 @@ class Tables:
         rows = self.read("jobs").to_dict("records")
         return {(row["variant"], row["method"], int(row["seed"])): row for row in rows}
 
-    def set_job(self, job: Job, state: str, **values: Any) -> None:
-        """Write a job's row of ``jobs.csv``."""
-        row = self.jobs().get(job.key, dict.fromkeys(self._columns["jobs"], ""))
-        row |= dict(zip(_KEY, job.key, strict=True))
-        row |= {"state": state, "error": "", "agent": _sha256(job.agent), **values}
-        self.add("jobs", pd.DataFrame([row]))
+    def set_jobs(self, states: dict[Job, str], **values: Any) -> None:
+        """Write the jobs' rows of ``jobs.csv``: their states, and the values that all get."""
+        old, rows = self.jobs(), []
+        for job, state in states.items():
+            row = old.get(job.key, dict.fromkeys(TABLES["jobs"], ""))
+            row |= dict(zip(JOB_KEY, job.key, strict=True))
+            row |= {"state": state, "error": "", "agent": _sha256(job.agent), **values}
+            rows.append(row)
+        self.add("jobs", pd.DataFrame(rows))
 
     def collect(self, job: Job) -> None:
         """Add a finished job's rows to the tables, and copy its trained agent."""
         if job.trains:
             path = job.training_folder / "episodes.csv"
             rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-            rows = rows.assign(**dict(zip(_KEY, job.key, strict=True)))
-            self.add("training", rows[list(self._columns["training"])])
+            rows = rows.assign(**dict(zip(JOB_KEY, job.key, strict=True)))
+            self.add("training", rows[list(TABLES["training"])])
             agent = self.folder / "agents" / job.variant / f"{job.name}.npz"
             agent.parent.mkdir(parents=True, exist_ok=True)
             with records.replacing(agent) as file:
@@ -481,9 +477,9 @@ def compare(plan: Plan) -> int:
             f"{len(jobs)} jobs, {len(waiting)} to do; results in {folder}",
             flush=True,
         )
-        for job in jobs:
-            tables.set_job(job, "waiting" if job in waiting else "finished")
-            if log and job in waiting:
+        tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
+        if log:
+            for job in waiting:
                 log.write(job, "not finished")
         failed = _run(tables, waiting, client, log)
         print(
@@ -530,7 +526,8 @@ def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> li
                 failed.append((job, outcome["error"]))
             else:
                 tables.collect(job)
-            tables.set_job(job, "failed" if outcome["error"] else "finished", **outcome)
+            state = "failed" if outcome["error"] else "finished"
+            tables.set_jobs({job: state}, **outcome)
             if log:
                 log.write(job, outcome["error"], outcome.get("seconds", 0.0))
             bar.write(f"{job.variant} {job.name} {outcome['error'] or 'finished'}".strip())

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 import records
 from config import UserError, reason
@@ -51,7 +50,15 @@ QUANTITIES = tuple(
     "diverged".split()
 )
 
-_JOB = ["variant", "method", "seed"]  # what identifies a job
+JOB_KEY = ["variant", "method", "seed"]  # what identifies a job
+
+# Tables of a comparison. episodes.csv is written last: a job that is in it is in all others.
+TABLES = {
+    "jobs": JOB_COLUMNS,
+    "rounds": ROUND_COLUMNS,
+    "training": TRAINING_COLUMNS,
+    "episodes": EPISODE_COLUMNS,
+}
 
 # A quantity's name, its statistic, and the (S, E) arrays that the statistic takes.
 Statistic = Callable[..., np.ndarray]
@@ -73,22 +80,18 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     """
     tables: dict[str, Any] = {
         "config": _read_config(folder / "config.json"),
-        "jobs": records.read_table(folder / "jobs.csv", JOB_COLUMNS),
+        "jobs": records.read_table(folder / "jobs.csv", TABLES["jobs"]),
     }
     finished = tables["jobs"][tables["jobs"]["state"] == "finished"]
     if finished.empty:
         raise UserError(f"{folder}: got no finished job, takes at least one")
-    of_finished = pd.MultiIndex.from_frame(finished[_JOB])
-    for name, columns in (
-        ("episodes", EPISODE_COLUMNS),
-        ("rounds", ROUND_COLUMNS),
-        ("training", TRAINING_COLUMNS),
-    ):
-        table = records.read_table(folder / f"{name}.csv", columns)
-        tables[name] = table[pd.MultiIndex.from_frame(table[_JOB]).isin(of_finished)]
+    of_finished = pd.MultiIndex.from_frame(finished[JOB_KEY])
+    for name in ("episodes", "rounds", "training"):
+        table = records.read_table(folder / f"{name}.csv", TABLES[name])
+        tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(of_finished)]
     expected = tables["config"]["test_episodes"]
-    counts = tables["episodes"].groupby(_JOB).size()
-    for job in finished[_JOB].itertuples(index=False, name=None):
+    counts = tables["episodes"].groupby(JOB_KEY).size()
+    for job in finished[JOB_KEY].itertuples(index=False, name=None):
         if counts.get(job, 0) != expected:
             name = " ".join(filter(None, map(str, job)))
             raise UserError(
@@ -183,6 +186,8 @@ def mean(values: np.ndarray) -> np.ndarray:
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean of the middle half of all values; a quarter is cut off at each end."""
+    from scipy import stats  # takes seconds to import, and is needed here alone
+
     return stats.trim_mean(values.reshape(*values.shape[:-2], -1), 0.25, axis=-1)
 
 

@@ -23,6 +23,7 @@ os.environ["HL_TESTS_DATA_DIR"] = DATA_DIR
 
 import config
 import data
+import environment
 import models
 
 # Before anything computes, as main.py does it: the number can't be changed later.
@@ -111,6 +112,20 @@ def run(*arguments, script="main.py", cwd=PROJECT, **options):
         stdin=subprocess.DEVNULL,
         **options,
     )
+
+
+def interrupt_step(patch, number):
+    """Let the environment's step of this number be interrupted, as by Ctrl-C."""
+    steps, step = 0, environment.DecentralizedLearning.step
+
+    def interrupted(self, action):
+        nonlocal steps
+        steps += 1
+        if steps == number:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    patch.setattr(environment.DecentralizedLearning, "step", interrupted)
 
 
 def refusal(parse, arguments, capsys):

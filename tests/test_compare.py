@@ -10,11 +10,11 @@ import sys
 import filelock
 import pandas as pd
 import pytest
-from conftest import PROJECT, SMALL, refusal, run
+from conftest import PROJECT, SMALL, interrupt_step, refusal, run
 
 import models
 from config import NAMED_SETTINGS, Settings
-from environment import DecentralizedLearning, distance_matrix
+from environment import distance_matrix
 from experiments import compare, estimates, figures, jobs, methods, tuning
 from records import load_agent, read_table
 
@@ -216,17 +216,8 @@ def test_two_at_the_same_time_in_one_folder(tmp_path, capsys):
 @pytest.mark.parametrize("stop_at", [3, 12])
 def test_a_stopped_comparison_continues(finished, tmp_path, monkeypatch, capsys, stop_at):
     """In the middle of training, and of a test: the rows are those of one that never stopped."""
-    steps, step = 0, DecentralizedLearning.step
-
-    def interrupted(self, action):
-        nonlocal steps
-        steps += 1
-        if steps == stop_at:
-            raise KeyboardInterrupt
-        return step(self, action)
-
     with monkeypatch.context() as patch:
-        patch.setattr(DecentralizedLearning, "step", interrupted)
+        interrupt_step(patch, stop_at)
         assert start(tmp_path, "--seeds", "1", methods="hl,random") == 130
     assert {row["state"] for row in rows(tmp_path / "paper-digits" / "jobs.csv")} == {"waiting"}
     assert start(tmp_path, "--seeds", "1", methods="hl,random") == 0

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, command, small_settings
+from conftest import SMALL, command, interrupt_step, small_settings
 
 import data
 import main
@@ -189,18 +189,9 @@ def test_all_images_judge_a_test(tmp_path):
 @pytest.mark.parametrize("stop_at", [3, 12])
 def test_an_interrupted_job_continues(done, tmp_path, monkeypatch, stop_at):
     """In the middle of training, and of a test: the rows are those of one that never stopped."""
-    steps, step = 0, DecentralizedLearning.step
-
-    def interrupted(self, action):
-        nonlocal steps
-        steps += 1
-        if steps == stop_at:
-            raise KeyboardInterrupt
-        return step(self, action)
-
     job = job_of(tmp_path, "hl", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(DecentralizedLearning, "step", interrupted)
+        interrupt_step(patch, stop_at)
         with pytest.raises(KeyboardInterrupt):
             jobs.run_job(job)
     assert job.episodes_finished() < job.episodes == 6
