@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import re
@@ -15,23 +14,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import pandas as pd
 from tqdm import tqdm
 
 import cli
 import data
 import records
-from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
-from experiments.estimates import JOB_KEY, TABLES
+from config import GROUPS, NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
+from experiments.estimates import EPISODE_COLUMNS
 from experiments.methods import METHODS, check_method
 
 # TensorFlow and SciPy take seconds to import. The functions below import what needs them, so that a
 # mistake on the command line is reported at once.
 if TYPE_CHECKING:
-    from experiments.jobs import Job
-    from experiments.tuning import Log
+    from experiments.jobs import Job, Tables
 
 PROGRAM = "experiments.compare"
+LAST = 20  # episodes at the end of a training whose mean number of rounds is logged
+
+LOG_COLUMNS = tuple(
+    "trial dataset seed settings training_episodes training_rounds validation_episodes rounds "
+    "goal_reached communication_cost seconds git_revision error".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +114,10 @@ COMPARISONS: dict[str, Comparison] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A command line that was checked."""
+    """A command line; a ConfigError if its parts don't go together."""
 
     name: str  # of the comparison, or "trial"
-    comparison: Comparison  # its parameter and variants
+    comparison: Comparison
     methods: list[str]
     seeds: list[int]
     test_episodes: int
@@ -123,6 +128,28 @@ class Plan:
     data_sha256: dict[str, str]  # of the data that these were trained on; {} for any
     workers: int  # processes on this machine
     cluster: str  # address of a Dask scheduler; "" for none
+
+    def __post_init__(self) -> None:
+        variants = self.comparison.variants
+        varied = {setting for changes in variants.values() for setting in changes}
+        fixed = names_of("agent") | {"NUM_NODES"} if self.agents else set()
+        twice = ", ".join(sorted(varied & self.named))
+        trained = ", ".join(sorted(fixed & (varied | self.named)))
+        got, trial = ", ".join(self.methods), self.kind == "validation"
+        for wrong, message in (
+            ("SEED" in self.named, "SEED: got it, takes --seeds in a comparison"),
+            (twice, f"{twice}: got it with --set, takes the comparison's values"),
+            (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
+            (self.agents and trial, "--agent: got it beside --validation, takes none"),
+            (self.agents and "hl" not in self.methods, f"--agent: got {got}, takes hl as well"),
+            (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
+            (trial and got not in ("hl", "tuned"), f"--validation: got {got}, takes hl or tuned"),
+        ):
+            if wrong:
+                raise ConfigError(message)
+        for variant, settings in self.variants().items():
+            for method in self.methods:
+                check_method(method, settings, self.named | set(variants[variant]))
 
     def variants(self) -> dict[str, Settings]:
         """Return the settings with each value of what varies."""
@@ -148,14 +175,7 @@ def _parser() -> cli.Parser:
     help_ = "a number (5 is 0 to 4) or a list (0,3,7-9) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz, with its settings and its seed; repeatable"
-    who(
-        "--agent",
-        type=lambda text: Path(text).expanduser(),
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=help_,
-    )
+    who("--agent", type=Path, action="append", default=[], metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
@@ -168,12 +188,7 @@ def _parser() -> cli.Parser:
 
 
 def parse(arguments: list[str] | None = None) -> Plan:
-    """Read and check the command line.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr if something is wrong, else after
-            ``--help`` and ``--list`` with status 0.
-    """
+    """Read the command line; exit with status 2 after one line on stderr if something is wrong."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.list:
@@ -181,28 +196,26 @@ def parse(arguments: list[str] | None = None) -> Plan:
             lines = [f"  {name:15} {entry.description}" for name, entry in entries.items()]
             print("\n".join([f"{kind}:", *lines]))
         sys.exit(0)
-    named, base = cli.overrides_of(parser, parsed), cli.named_settings_of(parser, parsed)
     try:
-        plan = _plan_of(parsed, named, base)
-        if base and (plan.agents or plan.name == "ablation"):
-            raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
-        _check_plan(plan)
-        return plan
+        return _plan_of(parser, parsed)
     except UserError as error:
         parser.error(str(error))
 
 
-def _plan_of(parsed: argparse.Namespace, named: dict[str, Any], base: dict[str, Any]) -> Plan:
-    """Return the plan of a command line that names some settings, on top of named settings."""
+def _plan_of(parser: cli.Parser, parsed: argparse.Namespace) -> Plan:
+    named, base = cli.overrides_of(parser, parsed), cli.named_settings_of(parser, parsed)
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
     elif parsed.vary:
         name, comparison = _values_of(parsed.vary)
-    agents, stored, data_sha256 = _read_agents(parsed.agent)
+    agents, stored = _read_agents(parsed.agent)
+    data_sha256 = stored.pop("data", {})
+    if base and (agents or name == "ablation"):
+        raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
     values = {**stored, **base, **named}
-    if "DATASET" not in values and Settings().DATASET == "auto":
-        values["DATASET"] = "digits"  # takes minutes, where MNIST takes hours
+    if Settings().DATASET == "auto":
+        values.setdefault("DATASET", "digits")  # takes minutes, where MNIST takes hours
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
     return Plan(
         name=name,
@@ -233,11 +246,11 @@ def _values_of(text: str) -> tuple[str, Comparison]:
     return name.lower(), Comparison("", ("hl", "random", "nearest_twice"), name, variants)
 
 
-def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any], dict[str, str]]:
-    """Return the agents by seed, the settings that all share, and the SHA-256 of their data."""
+def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any]]:
+    """Return agents by seed, and settings that they share, with their data's SHA-256 as "data"."""
     agents: dict[int, Path] = {}
     shared: dict[str, Any] = {}
-    for path in paths:
+    for path in map(Path.expanduser, paths):
         about = records.load_agent(path)[1]
         seed = about["settings"]["SEED"]
         own = {k: v for k, v in about["settings"].items() if k not in names_of("run")}
@@ -248,38 +261,7 @@ def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any], di
             differing = "; ".join(records.differences(shared, own))
             raise ConfigError(f"--agent: {path}: differs from the first ({differing})")
         agents[seed], shared = path.resolve(), own
-    data_sha256 = shared.pop("data", {})
-    return agents, shared, data_sha256
-
-
-def _check_plan(plan: Plan) -> None:
-    """Refuse settings that others set already, and methods that can't run."""
-    varied = {setting for changes in plan.comparison.variants.values() for setting in changes}
-    fixed = names_of("agent") | {"NUM_NODES"} if plan.agents else set()
-    twice = ", ".join(sorted(varied & plan.named))
-    trained = ", ".join(sorted(fixed & (varied | plan.named)))
-    names, trial = ", ".join(plan.methods), plan.kind == "validation"
-    for wrong, message in (
-        ("SEED" in plan.named, "SEED: got it, takes --seeds in a comparison"),
-        (twice, f"{twice}: got it with --set, takes the comparison's values"),
-        (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
-        (plan.agents and trial, "--agent: got it beside --validation, takes none"),
-        (plan.agents and "hl" not in plan.methods, f"--agent: got {names}, takes hl as well"),
-        (trial and not plan.settings.NAME, "--validation: got no --name, takes the trial's name"),
-        (trial and names not in ("hl", "tuned"), f"--validation: got {names}, takes hl or tuned"),
-    ):
-        if wrong:
-            raise ConfigError(message)
-    for variant, settings in plan.variants().items():
-        asked = plan.named | set(plan.comparison.variants[variant])
-        for method in plan.methods:
-            check_method(method, settings)
-            for name, value in METHODS[method].overrides(settings).items():
-                if name in asked and getattr(settings, name) != value:
-                    raise ConfigError(
-                        f"{name}: got {getattr(settings, name)!r}, takes {value!r} with the method "
-                        f"{method}, which --methods can leave out"
-                    )
+    return agents, shared
 
 
 # --- The comparison's folder -----------------------------------------------------------------
@@ -290,23 +272,27 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
     from experiments.jobs import Job
 
     jobs = []
-    for variant, settings in plan.variants().items():
-        place = {"NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
-        own = settings.replace(**place, THREADS=settings.THREADS or 1)
-        for method, seed in itertools.product(plan.methods, plan.seeds):
-            agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
-            of_seed = own.replace(SEED=seed)
-            jobs.append(Job(method, of_seed, variant, plan.test_episodes, agent, plan.kind))
+    for (variant, settings), method, seed in itertools.product(
+        plan.variants().items(), plan.methods, plan.seeds
+    ):
+        run = {"SEED": seed, "NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
+        own = settings.replace(**METHODS[method].overrides(settings), **run)
+        agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
+        jobs.append(Job(method, own, variant, plan.test_episodes, agent, plan.kind))
     return sorted(jobs, key=lambda job: -job.episodes)
 
 
-def shared_config(plan: Plan, dataset: data.Dataset, folder: Path) -> dict[str, Any]:
-    """Return the ``config.json`` of a comparison, with what its folder has already.
+def open_tables(
+    plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
+) -> tuple[Tables, list[Job]]:
+    """Return a comparison's tables and its unfinished jobs; write nothing.
 
     Raises:
         UserError: the folder holds something else, and the means would be mixed.
     """
-    values = {
+    from experiments.jobs import Tables, finished_jobs
+
+    config: dict[str, Any] = {
         "comparison": plan.name,
         "parameter": plan.comparison.parameter,
         "variants": plan.comparison.variants,
@@ -316,7 +302,7 @@ def shared_config(plan: Plan, dataset: data.Dataset, folder: Path) -> dict[str, 
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
         "settings": plan.settings.model_dump(mode="json", exclude=names_of("run", "place")),
     }
-    config = json.loads(json.dumps(values))
+    config = json.loads(json.dumps(config))  # tuples are lists there
     several = ("variants", "methods")  # those have to agree that both have
 
     def comparable(content: dict[str, Any]) -> dict[str, Any]:
@@ -331,145 +317,90 @@ def shared_config(plan: Plan, dataset: data.Dataset, folder: Path) -> dict[str, 
     found = records.read_own(
         folder / "config.json", "comparison", lambda content: now | comparable(content), now
     )
-    return config if found is None else found | {k: found[k] | config[k] for k in several}
+    if found:
+        config = found | {kind: found[kind] | config[kind] for kind in several}
+    tables = Tables(folder, config)
+    finished, rows = finished_jobs(folder, plan.test_episodes), tables.jobs()
+    for job in jobs:
+        if job.key in rows and rows[job.key]["agent"] != job.agent_sha256():
+            raise UserError(f"{folder}: holds {job.folder.name} of another agent; choose a --name")
+    return tables, [job for job in jobs if job.key not in finished]
 
 
-Key = tuple[str, str, int]  # variant, method, seed
+def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
+    """Write a job's row of ``tuning.csv``; without an error the job is finished.
 
-
-class Tables:
-    """The tables of a comparison's folder, which grow by a job's rows when the job is finished.
-
-    A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
+    Validation episodes share no initial weights with training or test episodes, so settings may be
+    chosen by them. Each trial, dataset and seed has a row, from its start on.
     """
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self.folder = folder
-        self._config = config
-
-    def read(self, name: str, path: Path | None = None) -> pd.DataFrame:
-        """Return a table as text, so that no digit changes; without a file it has no rows.
-
-        Raises:
-            UserError: the file is damaged, or has other columns.
-        """
-        path, columns = path or self.folder / f"{name}.csv", list(TABLES[name])
-        if not path.exists():
-            return pd.DataFrame(columns=columns, dtype=str)
-        try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-            if list(table) != columns:
-                raise ValueError(f"got the columns {list(table)}, takes {columns}")
-        except ValueError as error:
-            raise UserError(f"{path}: can't be read ({error})") from error
-        return table
-
-    def create(self, settings: Settings) -> None:
-        """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
-        from environment import distance_matrix
-
-        records.write_json(self.folder / "config.json", self._config)
-        for name in TABLES:
-            if not (self.folder / f"{name}.csv").exists():
-                records.write_table(self.folder / f"{name}.csv", self.read(name))
-        table = pd.concat(
-            records.distance_table(variant, distance_matrix(settings.replace(**changes)))
-            for variant, changes in self._config["variants"].items()
-        ).rename(columns={"dataset": "variant"})
-        records.write_table(self.folder / "distances.csv", table)
-
-    def finished(self) -> set[Key]:
-        """Return the jobs all of whose test episodes, with all their rounds, are in the tables."""
-        episodes = self.read("episodes").astype({"seed": int, "rounds": int})
-        rounds = self.read("rounds").astype({"seed": int})
-        counts = episodes.groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
-        found = rounds.groupby(JOB_KEY).size().reindex(counts.index)
-        complete = counts["size"] == self._config["test_episodes"]
-        return set(counts.index[complete & (counts["sum"] == found)])
-
-    def add(self, name: str, rows: pd.DataFrame) -> None:
-        """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
-        rows, old = rows.astype(str), self.read(name)
-        replaced = pd.MultiIndex.from_frame(old[JOB_KEY]).isin(
-            pd.MultiIndex.from_frame(rows[JOB_KEY])
-        )
-        table = pd.concat([old[~replaced], rows], ignore_index=True)
-        order_of = {name: place for place, name in enumerate(METHODS)}
-        ranks = {
-            "variant": table["variant"].map(list(self._config["variants"]).index),
-            # A method that a script added earlier may be unknown here.
-            "method": table["method"].map(lambda name: order_of.get(name, len(order_of))),
-            "seed": table["seed"].astype(int),
+    key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
+    named = plan.named & names_of("world", "agent") - {"DATASET"}
+    settings = [
+        f"{name}={getattr(job.settings, name)!r}".replace(" ", "")
+        for group in GROUPS
+        for name, field in group.model_fields.items()
+        if name in named
+        or (group.owner == "agent" and getattr(job.settings, name) != field.default)
+    ]
+    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": " ".join(settings)}
+    row |= {"seconds": seconds, "error": error, "git_revision": records.git_revision() or ""}
+    if not error:
+        training = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
+        test = records.read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
+        row |= {
+            "training_episodes": len(training),
+            "training_rounds": round(training["rounds"][-LAST:].mean(), 2),
+            "validation_episodes": len(test),
+            "rounds": round(test["rounds"].mean(), 2),
+            "goal_reached": round(test["goal_reached"].mean(), 3),
+            "communication_cost": round(test["communication_cost"].mean(), 4),
         }
-        order = pd.DataFrame(ranks).sort_values(JOB_KEY, kind="stable").index
-        records.write_table(self.folder / f"{name}.csv", table.loc[order])
-
-    def jobs(self) -> dict[Key, dict[str, Any]]:
-        """Return the rows of ``jobs.csv`` by job."""
-        rows = self.read("jobs").to_dict("records")
-        return {(row["variant"], row["method"], int(row["seed"])): row for row in rows}
-
-    def set_jobs(self, states: dict[Job, str], **values: Any) -> None:
-        """Write the jobs' rows of ``jobs.csv``: their states, and the values that all get."""
-        old, rows = self.jobs(), []
-        for job, state in states.items():
-            row = old.get(job.key, dict.fromkeys(TABLES["jobs"], ""))
-            row |= dict(zip(JOB_KEY, job.key, strict=True))
-            row |= {"state": state, "error": "", "agent": _sha256(job.agent), **values}
-            rows.append(row)
-        self.add("jobs", pd.DataFrame(rows))
-
-    def collect(self, job: Job) -> None:
-        """Add a finished job's rows to the tables, and copy its trained agent."""
-        if job.trains:
-            path = job.training_folder / "episodes.csv"
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-            rows = rows.assign(**dict(zip(JOB_KEY, job.key, strict=True)))
-            self.add("training", rows[list(TABLES["training"])])
-            agent = self.folder / "agents" / job.variant / f"{job.name}.npz"
-            agent.parent.mkdir(parents=True, exist_ok=True)
-            with records.replacing(agent) as file:
-                file.write((job.training_folder / "agent.npz").read_bytes())
-        for name in ("rounds", "episodes"):
-            self.add(name, self.read(name, job.folder / f"{name}.csv"))
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    path = plan.settings.results_dir / "tuning.csv"
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        table = pd.DataFrame([row]).astype(str)
+        if path.exists():
+            old = pd.read_csv(path, dtype=str, keep_default_na=False)
+            table = pd.concat([old, table]).drop_duplicates(list(key), keep="last")
+        records.write_table(path, table)
+    if error != "not finished":
+        print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
 
 # --- The command -----------------------------------------------------------------------------
 
 
 def compare(plan: Plan) -> int:
-    """Run what is left of a comparison, write its tables and figures, and print its report.
+    """Run what is left of a comparison and report it; return 1 if a job failed, else 0.
 
-    Returns 1 if a job failed, else 0. After a UserError nothing was started.
+    After a UserError nothing was started.
     """
     import models
     from experiments import figures
     from experiments.jobs import dask_client, load_dataset
-    from experiments.tuning import Log
 
-    models.use_cpu(plan.settings.THREADS or 1)
+    threads = plan.settings.THREADS or 1
+    models.use_cpu(threads)
     dataset = load_dataset(plan.settings.DATASET, plan.settings.DATA_DIR)
     # The jobs take the data that was found, and do not search and warn again.
-    plan = dataclasses.replace(plan, settings=plan.settings.replace(DATASET=dataset.name))
+    settings = plan.settings.replace(DATASET=dataset.name, THREADS=threads)
+    plan = dataclasses.replace(plan, settings=settings)
     if plan.data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--agent: trained on other data; --dataset {dataset.name} tests it here")
     name = plan.settings.NAME or f"{plan.name}-{dataset.name}"
-    trial = f"tuning/{name}-{dataset.name}"
-    folder = plan.settings.results_dir / (trial if plan.kind == "validation" else name)
+    if plan.kind == "validation":
+        name = f"tuning/{name}-{dataset.name}"
+        if (plan.settings.results_dir / "tuning.csv").exists():  # refuses something else
+            records.read_table(plan.settings.results_dir / "tuning.csv", LOG_COLUMNS)
+    folder = plan.settings.results_dir / name
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
     for job in jobs:
-        data.make_shards(dataset, job.test_settings)
-    _, waiting = _state(plan, dataset, folder, jobs)
-    log = Log(plan.settings, plan.named) if plan.kind == "validation" else None
+        data.make_shards(dataset, job.settings)
+    _, waiting = open_tables(plan, dataset, folder, jobs)
     cluster, workers = plan.cluster if waiting else "", min(plan.workers, len(waiting))
     with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
         # Read again: another process may have written here meanwhile.
-        tables, waiting = _state(plan, dataset, folder, jobs)
+        tables, waiting = open_tables(plan, dataset, folder, jobs)
         tables.create(plan.settings)
         print(
             f"{plan.name}: {len(plan.methods)} methods, {len(plan.seeds)} seeds, "
@@ -478,59 +409,47 @@ def compare(plan: Plan) -> int:
             flush=True,
         )
         tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
-        if log:
-            for job in waiting:
-                log.write(job, "not finished")
-        failed = _run(tables, waiting, client, log)
+        failed = _run(plan, tables, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - len(failed)} finished, {len(failed)} failed"
         )
-        for job, error in failed:
+        for job, error in failed.items():
             print(f"failed: {job.folder}: {error}")
         if len(failed) < len(jobs) and plan.kind == "test":
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
 
 
-def _state(
-    plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
-) -> tuple[Tables, list[Job]]:
-    """Return a comparison's tables and its unfinished jobs; refuse a folder of something else."""
-    tables = Tables(folder, shared_config(plan, dataset, folder))
-    finished, rows = tables.finished(), tables.jobs()
-    for job in jobs:
-        if job.key in rows and rows[job.key]["agent"] != _sha256(job.agent):
-            raise UserError(f"{folder}: holds {job.name} of another agent; choose a --name")
-    return tables, [job for job in jobs if job.key not in finished]
-
-
-def _run(tables: Tables, waiting: list[Job], client: Any, log: Log | None) -> list[tuple[Job, str]]:
-    """Run the waiting jobs and collect each as it ends; return the failed ones and their errors."""
+def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Job, str]:
+    """Run the waiting jobs and collect each as it ends; return the errors of those that failed."""
     from experiments.jobs import run_jobs
 
+    if plan.kind == "validation":
+        for job in waiting:
+            log_trial(plan, job, "not finished")
     bar = tqdm(
         total=sum(job.episodes for job in waiting),
         initial=sum(job.episodes_finished() for job in waiting),
         bar_format="episode {n_fmt}/{total_fmt} of all jobs |{bar}| {remaining} left{postfix}",
         disable=None,  # no bar where the output is not a terminal
     )
-    failed = []
+    failed = {}
     with bar:
         for ended in run_jobs(waiting, client):
             bar.update(sum(job.episodes_finished() for job in waiting) - bar.n)
             if ended is None:
                 continue
             job, outcome = ended
-            if outcome["error"]:
-                failed.append((job, outcome["error"]))
+            error = outcome["error"]
+            if error:
+                failed[job] = error
             else:
                 tables.collect(job)
-            state = "failed" if outcome["error"] else "finished"
-            tables.set_jobs({job: state}, **outcome)
-            if log:
-                log.write(job, outcome["error"], outcome.get("seconds", 0.0))
-            bar.write(f"{job.variant} {job.name} {outcome['error'] or 'finished'}".strip())
+            tables.set_jobs({job: "failed" if error else "finished"}, **outcome)
+            if plan.kind == "validation":
+                log_trial(plan, job, error, outcome.get("seconds", 0.0))
+            bar.write(f"{job.variant} {job.folder.name} {error or 'finished'}".strip())
     return failed
 
 

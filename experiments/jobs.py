@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
+import pickle
 import sys
 import time
 import traceback
@@ -19,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 import data
 import main
 import models
+import records
 from config import PROJECT, Settings, UserError, episode_seed, reason, stream
-from environment import DecentralizedLearning, rollout
-from experiments.estimates import EPISODE_COLUMNS, ROUND_COLUMNS
+from environment import DecentralizedLearning, distance_matrix, rollout
+from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
 from records import CsvTable, Run, circumstances, load_agent, locked, read_table
@@ -36,62 +40,132 @@ class Job:
     """One method with one seed."""
 
     method: str  # a name in METHODS
-    settings: Settings  # the variant's; SEED and RESULTS_DIR, the variant's folder, are the job's
+    settings: Settings  # with the method's overrides; RESULTS_DIR is the variant's folder
     variant: str  # value of what the comparison varies; "" if nothing varies
     test_episodes: int
     agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
     kind: str = "test"  # the stream of the episodes' seeds, test or validation
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """Variant, method and seed: what tells the jobs of a comparison apart."""
-        return self.variant, self.method, self.settings.SEED
+    def labels(self) -> dict[str, Any]:
+        """The job's values of JOB_KEY."""
+        return {"variant": self.variant, "method": self.method, "seed": self.settings.SEED}
 
     @property
-    def name(self) -> str:
-        """Name of the test's folder, unique within a variant."""
-        return f"{self.method}-seed{self.settings.SEED}"
+    def key(self) -> tuple[Any, ...]:
+        """What tells the jobs of a comparison apart: the labels without their names."""
+        return tuple(self.labels.values())
 
     @property
     def folder(self) -> Path:
-        """Where the test is recorded."""
-        return self.settings.results_dir / self.name
+        """Where the test is recorded; its name is unique within a variant."""
+        return self.settings.results_dir / f"{self.method}-seed{self.settings.SEED}"
 
     @property
     def training_folder(self) -> Path:
         """Where the training is recorded, if the job has one."""
-        return self.settings.results_dir / f"training-{self.name}"
+        return self.folder.with_name(f"training-{self.folder.name}")
 
     @property
     def trains(self) -> bool:
         """Whether the job trains an agent before it tests it."""
-        return METHODS[self.method].learns and not self.agent
-
-    @property
-    def training_settings(self) -> Settings:
-        """Settings of the training: the method's own, and the training's folder."""
-        return METHODS[self.method].settings(self.settings).replace(NAME=self.training_folder.name)
-
-    @property
-    def test_settings(self) -> Settings:
-        """Settings of the test. However rounds are rewarded, all test images judge it."""
-        return METHODS[self.method].settings(self.settings).replace(REWARD_IMAGES=0)
+        return METHODS[self.method].policy is None and not self.agent
 
     @property
     def episodes(self) -> int:
         """Number of episodes of training and test together."""
-        return self.test_episodes + (self.settings.EPISODES if self.trains else 0)
+        return self.test_episodes + self.trains * self.settings.EPISODES
+
+    def agent_sha256(self) -> str:
+        """Return the checksum of the given agent's file; "" without one."""
+        return hashlib.sha256(Path(self.agent).read_bytes()).hexdigest() if self.agent else ""
 
     def episodes_finished(self) -> int:
         """Count the finished episodes of training and test in the folders."""
-        return _rows(self.folder) + (_rows(self.training_folder) if self.trains else 0)
+        lines = 0
+        for folder in (self.folder, self.training_folder):
+            with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
+                lines += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
+        return lines
 
 
-def _rows(folder: Path) -> int:
-    """Return the number of finished episodes in a folder."""
-    with contextlib.suppress(OSError):  # a worker may be replacing the file
-        return max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
-    return 0
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    """Return one of TABLES in a folder; without a file it has no rows."""
+    path = folder / f"{name}.csv"
+    return read_table(path, TABLES[name]) if path.exists() else pd.DataFrame(columns=TABLES[name])
+
+
+def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
+    """Return the keys of jobs all of whose test episodes and rounds are in a folder's tables."""
+    wanted = _read(folder, "episodes").groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
+    found = _read(folder, "rounds").groupby(JOB_KEY).size().reindex(wanted.index)
+    return set(wanted.index[(wanted["size"] == test_episodes) & (wanted["sum"] == found)])
+
+
+@dataclasses.dataclass
+class Tables:
+    """The tables of a comparison's folder, which grow by a job's rows when the job is finished.
+
+    A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
+    """
+
+    folder: Path
+    config: dict[str, Any]  # content of config.json
+
+    def create(self, settings: Settings) -> None:
+        """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
+        records.write_json(self.folder / "config.json", self.config)
+        for name in TABLES:
+            if not (self.folder / f"{name}.csv").exists():
+                records.write_table(self.folder / f"{name}.csv", _read(self.folder, name))
+        table = pd.concat(
+            records.distance_table(variant, distance_matrix(settings.replace(**changes)))
+            for variant, changes in self.config["variants"].items()
+        ).rename(columns={"dataset": "variant"})
+        records.write_table(self.folder / "distances.csv", table)
+
+    def jobs(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Return the rows of ``jobs.csv`` by the jobs' keys."""
+        return _read(self.folder, "jobs").set_index(JOB_KEY, drop=False).to_dict("index")
+
+    def set_jobs(self, states: dict[Job, str], **values: Any) -> None:
+        """Write the jobs' rows of ``jobs.csv``: their states, and the values that all get."""
+        old, rows = self.jobs(), []
+        for job, state in states.items():
+            row = old.get(job.key, dict.fromkeys(TABLES["jobs"], "")) | job.labels
+            rows.append(row | {"state": state, "error": "", "agent": job.agent_sha256(), **values})
+        self._add("jobs", pd.DataFrame(rows))
+
+    def collect(self, job: Job) -> None:
+        """Add a finished job's rows to the tables, and copy its trained agent."""
+        if job.trains:
+            rows = read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
+            self._add("training", rows.assign(**job.labels)[list(TABLES["training"])])
+            agent = self.folder / "agents" / job.variant / f"{job.folder.name}.npz"
+            agent.parent.mkdir(parents=True, exist_ok=True)
+            with records.replacing(agent) as file:
+                file.write((job.training_folder / "agent.npz").read_bytes())
+        for name in ("rounds", "episodes"):
+            self._add(name, _read(job.folder, name))
+
+    def _add(self, name: str, rows: pd.DataFrame) -> None:
+        """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
+        old = _read(self.folder, name)
+        replaced = old.set_index(JOB_KEY).index.isin(rows.set_index(JOB_KEY).index)
+        # As objects, so that a column without values changes no type.
+        table = pd.concat([old[~replaced].astype(object), rows.astype(object)], ignore_index=True)
+        order = (
+            table[JOB_KEY]
+            .assign(
+                variant=pd.Categorical(table["variant"], list(self.config["variants"])),
+                method=pd.Categorical(table["method"], list(METHODS)),  # last comes an unknown one
+            )
+            .sort_values(JOB_KEY, kind="stable")
+        )
+        records.write_table(self.folder / f"{name}.csv", table.loc[order.index])
 
 
 # --- One job ---------------------------------------------------------------------------------
@@ -104,47 +178,39 @@ def load_dataset(name: str, folder: str) -> data.Dataset:
 
 
 def run_job(job: Job) -> None:
-    """Train the agent, if there is one to train, and test the policy on ``test_episodes`` episodes.
+    """Train the agent, if there is one to train, and test the policy.
 
-    Their seeds come from a separate stream, so no training uses them. All methods with the same
-    SEED use the same ones.
+    All methods with the same SEED are tested on the same episodes, whose seeds no training uses.
 
     Raises:
         UserError, OSError: what the user or the system has to correct.
     """
-    if _is_tested(job):
-        return
-    method, settings = METHODS[job.method], job.test_settings
+    with contextlib.suppress(UserError):  # a table is damaged
+        if job.key in finished_jobs(job.folder, job.test_episodes):
+            return
+    method = METHODS[job.method]
+    settings = job.settings.replace(REWARD_IMAGES=0)  # all test images judge a test
     models.use_cpu(settings.THREADS)
     environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))
     sent_before = method.prepare(environment)
     policy = method.policy(environment) if method.policy else _learned_policy(job, environment)
     with locked(job.folder, "job"), contextlib.ExitStack() as stack:
-        tables = []
-        for name, columns in (("rounds.csv", ROUND_COLUMNS), ("episodes.csv", EPISODE_COLUMNS)):
-            (job.folder / name).unlink(missing_ok=True)
-            tables.append(CsvTable(job.folder / name, columns))
-            stack.callback(tables[-1].close)
-        rounds, episodes = tables
+        tables = {}
+        for name in ("rounds", "episodes"):
+            path = job.folder / f"{name}.csv"
+            path.unlink(missing_ok=True)
+            tables[name] = CsvTable(path, TABLES[name])
+            stack.callback(tables[name].close)
         for episode in range(1, job.test_episodes + 1):
-            episodes.add(_test_episode(job, environment, policy, episode, sent_before, rounds))
-
-
-def _is_tested(job: Job) -> bool:
-    """Return whether the test's folder holds all episodes with all their rounds."""
-    try:
-        episodes = read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
-        rounds = read_table(job.folder / "rounds.csv", ROUND_COLUMNS)
-    except UserError:
-        return False
-    return len(episodes) == job.test_episodes and episodes["rounds"].sum() == len(rounds)
+            row = _test_episode(job, environment, policy, episode, sent_before, tables["rounds"])
+            tables["episodes"].add(row)
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     """Return the DQN's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     if job.trains:
-        settings = job.training_settings
+        settings = job.settings.replace(NAME=job.training_folder.name)
         with Run(settings, environment.dataset, models.use_cpu(settings.THREADS)) as run:
             if not run.finished:
                 main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
@@ -165,37 +231,30 @@ def _test_episode(
     sent_before: Sent,
     rounds: CsvTable,
 ) -> dict[str, Any]:
-    """Play a test episode, record its rounds and return its row of EPISODE_COLUMNS."""
+    """Play a test episode, record its rounds and return its row of ``episodes.csv``."""
     started = time.perf_counter()
-    method, settings, seed = METHODS[job.method], environment.settings, job.settings.SEED
-    rng = stream(seed, "policy", episode)
-    first_nodes = method.first_nodes(settings, seed * job.test_episodes + episode - 1)
+    method, settings = METHODS[job.method], environment.settings
+    rng = stream(settings.SEED, "policy", episode)
+    first_nodes = method.first_nodes(settings, settings.SEED * job.test_episodes + episode - 1)
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
-    whose = {
-        "dataset": environment.dataset.name,
-        "variant": job.variant,
-        "method": job.method,
-        "seed": seed,
-        "episode": episode,
-    }
+    whose = {**job.labels, "dataset": environment.dataset.name, "episode": episode}
     transfers, cost, megabytes = sent_before
     holder, episode_reward = first_nodes[0], 0.0
-    played = rollout(
+    for round_ in rollout(
         environment,
         lambda seen, info: (policy(seen, info, rng), job.method),
-        episode_seed(seed, episode, job.kind),
+        episode_seed(settings.SEED, episode, job.kind),
         first_nodes,
-    )
-    for round_ in played:
+    ):
         info = round_.info
-        rounds.add(whose | {name: info[name] for name in ROUND_COLUMNS if name not in whose})
+        rounds.add({name: (info | whose)[name] for name in TABLES["rounds"]})
         hops, distance = communication(environment.distances, holder, info["node"])
         transfers, cost = transfers + hops, cost + distance
         megabytes += hops * model_megabytes
         episode_reward += round_.reward
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
-    sees_weights = method.learns and settings.sees_weights
+    sees_weights = method.policy is None and settings.sees_weights
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
     return {
         **whose,
@@ -215,16 +274,11 @@ def _test_episode(
 
 
 def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) -> tuple[int, float]:
-    """Return a round's number of transfers of a model, and the sum of their distances.
+    """Return a round's number of transfers of a model, and the sum of their distances, no unit.
 
-    The holder sends the model to each node that trains. The first of these gets the others'
-    results, which it averages. With one node per round that is the paper's distance. With several,
-    the public code counts the way to the first alone.
-
-    Args:
-        distances: (N, N) float64, no unit.
-        holder: node that has the model before the round.
-        nodes: the node that trains, or several, the one that averages first.
+    ``distances`` is (N, N) float64. The holder of the model sends it to each node that trains. The
+    first of these gets the others' results, which it averages. With one node per round that is the
+    paper's distance. With several, the public code counts the way to the first alone.
     """
     nodes = [int(node) for node in np.atleast_1d(nodes)]
     ways = [(holder, node) for node in nodes if node != holder]
@@ -235,15 +289,13 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
 # --- Many jobs -------------------------------------------------------------------------------
 
 
-def attempt(fields: dict[str, Any]) -> dict[str, Any]:
-    """Run a job, given as plain values; a worker calls this.
+def attempt(job: Job) -> dict[str, Any]:
+    """Run a job in this process and return what ``jobs.csv`` notes of it.
 
-    Returns:
-        ``seconds`` that it took, ``error`` (one line, or ""), ``git_revision``, ``tensorflow`` and
-        ``cpu``. The traceback of an unexpected error is in ``error.txt`` in the job's folder.
+    ``error`` is one line, or "". The traceback of an unexpected error is in ``error.txt`` in the
+    job's folder.
     """
     started = time.perf_counter()
-    job = Job(**{**fields, "settings": Settings(**fields["settings"])})
     error = ""
     try:
         if job.method not in METHODS:
@@ -275,56 +327,53 @@ def _line(error: BaseException) -> str:
 def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]] | None]:
     """Run jobs side by side, started in their order; without a Dask client, in this process.
 
-    A job that fails stops no other. If a worker dies, Dask gives its job to another one. A job has
-    failed when that happened more than ``distributed.scheduler.allowed-failures`` times.
+    A job that fails stops no other. If a worker dies, Dask gives its job to another one, but no
+    more than ``distributed.scheduler.allowed-failures`` times.
 
     Yields:
         Each job as it ends, with what ``attempt`` returned. With a client, None at least every two
         seconds.
     """
-    # Plain values, and a function that is pickled by value: a worker may not know this project yet.
-    plain = [{**vars(job), "settings": job.settings.model_dump()} for job in jobs]
+    if client is None:
+        yield from ((job, attempt(job)) for job in jobs)
+        return
+    from distributed import wait
 
-    def call(fields: dict[str, Any], project: str = str(PROJECT)) -> dict[str, Any]:
+    # Dask sends this function by value and a job as bytes: a worker may not know the project yet.
+    def call(pickled: bytes, project: str = str(PROJECT)) -> dict[str, Any]:
         if project not in sys.path:
             sys.path.insert(0, project)
         from experiments.jobs import attempt as attempt_here
 
-        return attempt_here(fields)
+        return attempt_here(pickle.loads(pickled))
 
-    if client is None:
-        yield from ((job, attempt(fields)) for job, fields in zip(jobs, plain, strict=True))
-        return
-    from distributed import wait
-
-    waiting = {client.submit(call, f, pure=False): j for j, f in zip(jobs, plain, strict=True)}
+    waiting = {client.submit(call, pickle.dumps(job), pure=False): job for job in jobs}
     while waiting:
         with contextlib.suppress(asyncio.TimeoutError):
             wait(list(waiting), timeout=2, return_when="FIRST_COMPLETED")
         for future in [future for future in waiting if future.done()]:
-            problem = None if future.status == "finished" else future.exception()
-            died = {"error": f"its worker died ({_line(problem)})"} if problem else None
-            yield waiting.pop(future), died or future.result()
+            if future.status == "finished":
+                outcome = future.result()
+            else:
+                outcome = {"error": f"its worker died ({_line(future.exception())})"}
+            yield waiting.pop(future), outcome
         yield None
 
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
 
-@contextlib.contextmanager
-def dask_client(workers: int, address: str) -> Iterator[Any]:
+def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager[Any]:
     """Connect to the Dask scheduler at an address, or start one with workers on this machine.
 
-    Without an address, up to one worker needs no Dask: the client is None. A local worker ends with
-    this process: it holds a pipe from it. Memory limits are off, for a job that needs much memory
-    must not be killed for it.
+    Without an address, up to one worker needs no Dask: the client is None. Local workers end with
+    this process, and no limit of memory kills a job.
 
     Raises:
         UserError: no scheduler answers.
     """
     if workers <= 1 and not address:
-        yield None
-        return
+        return contextlib.nullcontext()
     import dask
     from distributed import Client
 
@@ -340,9 +389,7 @@ def dask_client(workers: int, address: str) -> Iterator[Any]:
         "silence_logs": logging.CRITICAL,
     }
     try:
-        client = Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
+        return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
     except (OSError, ValueError, asyncio.TimeoutError) as error:
         where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
         raise UserError(f"{where} ({_line(error)})") from error
-    with client:
-        yield client

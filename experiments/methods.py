@@ -1,12 +1,9 @@
-"""The methods of a comparison: who trains the model next, and what else a method changes.
-
-A method's policy names the node that trains next. All methods run in the same environment. A
-``Method`` states what it changes: some settings, who trains round 1, and the nodes' data.
-"""
+"""The methods of a comparison: who trains the model next, and what else a method changes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ if TYPE_CHECKING:  # a command line is checked without TensorFlow
 # (observation, info, rng) -> the next node, or NODES_PER_ROUND of them. Observation and info are
 # the environment's. The generator is new in each episode, and no one else draws from it.
 Policy = Callable[[np.ndarray, dict[str, Any], np.random.Generator], Any]
+PolicyMaker = Callable[["DecentralizedLearning"], Policy]
 Sent = tuple[int, float, float]  # number of transfers, sum of their distances, megabytes
 
 
@@ -30,7 +28,7 @@ class Method:
 
     description: str  # one line, for --list and the docs
     # Makes the policy of an environment, once for all its episodes. None: a DQN, trained first.
-    policy: Callable[[DecentralizedLearning], Policy] | None
+    policy: PolicyMaker | None
     # The settings that the method changes, from the comparison's settings.
     overrides: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     # Who trains round 1, from the settings and the number of the test episode, which starts at 0
@@ -40,26 +38,24 @@ class Method:
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
     several: bool = False  # whether the policy can choose several nodes per round
 
-    @property
-    def learns(self) -> bool:
-        """Whether the policy is a trained DQN."""
-        return self.policy is None
 
-    def settings(self, settings: Settings) -> Settings:
-        """Return the method's settings: the comparison's with ``overrides``."""
-        return settings.replace(**self.overrides(settings))
+def check_method(name: str, settings: Settings, named: set[str]) -> None:
+    """Raise a ConfigError if a method is unknown, or can't run with the comparison's settings.
 
-
-def check_method(name: str, settings: Settings) -> None:
-    """Raise a ConfigError if a method is unknown, or can't run with the comparison's settings."""
+    ``named`` are the settings that the user chose: a method may not change them.
+    """
     if name not in METHODS:
         raise ConfigError(f"--methods: got {name!r}, takes some of {', '.join(METHODS)}")
     advice = f"with the method {name}, which --methods can leave out"
     if settings.NODES_PER_ROUND > 1 and not METHODS[name].several:
         raise ConfigError(f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 {advice}")
-    least = max(FIXED_WALK + FIXED_WALK_CYCLE) + 1
+    least = max(FIXED_WALK) + 1
     if name == "fixed_walk" and least > settings.NUM_NODES:
         raise ConfigError(f"NUM_NODES: got {settings.NUM_NODES}, takes at least {least} {advice}")
+    for setting, value in METHODS[name].overrides(settings).items():
+        got = getattr(settings, setting)
+        if setting in named and got != value:
+            raise ConfigError(f"{setting}: got {got!r}, takes {value!r} {advice}")
 
 
 # --- Policies --------------------------------------------------------------------------------
@@ -80,39 +76,27 @@ def stay_policy(environment: DecentralizedLearning) -> Policy:
     return lambda observation, info, rng: info["node"]
 
 
-def walk_policy(first: list[int], cycle: list[int]) -> Policy:
-    """Follow a fixed walk: the nodes of rounds 1, 2, ..., then a cycle without end.
-
-    Who trains round 1 is up to ``first_nodes``, whatever the walk says.
-    """
-
-    def policy(observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> int:
-        past = info["round"]
-        return first[past] if past < len(first) else cycle[(past - len(first)) % len(cycle)]
-
-    return policy
+def walk_policy(cycle: list[int], wait: int = 0) -> Policy:
+    """Follow a cycle of nodes, whose first one trains ``wait`` rounds more at the start."""
+    return lambda observation, info, rng: cycle[max(0, info["round"] - wait) % len(cycle)]
 
 
-def _tour_method(
-    description: str, tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int
-) -> Method:
-    def make(environment: DecentralizedLearning) -> Policy:
+def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int = 1) -> PolicyMaker:
+    """Return the maker of policies that follow a tour from STARTER_NODE again and again."""
+
+    def policy_of(environment: DecentralizedLearning) -> Policy:
         nodes = tour(environment.distances, environment.settings.STARTER_NODE)
-        return walk_policy([], [n for n in nodes for _ in range(rounds_per_node)])
+        return walk_policy(np.repeat(nodes, rounds_per_node).tolist())
 
-    return Method(description, make)
+    return policy_of
 
 
 # --- Tours -----------------------------------------------------------------------------------
 
-# Nodes up to which the shortest tour is found exactly: 2^12 sets of nodes times 12 x 12 steps.
-_EXACT_NODES = 12
-
 
 def numbered_tour(distances: np.ndarray, start: int) -> list[int]:
     """Return all nodes in the order of their numbers, from ``start``."""
-    n = len(distances)
-    return [(start + i) % n for i in range(n)]
+    return [*range(start, len(distances)), *range(start)]
 
 
 def nearest_tour(distances: np.ndarray, start: int) -> list[int]:
@@ -128,29 +112,26 @@ def shortest_tour(distances: np.ndarray, start: int) -> list[int]:
     """Return the shortest closed tour through all nodes; with more than 12 nodes, a short one.
 
     Up to 12 nodes by dynamic programming over sets of nodes (Held and Karp 1962). With more, the
-    nearest neighbours' tour is improved by 2-opt: while reversing a stretch of the tour shortens
-    it, that stretch is reversed.
+    nearest neighbours' tour is improved by 2-opt.
     """
-    n = len(distances)
-    if n > _EXACT_NODES:
+    if len(distances) > 12:
         return _two_opt(distances, nearest_tour(distances, start))
-    others = [node for node in range(n) if node != start]
-    # best[set, last]: length of the shortest way from start through the set to last, and the tour.
-    best = {(frozenset([node]), node): (distances[start, node], [start, node]) for node in others}
-    for size in range(2, n):
-        for members in map(frozenset, itertools.combinations(others, size)):
-            for last in members:
-                rest = members - {last}
-                length, via = min(
-                    (best[rest, node][0] + distances[node, last], node) for node in sorted(rest)
-                )
-                best[members, last] = length, [*best[rest, via][1], last]
-    whole = frozenset(others)
-    last = min(others, key=lambda node: best[whole, node][0] + distances[node, start])
-    return best[whole, last][1]
+
+    @functools.cache
+    def shortest_way(nodes: frozenset[int], last: int) -> tuple[float, list[int]]:
+        """Return the length of the shortest way from start through nodes to last, and the way."""
+        if not nodes:
+            return distances[start, last], [start, last]
+        length, via = min(
+            (shortest_way(nodes - {node}, node)[0] + distances[node, last], node) for node in nodes
+        )
+        return length, [*shortest_way(nodes - {via}, via)[1], last]
+
+    return shortest_way(frozenset(range(len(distances))) - {start}, start)[1][:-1]
 
 
 def _two_opt(distances: np.ndarray, tour: list[int]) -> list[int]:
+    """Reverse stretches of a tour while that shortens it."""
     n, improved = len(tour), True
     while improved:
         improved = False
@@ -167,8 +148,8 @@ def _two_opt(distances: np.ndarray, tour: list[int]) -> list[int]:
 # --- Methods ---------------------------------------------------------------------------------
 
 # Found by a search on MNIST with the default distances and shards: node 0 for five rounds, then
-# this cycle. It reaches the goal there on initialisations that the search did not use.
-FIXED_WALK, FIXED_WALK_CYCLE = [0] * 5, [5, 5, 5, 1, 1, 0, 0]
+# 5 5 5 1 1 0 0 as a cycle. It reaches the goal on initialisations that the search did not use.
+FIXED_WALK = [0, 0, 5, 5, 5, 1, 1]
 
 
 def _check_sizes(environment: DecentralizedLearning) -> Sent:
@@ -221,12 +202,10 @@ METHODS: dict[str, Method] = {
         first_nodes=lambda s, _: sorted(range(s.NUM_NODES), key=lambda n: n != s.STARTER_NODE),
         prepare=_check_sizes,
     ),
-    "round_robin": _tour_method("nodes in the order of their numbers", numbered_tour, 1),
-    "nearest": _tour_method("always on to the nearest unvisited node", nearest_tour, 1),
-    "shortest": _tour_method("the shortest tour through all nodes", shortest_tour, 1),
-    "nearest_twice": _tour_method("as nearest, two rounds on each node", nearest_tour, 2),
-    "shortest_twice": _tour_method("as shortest, two rounds on each node", shortest_tour, 2),
-    "fixed_walk": Method(
-        "a walk found by a search on MNIST", lambda _: walk_policy(FIXED_WALK, FIXED_WALK_CYCLE)
-    ),
+    "round_robin": Method("nodes in the order of their numbers", _touring(numbered_tour)),
+    "nearest": Method("always on to the nearest unvisited node", _touring(nearest_tour)),
+    "shortest": Method("the shortest tour through all nodes", _touring(shortest_tour)),
+    "nearest_twice": Method("as nearest, two rounds on each node", _touring(nearest_tour, 2)),
+    "shortest_twice": Method("as shortest, two rounds on each node", _touring(shortest_tour, 2)),
+    "fixed_walk": Method("a walk found by a search on MNIST", lambda _: walk_policy(FIXED_WALK, 3)),
 }

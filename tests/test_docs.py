@@ -17,7 +17,7 @@ import data
 import models
 import plot
 import records
-from experiments import audit, compare, estimates, figures, methods, tuning
+from experiments import audit, compare, estimates, figures, methods
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -207,7 +207,7 @@ def test_every_page_is_in_the_index():
         ("### Columns of a comparison's `rounds.csv`", estimates.ROUND_COLUMNS),
         ("### Columns of `estimates.csv`", estimates.ESTIMATE_COLUMNS),
         ("## An audit", audit.AUDIT_COLUMNS),
-        ("## The log of tuning trials", tuning.LOG_COLUMNS),
+        ("## The log of tuning trials", compare.LOG_COLUMNS),
     ],
 )
 def test_every_column_is_documented(heading, columns):

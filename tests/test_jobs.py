@@ -20,6 +20,7 @@ from config import Settings, UserError, episode_seed, stream
 from environment import DecentralizedLearning, distance_matrix
 from experiments import compare, figures, jobs, methods
 from experiments.jobs import Job
+from experiments.methods import METHODS
 from node import DQNAgent
 from records import Run, load_agent
 
@@ -35,6 +36,8 @@ def quick(monkeypatch, few):
 
 def job_of(folder, method, seed=0, episodes=2, kind="test", **overrides):
     settings = Settings(**{**QUICK, "SEED": seed, "RESULTS_DIR": str(folder), **overrides})
+    if method in METHODS:
+        settings = settings.replace(**METHODS[method].overrides(settings))
     return Job(method, settings, "", episodes, kind=kind)
 
 
@@ -52,13 +55,12 @@ def same(first, second):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, few):
     """Finished jobs by method: do not write into them."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(jobs, "load_dataset", lambda name, folder: few)
     folder = tmp_path_factory.mktemp("done")
     finished = {name: job_of(folder, name, seed=1) for name in ("hl", "random", "stay", "fedavg")}
-    for job in finished.values():
-        jobs.run_job(job)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "load_dataset", lambda name, folder: few)
+        for job in finished.values():
+            jobs.run_job(job)
     return finished
 
 
@@ -163,7 +165,7 @@ def test_several_nodes_per_round(tmp_path):
 def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
     job = job_of(tmp_path, "round_robin", 1, episodes=1, kind="validation", GOAL_ACCURACY=1.0)
     jobs.run_job(job)
-    environment = DecentralizedLearning(job.test_settings, few)
+    environment = DecentralizedLearning(job.settings, few)
     accuracies = {}
     for kind in ("test", "validation"):
         _, info = environment.reset(seed=episode_seed(1, 1, kind))
@@ -225,9 +227,8 @@ def test_a_failing_job_stops_no_other(tmp_path, monkeypatch):
 
 def test_no_scheduler_there(monkeypatch):
     monkeypatch.setattr(jobs, "CLUSTER_TIMEOUT", 0.5)
-    refused = jobs.dask_client(1, "tcp://127.0.0.1:1")
     with pytest.raises(UserError, match=r"--cluster: .* tcp://127.0.0.1:1"):
-        refused.__enter__()
+        jobs.dask_client(1, "tcp://127.0.0.1:1")
     with jobs.dask_client(1, "") as client:
         assert client is None
 
@@ -243,11 +244,18 @@ def outside(folder, *more):
     return ["--methods", "hl,stay", "--seeds", "1", "--test-episodes", "2", *more, *sets]
 
 
-def wait_until(holds):
-    deadline = time.monotonic() + 240
+def wait_until(holds, seconds=240):
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def stand_in(patch, dataset):
+    """A comparison in this process takes a dataset that is loaded already, and draws nothing."""
+    patch.setattr(jobs, "load_dataset", lambda name, folder: dataset)
+    patch.setattr(figures, "draw_comparison", lambda folder: {})
+    patch.setattr(figures, "report", lambda folder, tables: "")
 
 
 def holder_of(folder):
@@ -291,13 +299,10 @@ def results(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, digits):
     """The same jobs in this process."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(jobs, "load_dataset", lambda name, folder: digits)
-    patch.setattr(figures, "draw_comparison", lambda folder: {})
-    patch.setattr(figures, "report", lambda folder, tables: "")
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert compare.main(outside(folder, "--jobs", "1")) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, digits)
+        assert compare.main(outside(folder, "--jobs", "1")) == 0
     return results(folder)
 
 
@@ -325,10 +330,7 @@ def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
     assert len(session_of(first.pid)) >= 3
     first.kill()
     first.wait()
-    deadline = time.monotonic() + 30
-    while session_of(first.pid):
-        assert time.monotonic() < deadline, f"left: {session_of(first.pid)}"
-        time.sleep(0.1)
+    wait_until(lambda: not session_of(first.pid), seconds=30)
 
     # The same command continues. A worker is killed in the middle.
     killed = []
@@ -338,9 +340,7 @@ def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
         killed.append(holder_of(folder))
         os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: digits)
-    monkeypatch.setattr(figures, "draw_comparison", lambda folder: {})
-    monkeypatch.setattr(figures, "report", lambda folder, tables: "")
+    stand_in(monkeypatch, digits)
     killer = threading.Thread(target=kill_worker)
     killer.start()
     assert compare.main(arguments) == 0
@@ -355,9 +355,7 @@ def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
 
 def test_workers_of_a_dask_cluster(undisturbed, tmp_path, digits, monkeypatch):
     """A scheduler and a worker that know nothing of this project."""
-    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: digits)
-    monkeypatch.setattr(figures, "draw_comparison", lambda folder: {})
-    monkeypatch.setattr(figures, "report", lambda folder, tables: "")
+    stand_in(monkeypatch, digits)
     file, started = tmp_path / "scheduler.json", []
 
     def spawn(*arguments):
@@ -366,10 +364,7 @@ def test_workers_of_a_dask_cluster(undisturbed, tmp_path, digits, monkeypatch):
 
     try:
         spawn("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
-        deadline = time.monotonic() + 60
-        while not file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(file.exists, seconds=60)
         address = json.loads(file.read_text())["address"]
         spawn("worker", address, "--nthreads", "1", "--no-nanny")
         assert compare.main(outside(tmp_path / "b", "--cluster", address)) == 0

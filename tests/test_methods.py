@@ -128,7 +128,7 @@ def test_fedavg_takes_equal_shards_only(few):
 
 
 def test_fedavg_averages_all_nodes_models(few):
-    settings = METHODS["fedavg"].settings(small_settings(STARTER_NODE=2))
+    settings = small_settings(STARTER_NODE=2, NODES_PER_ROUND=4)
     environment = DecentralizedLearning(settings, few)
     nodes = METHODS["fedavg"].first_nodes(settings, 1)
     assert nodes == [2, 0, 1, 3]
@@ -148,7 +148,7 @@ def test_what_methods_change_of_the_settings():
     changed = {name: method.overrides(settings) for name, method in METHODS.items()}
     expected = {"tuned": NAMED_SETTINGS["tuned"], "fedavg": {"NODES_PER_ROUND": 7}}
     assert {name: own for name, own in changed.items() if own} == expected
-    assert [name for name, method in METHODS.items() if method.learns] == ["hl", "tuned"]
+    assert [name for name, method in METHODS.items() if not method.policy] == ["hl", "tuned"]
     assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
 
 
@@ -162,6 +162,6 @@ def test_what_methods_change_of_the_settings():
 )
 def test_methods_that_cannot_run(name, overrides, words):
     with pytest.raises(ConfigError) as error:
-        methods.check_method(name, small_settings(**overrides))
+        methods.check_method(name, small_settings(**overrides), set())
     assert all(word in str(error.value) for word in words)
-    methods.check_method("random", small_settings(NODES_PER_ROUND=2))
+    methods.check_method("random", small_settings(NODES_PER_ROUND=2), set())
