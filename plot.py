@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,15 @@ def data_note(dataset: str) -> str:
     return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
 
 
-def set_title(figure: Figure, tables: Mapping[str, Any], text: str, *notes: str) -> None:
+def set_title(figure: Figure, episodes: pd.DataFrame, text: str, *notes: str) -> None:
     """Set a figure's title: what it shows, of which data, and more notes."""
-    note = data_note(tables["episodes"]["dataset"].iloc[0])
+    note = data_note(episodes["dataset"].iloc[0])
     figure.suptitle(f"{text} (data: {'; '.join([note, *notes])})")
+
+
+def label_at_right(axis: Axes, y: float, text: str, x: float = 1.01) -> None:
+    """Write a text beside a panel; ``x`` is a fraction of the panel's width."""
+    axis.text(x, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
 
 
 def span(values: pd.Series) -> str:
@@ -128,10 +133,7 @@ def read_run(folder: Path) -> Tables:
 
 
 def summary(folder: Path) -> str:
-    """Return a Markdown table of a run's means over each 20 episodes, and the folder.
-
-    Each mean has the half-width of its 95 % interval (Student's t over the episodes).
-    """
+    """Return a Markdown table of a run's means over each 20 episodes, with half-widths, as text."""
     episodes = read_run(folder)["episodes"]
     lines = [
         "| episodes | rounds | communication cost | goal reached | episode reward |",
@@ -164,18 +166,15 @@ def _mean(values: pd.Series, digits: int) -> str:
 
 
 def moving_average(values: pd.Series) -> pd.Series:
-    """Return the mean of the last 20 values at each; NaN where there are fewer before it.
-
-    A series of fewer than 20 has at each place the mean of all so far.
-    """
+    """Return the mean of the last 20 values at each, NaN before; of all so far if fewer in all."""
     return values.rolling(WINDOW, min_periods=WINDOW if len(values) >= WINDOW else 1).mean()
 
 
 def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
     """Return (N, N) float64: of the transfers from node i, the share that went to node j.
 
-    With several nodes per round ("3+5"), the first one transfers the model to each node of the next
-    round. A node that never transferred the model has a row of zeros.
+    The first of several nodes in a round ("3+5") transfers the model to each node of the next. A
+    node that never transferred the model has a row of zeros.
     """
     counts = np.zeros((count, count))
     for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
@@ -187,16 +186,14 @@ def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
 
 
 def published_levels(tables: Tables) -> dict[str, float]:
-    """Return the rounds and cost that the published reductions would give this run.
+    """Return the rounds and cost that the published reductions of the first 10 episodes give.
 
-    The reductions apply to the mean of the first 10 episodes, if these are on MNIST and random:
-    epsilon is 0.83 or more there. Otherwise the result is empty.
+    Empty unless these are on MNIST and random: epsilon is 0.83 or more there.
     """
-    episodes, rounds = tables["episodes"], tables["rounds"]
-    first = episodes[:10]
+    first, rounds = tables["episodes"][:10], tables["rounds"]
     chosen_by = rounds.loc[rounds["episode"].isin(first["episode"]), "chosen_by"]
     at_random = first["epsilon"].min() >= 0.8 and "repeated" not in set(chosen_by)
-    if episodes["dataset"].iloc[0] != "mnist" or not at_random or len(first) < 10:
+    if first["dataset"].iloc[0] != "mnist" or not at_random or len(first) < 10:
         return {}
     return {column: first[column].mean() * (1 - share) for column, share in PUBLISHED.items()}
 
@@ -231,10 +228,6 @@ def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _label_at_right(axis: Axes, y: float, text: str) -> None:
-    axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
-
-
 @matplotlib.rc_context(STYLE)
 def draw_learning(tables: Tables) -> Figure:
     """Draw reward, rounds and communication cost over the episodes, with moving averages."""
@@ -250,16 +243,16 @@ def draw_learning(tables: Tables) -> Figure:
         axis.plot(x, moving_average(y), color=BLACK, label=label)
     limit = episodes["max_rounds"].iloc[0]
     axes[1].axhline(limit, color=GREY, lw=0.8, ls=":")
-    _label_at_right(axes[1], limit, f"limit: {limit}")
+    label_at_right(axes[1], limit, f"limit: {limit}")
     for column, level in published_levels(tables).items():
         axis = axes[list(_CURVES).index(column)]
         axis.axhline(level, color=BLACK, lw=0.8, ls="--", label="published")
         reduction = f"\N{MINUS SIGN}{PUBLISHED[column]:.1%}"
-        _label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
+        label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    set_title(figure, tables, "Training of the DQN")
+    set_title(figure, tables["episodes"], "Training of the DQN")
     return figure
 
 
@@ -292,10 +285,10 @@ def draw_accuracy(tables: Tables) -> Figure:
         axis.axhline(goal, color=BLACK, lw=0.8, ls="--")
         axis.set(title=title, xlabel="round", xlim=(1, max(limit, 2)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_at_right(axes[-1], goal, f"goal: {goal:g}")
+    label_at_right(axes[-1], goal, f"goal: {goal:g}")
     axes[0].set_ylabel("test accuracy (fraction)")
     axes[-1].legend(loc="lower right")
-    set_title(figure, tables, "Accuracy by round, ended episodes keep their last")
+    set_title(figure, tables["episodes"], "Accuracy by round, ended episodes keep their last")
     return figure
 
 
@@ -332,7 +325,7 @@ def draw_transitions(tables: Tables) -> Figure:
         axis.set(title=title, xlabel="next node")
     axes[0].set_ylabel("current node")
     figure.colorbar(image, ax=list(axes), label="share of the current node's transfers", aspect=30)
-    set_title(figure, tables, "Transfers of the model")
+    set_title(figure, tables["episodes"], "Transfers of the model")
     return figure
 
 
@@ -354,7 +347,7 @@ def draw_data(tables: Tables) -> Figure:
     image = _heatmap(right, distances, top, 3 if top < 1 else 1)
     right.set(xlabel="node", ylabel="node")
     figure.colorbar(image, ax=right, label="communication distance (no unit)", aspect=30, pad=0.02)
-    set_title(figure, tables, "Shards and distances")
+    set_title(figure, tables["episodes"], "Shards and distances")
     return figure
 
 

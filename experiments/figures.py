@@ -105,7 +105,7 @@ def _set_title(figure: Figure, tables: Tables, text: str, quantity: str = "round
     seeds = _counted(rows["seeds"], "seed")
     episodes = _counted(rows["episodes"] // rows["seeds"], "episode")
     interval = "mean with 95 % interval" if rows["low"].notna().any() else "mean"
-    plot.set_title(figure, tables, text, f"{seeds} x {episodes}, {interval}")
+    plot.set_title(figure, tables["episodes"], text, f"{seeds} x {episodes}, {interval}")
 
 
 def _add_legend(figure: Figure) -> None:
@@ -158,31 +158,23 @@ def _add_marks(
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the reductions as ``rounds_change`` and ``communication_cost_change``.
-
-    25 % more rounds are +0.25, fewer are negative.
-    """
+    """Return the reductions as changes: 25 % more rounds are +0.25, fewer are negative."""
     rows = table[table["quantity"].str.endswith("_reduction")]
-    return rows.assign(
-        quantity=rows["quantity"].str.replace("_reduction", "_change"),
-        mean=0.0 - rows["mean"],
-        low=0.0 - rows["high"],
-        high=0.0 - rows["low"],
-    )
+    return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
 @matplotlib.rc_context(STYLE)
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
-    rounds = _rows(change, "rounds_change")["mean"]
+    rounds = _rows(change, "rounds_reduction")["mean"]
     rounds = pd.concat([rounds, pd.Series({"random": 0.0, paper: -PUBLISHED["rounds"]})])
     labels = list(rounds.sort_values(kind="stable").index)
     figure = Figure(figsize=(DOUBLE, 0.2 * len(labels) + 1.15), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (column, reduction) in zip(axes, PUBLISHED.items(), strict=True):
         axis.axvline(0, color=BLACK, lw=1)
-        rows = 100 * _rows(change, f"{column}_change")[["mean", "low", "high"]]
+        rows = 100 * _rows(change, f"{column}_reduction")[["mean", "low", "high"]]
         rows.loc["random"] = 0.0
         _add_marks(axis, tables, rows, labels, _MOST_CHANGE, "{:+.0f} %")
         place = -100 * reduction, labels.index(paper)
@@ -190,9 +182,8 @@ def draw_headline(tables: Tables) -> Figure:
         axis.set_xlabel(f"{column.replace('_', ' ')}, change in %")
     goal = _rows(tables["estimates"], "goal_reached")["mean"]
     texts = ["not stated" if name == paper else f"{100 * goal[name]:.0f} %" for name in labels]
-    beside = axes[1].get_yaxis_transform()
     for y, text in enumerate(["goal reached", *texts], -1):
-        axes[1].text(1.03, y, text, va="center", fontsize=7, transform=beside)
+        plot.label_at_right(axes[1], y, text, x=1.03)
     _add_legend(figure)
     _set_title(figure, tables, "Change against random", "rounds_reduction")
     return figure
@@ -231,10 +222,7 @@ def draw_rows(tables: Tables) -> Figure:
 
 
 def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
-    """Return the row of the lowest seed whose number of rounds is closest to the label's mean.
-
-    Of several such episodes, the first.
-    """
+    """Return the first row of the lowest seed whose rounds are closest to the label's mean."""
     rows = episodes[episodes["label"] == label]
     of_seed = rows[rows["seed"] == rows["seed"].min()].sort_values("episode")
     return of_seed.loc[(of_seed["rounds"] - rows["rounds"].mean()).abs().idxmin()]
@@ -278,7 +266,9 @@ def draw_walks(tables: Tables) -> Figure:
         axis.grid(False)
     axes[-1].set_xlabel("round")
     axes[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    plot.set_title(figure, tables, "Node that trains in each round, and the accuracy after it")
+    plot.set_title(
+        figure, tables["episodes"], "Node that trains in each round, and the accuracy after it"
+    )
     return figure
 
 
@@ -298,8 +288,8 @@ def draw_training(tables: Tables) -> Figure:
     comparable = not nodes.str.contains("+", regex=False).any()
     figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
+    by_label = training.groupby("label", sort=False)
     for axis, column in zip(axes, PUBLISHED, strict=True):
-        by_label = training.groupby("label", sort=False)
         for (label, rows), (color, line) in zip(by_label, plot.LINE_STYLES, strict=False):
             each = rows.pivot(index="episode", columns="seed", values=column)
             each = each.rolling(window).mean()
@@ -307,9 +297,8 @@ def draw_training(tables: Tables) -> Figure:
             axis.plot(mean, line, color=color, marker="o", markevery=[-1], label=label)
             if count >= plot.FEWEST:
                 half = stats.t.ppf(0.975, count - 1) * each.sem(axis=1)
-                axis.fill_between(
-                    each.index, mean - half, mean + half, color=color, alpha=0.2, lw=0
-                )
+                ends = mean - half, mean + half
+                axis.fill_between(each.index, *ends, color=color, alpha=0.2, lw=0)
         level = _rows(tables["estimates"], column)["mean"].get("random")
         if level is not None and comparable:
             axis.axhline(level, color=GREY, lw=1, ls=":", label="random (test episodes)")
@@ -317,12 +306,13 @@ def draw_training(tables: Tables) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _add_legend(figure)
     seeds = _counted(training.groupby("label")["seed"].nunique(), "seed")
-    plot.set_title(figure, tables, f"Training, moving average with window {window}", seeds)
+    plot.set_title(
+        figure, tables["episodes"], f"Training, moving average with window {window}", seeds
+    )
     return figure
 
 
 # --- Report ----------------------------------------------------------------------------------
-
 
 # By heading of a column: the quantity, and the format of its numbers.
 Columns = dict[str, tuple[str, str]]
@@ -336,8 +326,8 @@ _MEANS: Columns = {
     "seconds": ("seconds", "{:.1f}"),
 }
 _CHANGES: Columns = {
-    "rounds": ("rounds_change", "{:+.1%}"),
-    "communication cost": ("communication_cost_change", "{:+.1%}"),
+    "rounds": ("rounds_reduction", "{:+.1%}"),
+    "communication cost": ("communication_cost_reduction", "{:+.1%}"),
 }
 _BREAK_EVENS: Columns = {
     "in rounds": ("rounds_break_even", "{:.0f}"),
@@ -362,7 +352,7 @@ def report(folder: Path, tables: Tables) -> str:
     ]
     change = changes(table)
     if len(change):
-        cheaper = change.query("quantity == 'communication_cost_change' and mean < 0")
+        cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
         keys = cheaper[["variant", "method"]].to_numpy()
         misses = [estimates.misses_more_often(episodes, *key) for key in keys]
         change["mark"] = np.where(change.index.isin(cheaper.index[misses]), "*", "")
@@ -385,10 +375,10 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants,
     empty if nothing varies.
     """
-    forms = dict(columns.values())
-    first = [varied] * bool(varied) + ["method", "seeds x episodes"]
+    first = [varied, "method", "seeds x episodes"] if varied else ["method", "seeds x episodes"]
     lines = ["| " + " | ".join([*first, *columns]) + " |"]
     lines.append("|---" * (len(first) + len(columns)) + "|")
+    forms = dict(columns.values())
     chosen = table[table["quantity"].isin(forms)]
     for (variant, method), rows in chosen.groupby(["variant", "method"], sort=False):
         cells = dict.fromkeys(forms, "")
@@ -397,9 +387,9 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
             mean, *ends = (forms[row.quantity].format(x).replace("%", " %") for x in numbers)
             interval = f" [{', '.join(ends)}]" if ends else ""
             cells[row.quantity] = mean + getattr(row, "mark", "") + interval
+        name = [variant, method] if varied else [method]
         size = f"{row.seeds} x {row.episodes // row.seeds}"
-        texts = [variant] * bool(varied) + [method, size, *cells.values()]
-        lines.append("| " + " | ".join(texts) + " |")
+        lines.append("| " + " | ".join([*name, size, *cells.values()]) + " |")
     return lines
 
 

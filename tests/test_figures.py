@@ -80,7 +80,7 @@ def test_changes_have_the_sign_of_the_change(tmp_path, draw):
     table = draw.tables["estimates"]
     (reduction,) = table[table["quantity"] == "rounds_reduction"].itertuples()
     rows = figures.changes(table)
-    (change,) = rows[rows["quantity"] == "rounds_change"].itertuples()
+    (change,) = rows[rows["quantity"] == "rounds_reduction"].itertuples()
     # 80 rounds against 120.
     assert change.mean == pytest.approx(-1 / 3)
     assert (change.low, change.high) == (-reduction.high, -reduction.low)
