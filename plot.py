@@ -360,9 +360,8 @@ def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = _curve_panels(height=5.4)
     for axis, column in zip(axes, _CURVES, strict=True):
         for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
-            axis.plot(
-                table["episode"], moving_average(table[column]), line, color=color, label=label
-            )
+            x, y = table["episode"], moving_average(table[column])
+            axis.plot(x, y, line, color=color, label=label)
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
