@@ -56,9 +56,9 @@ BLACK, GREY = "#000000", "#767676"
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, RED, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
 
-# Colour and line style of up to 28 lines: no two share both.
+# Colour and style of up to 28 lines: no two share both.
 COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
-LINES = ("-", "--", ":", "-.")
+LINE_STYLES = tuple(zip(4 * COLORS, 7 * ("-", "--", ":", "-."), strict=True))
 
 # File formats, with the metadata that leaves out the time of writing.
 FORMATS: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
@@ -77,6 +77,23 @@ def save_figure(path: Path, figure: Figure) -> None:
 def data_note(dataset: str) -> str:
     """Return the dataset's name for a figure's title; the stand-in for MNIST is named as such."""
     return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
+
+
+def set_title(figure: Figure, episodes: pd.DataFrame, text: str, *notes: str) -> None:
+    """Set a figure's title: what it shows, of which data, and more notes."""
+    note = data_note(episodes["dataset"].iloc[0])
+    figure.suptitle(f"{text} (data: {'; '.join([note, *notes])})")
+
+
+def label_at_right(axis: Axes, y: float, text: str, x: float = 1.01) -> None:
+    """Write a text beside a panel; ``x`` is a fraction of the panel's width."""
+    axis.text(x, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+
+
+def span(values: pd.Series) -> str:
+    """Return the first and the last value as text, or one if they are equal: "1 to 20"."""
+    first, last = values.iloc[0], values.iloc[-1]
+    return f"{first} to {last}" if last > first else f"{first}"
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -107,7 +124,7 @@ def read_run(folder: Path) -> Tables:
         "shards": records.SHARD_COLUMNS,
         "distances": records.DISTANCE_COLUMNS,
     }
-    tables = {name: records.read_table(folder / f"{name}.csv", columns[name]) for name in columns}
+    tables = {n: records.read_table(folder / f"{n}.csv", c) for n, c in columns.items()}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     finished = tables["rounds"]["episode"].isin(tables["episodes"]["episode"])
@@ -116,10 +133,7 @@ def read_run(folder: Path) -> Tables:
 
 
 def summary(folder: Path) -> str:
-    """Return a Markdown table of a run's means over each 20 episodes, and the folder.
-
-    Each mean has the half-width of its 95 % interval (Student's t over the episodes).
-    """
+    """Return a Markdown table of a run's means over each 20 episodes, with half-widths, as text."""
     episodes = read_run(folder)["episodes"]
     lines = [
         "| episodes | rounds | communication cost | goal reached | episode reward |",
@@ -128,46 +142,39 @@ def summary(folder: Path) -> str:
     for start in range(0, len(episodes), WINDOW):
         part = episodes[start : start + WINDOW]
         lines.append(
-            f"| {_span(part['episode'])} "
+            f"| {span(part['episode'])} "
             f"| {_mean(part['rounds'], 1)} | {_mean(part['communication_cost'], 2)} "
             f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
-    missed = int((episodes["goal_reached"] == 0).sum())
     lines += [
         f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]} in "
-        f"{episodes['seconds'].sum() / 60:.1f} min: {missed} missed the goal (counted with "
-        f"{episodes['max_rounds'].iloc[0]} rounds), {int(episodes['diverged'].sum())} diverged",
+        f"{episodes['seconds'].sum() / 60:.1f} min: {sum(episodes['goal_reached'] == 0)} missed "
+        f"the goal (counted with {episodes['max_rounds'].iloc[0]} rounds), "
+        f"{episodes['diverged'].sum()} diverged",
         f"\N{PLUS-MINUS SIGN}: half-width of the mean's 95 % interval, from {FEWEST} episodes on",
         f"results and figures: {folder}",
     ]
     return "\n".join(lines)
 
 
-def _span(episodes: pd.Series) -> str:
-    first, last = episodes.iloc[0], episodes.iloc[-1]
-    return f"{first} to {last}" if last > first else f"{first}"
-
-
 def _mean(values: pd.Series, digits: int) -> str:
+    text = f"{values.mean():.{digits}f}"
     if len(values) < FEWEST:
-        return f"{values.mean():.{digits}f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{values.mean():.{digits}f} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
+        return text
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return f"{text} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
 
 
 def moving_average(values: pd.Series) -> pd.Series:
-    """Return the mean of the last 20 values at each; NaN where there are fewer before it.
-
-    A series of fewer than 20 has at each place the mean of all so far.
-    """
+    """Return the mean of the last 20 values at each, NaN before; of all so far if fewer in all."""
     return values.rolling(WINDOW, min_periods=WINDOW if len(values) >= WINDOW else 1).mean()
 
 
 def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
     """Return (N, N) float64: of the transfers from node i, the share that went to node j.
 
-    With several nodes per round ("3+5"), the first one transfers the model to each node of the next
-    round. A node that never transferred the model has a row of zeros.
+    The first of several nodes in a round ("3+5") transfers the model to each node of the next. A
+    node that never transferred the model has a row of zeros.
     """
     counts = np.zeros((count, count))
     for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
@@ -179,16 +186,14 @@ def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
 
 
 def published_levels(tables: Tables) -> dict[str, float]:
-    """Return the rounds and cost that the published reductions would give this run.
+    """Return the rounds and cost that the published reductions of the first 10 episodes give.
 
-    The reductions apply to the mean of the first 10 episodes, if these are on MNIST and random:
-    epsilon is 0.83 or more there. Otherwise the result is empty.
+    Empty unless these are on MNIST and random: epsilon is 0.83 or more there.
     """
-    episodes, rounds = tables["episodes"], tables["rounds"]
-    first = episodes[:10]
+    first, rounds = tables["episodes"][:10], tables["rounds"]
     chosen_by = rounds.loc[rounds["episode"].isin(first["episode"]), "chosen_by"]
     at_random = first["epsilon"].min() >= 0.8 and "repeated" not in set(chosen_by)
-    if episodes["dataset"].iloc[0] != "mnist" or not at_random or len(first) < 10:
+    if first["dataset"].iloc[0] != "mnist" or not at_random or len(first) < 10:
         return {}
     return {column: first[column].mean() * (1 - share) for column, share in PUBLISHED.items()}
 
@@ -206,18 +211,9 @@ _CURVES = {
 def draw_run(folder: Path, format_: str = "png") -> None:
     """Draw all figures of a run into its folder, in one of FORMATS; raises as ``read_run``."""
     tables = read_run(folder)
-    figures: dict[str, Callable[[Tables], Figure]] = {
-        "learning": draw_learning,
-        "accuracy": draw_accuracy,
-        "transitions": draw_transitions,
-        "data": draw_data,
-    }
-    for name, draw in figures.items():
+    for draw in (draw_learning, draw_accuracy, draw_transitions, draw_data):
+        name = draw.__name__.removeprefix("draw_")
         save_figure(folder / f"{name}.{format_}", draw(tables))
-
-
-def _set_title(figure: Figure, text: str, tables: Tables) -> None:
-    figure.suptitle(f"{text} (data: {data_note(tables['episodes']['dataset'].iloc[0])})")
 
 
 def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
@@ -230,10 +226,6 @@ def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
     return figure, axes
-
-
-def _label_at_right(axis: Axes, y: float, text: str) -> None:
-    axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
 
 
 @matplotlib.rc_context(STYLE)
@@ -251,16 +243,16 @@ def draw_learning(tables: Tables) -> Figure:
         axis.plot(x, moving_average(y), color=BLACK, label=label)
     limit = episodes["max_rounds"].iloc[0]
     axes[1].axhline(limit, color=GREY, lw=0.8, ls=":")
-    _label_at_right(axes[1], limit, f"limit: {limit}")
+    label_at_right(axes[1], limit, f"limit: {limit}")
     for column, level in published_levels(tables).items():
         axis = axes[list(_CURVES).index(column)]
         axis.axhline(level, color=BLACK, lw=0.8, ls="--", label="published")
         reduction = f"\N{MINUS SIGN}{PUBLISHED[column]:.1%}"
-        _label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
+        label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    _set_title(figure, "Training of the DQN", tables)
+    set_title(figure, tables["episodes"], "Training of the DQN")
     return figure
 
 
@@ -270,7 +262,7 @@ def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
     count = min(WINDOW, len(episodes) // 2)
     parts = []
     for chosen in (episodes[:count], episodes[-count:]) if count else (episodes,):
-        title = f"episode{'s' * (len(chosen) > 1)} {_span(chosen)}"
+        title = f"episode{'s' * (len(chosen) > 1)} {span(chosen)}"
         parts.append((title, rounds[rounds["episode"].isin(chosen)]))
     return parts
 
@@ -293,10 +285,10 @@ def draw_accuracy(tables: Tables) -> Figure:
         axis.axhline(goal, color=BLACK, lw=0.8, ls="--")
         axis.set(title=title, xlabel="round", xlim=(1, max(limit, 2)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_at_right(axes[-1], goal, f"goal: {goal:g}")
+    label_at_right(axes[-1], goal, f"goal: {goal:g}")
     axes[0].set_ylabel("test accuracy (fraction)")
     axes[-1].legend(loc="lower right")
-    _set_title(figure, "Accuracy by round, ended episodes keep their last", tables)
+    set_title(figure, tables["episodes"], "Accuracy by round, ended episodes keep their last")
     return figure
 
 
@@ -333,7 +325,7 @@ def draw_transitions(tables: Tables) -> Figure:
         axis.set(title=title, xlabel="next node")
     axes[0].set_ylabel("current node")
     figure.colorbar(image, ax=list(axes), label="share of the current node's transfers", aspect=30)
-    _set_title(figure, "Transfers of the model", tables)
+    set_title(figure, tables["episodes"], "Transfers of the model")
     return figure
 
 
@@ -355,7 +347,7 @@ def draw_data(tables: Tables) -> Figure:
     image = _heatmap(right, distances, top, 3 if top < 1 else 1)
     right.set(xlabel="node", ylabel="node")
     figure.colorbar(image, ax=right, label="communication distance (no unit)", aspect=30, pad=0.02)
-    _set_title(figure, "Shards and distances", tables)
+    set_title(figure, tables["episodes"], "Shards and distances")
     return figure
 
 
@@ -367,9 +359,9 @@ def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
     """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
     figure, axes = _curve_panels(height=5.4)
     for axis, column in zip(axes, _CURVES, strict=True):
-        for (label, table), color, style in zip(runs.items(), cycle(COLORS), cycle(LINES)):
-            y = moving_average(table[column])
-            axis.plot(table["episode"], y, style, color=color, label=label)
+        for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
+            x, y = table["episode"], moving_average(table[column])
+            axis.plot(x, y, line, color=color, label=label)
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -401,12 +393,19 @@ def main(arguments: list[str] | None = None) -> int:
         "  python3 plot.py results/A results/B     # and an overlay of both: results/overlay.png"
     )
     parser = cli.Parser("plot.py", "Draw the figures of runs from their CSVs.", examples)
-    parser.usage = "plot.py [options] results/<name> ..."
-    add = parser.add_argument
-    add("folder", nargs="+", type=Path, help="folder of a run; several are overlaid as well")
-    add("--format", choices=list(FORMATS), default="png", help="of the figures [png]")
+    return draw_folders(parser, arguments, _draw_all)
+
+
+def draw_folders(
+    parser: cli.Parser, arguments: list[str] | None, draw: Callable[[list[Path], str], int]
+) -> int:
+    """Draw the folders of a command line in the format that it names; return the exit status."""
+    parser.usage = f"{parser.prog} [options] folder ..."
+    parser.add_argument("folder", nargs="+", type=Path, help="results to draw, e.g. results/<name>")
+    help_ = "of the figures [png]"
+    parser.add_argument("--format", choices=list(FORMATS), default="png", help=help_)
     parsed = parser.parse_args(arguments)
-    return cli.exit_status("plot.py", lambda: _draw_all(parsed.folder, parsed.format))
+    return cli.exit_status(parser.prog, lambda: draw(parsed.folder, parsed.format))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Usage: ``python3 -m experiments.audit [options]``
 
-Random walks are recorded with every kind of observation after each round. A regression then
-predicts, for walks that it was not fitted to, the accuracy after that round. A second one is also
-given the next node and predicts the accuracy after the next round. The DQN has fewer and noisier
-data: what the regression can't find in an observation, the DQN will hardly find.
+Random walks are recorded. A regression then predicts, for walks that it was not fitted to, the
+accuracy after a round from one kind of observation. A second one is also given the next node and
+predicts the accuracy after the next round. The DQN has fewer and noisier data: what the regression
+can't find in an observation, the DQN will hardly find.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ import records
 from cli import Parser, add_setting_flags, count_of, exit_status, named_settings_of, overrides_of
 from config import ConfigError, Settings, UserError, episode_seed, names_of, stream
 
-# TensorFlow takes seconds to import. The functions below import what needs it, so that a mistake
-# on the command line is reported at once.
+# Functions below import TensorFlow, which takes seconds: a mistake on the command line is reported
+# at once.
 if TYPE_CHECKING:
     from environment import DecentralizedLearning
 
 PROGRAM = "experiments.audit"
 
 # Probability that a walk stays at its node for one more round. Independent choices hardly ever stay
-# for several rounds, so their walks would not show how staying changes the accuracy.
+# for several rounds, so they would not show how staying changes the accuracy.
 REPEAT = 0.6
 
-# Agent's settings of a recording, whatever config.py says. All observations are recorded anyway;
-# "zeros" is the cheapest for the environment to make besides.
+# Agent's settings of a recording, whatever config.py says.
 _RECORDING: dict[str, Any] = {
-    "OBSERVATION": "zeros",
+    "OBSERVATION": "zeros",  # the cheapest; what is recorded is observed besides
     "PCA_COMPONENTS": 0,
     "PCA_SIGNS": "loading",
     "BROADCAST_SCALE": 1.0,
@@ -57,8 +56,8 @@ _RESAMPLES = 2000  # of a bootstrap interval
 
 AUDIT_COLUMNS = ("dataset", "observation", "target", "r2", "low", "high", "episodes", "rounds")
 
-# What the accuracy is predicted from, with the label in table and figure. No agent observes the
-# last two, which show what there is to know.
+# What the accuracy is predicted from, as ``observations`` makes it, with the label in table and
+# figure. No agent observes the last two, which show what there is to know.
 OBSERVATIONS = {
     "zeros": "zeros",
     "last_node": "last_node",
@@ -78,11 +77,7 @@ Walk = dict[str, np.ndarray]  # as record_walk returns it
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
-    """Return the settings and the number of walks of a command line.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr if something is wrong.
-    """
+    """Return the settings and the number of walks of a command line; exit if one is wrong."""
     examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
     parser = Parser(PROGRAM, "Audit the observations; results go to results/<name>/.", examples)
     help_ = f"episodes of random choices, at least {_FOLDS} [{_WALKS}]"
@@ -111,14 +106,14 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
 def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
     """Play one episode of random choices, of which a share of REPEAT repeats the last node.
 
-    The environment has one node per round and PCA_SIGNS = ``loading``. The training episode of the
-    same number has the same initial weights.
+    The environment has the settings of _RECORDING and one node per round. The training episode of
+    the same number has the same initial weights.
 
     Returns:
-        For its R rounds ``nodes`` (R,) int64 and ``accuracies`` (R,) float64. Each of OBSERVATIONS
-        that ``all_features`` does not add has a float32 matrix of R rows.
+        For R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and the observations
+        ``broadcast`` and ``local`` (R, N * C) float32.
     """
-    from environment import positive_at, rollout
+    from environment import rollout
 
     settings = environment.settings
     rng = stream(settings.SEED, "exploration", episode)
@@ -128,39 +123,43 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
             return info["node"], "repeated"
         return int(rng.integers(settings.NUM_NODES)), "random"
 
-    n, rows = settings.NUM_NODES, []
+    rows = []
     for round_ in rollout(environment, policy, episode_seed(settings.SEED, episode)):
-        node = round_.info["node"]
-        row = {k: environment.observe(k) for k in ("zeros", "last_node", "broadcast", "local")}
-        broadcast = positive_at(node, row["broadcast"].reshape(n, -1))
-        local = positive_at(node, row["local"].reshape(n, -1))
-        row |= {
-            "last_node_moved": np.append(row["last_node"], np.linalg.norm(broadcast)),
-            "local_holder": local.ravel(),
-            "first_both": np.concatenate([broadcast[:, 0], local[:, 0]]),
-            "nodes": node,
-            "accuracies": round_.info["accuracy"],
-        }
-        rows.append(row)
+        row = {"nodes": round_.info["node"], "accuracies": round_.info["accuracy"]}
+        rows.append(row | {kind: environment.observe(kind) for kind in ("broadcast", "local")})
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def all_features(walk: Walk, n: int, max_rounds: int) -> Walk:
-    """Return a walk with the OBSERVATIONS that are made of recorded ones.
+def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
+    """Return for each of OBSERVATIONS a float32 matrix with a row per round of a walk.
 
     Of ``n`` nodes, those not visited yet have an age of twice ``max_rounds`` in ``history``.
     """
-    nodes = walk["nodes"]
-    both = np.hstack([walk["broadcast"], walk["local"]])
+    from environment import positive_at
+
+    nodes, broadcast, local = walk["nodes"], walk["broadcast"], walk["local"]
+    both = np.hstack([broadcast, local])
     visited = np.eye(n, dtype=np.float32)[nodes]
+    moved = np.array([[np.linalg.norm(scores)] for scores in broadcast])
     rounds = np.arange(1, len(nodes) + 1, dtype=np.float32)[:, None]
     age = np.full((len(nodes), n), 2.0 * max_rounds, np.float32)
     for row, node in enumerate(nodes):
         age[row:, node] = np.arange(len(nodes) - row)
+
+    def by_holder(scores: np.ndarray) -> np.ndarray:
+        matrices = scores.reshape(len(nodes), n, -1)
+        return np.array([positive_at(*pair) for pair in zip(nodes, matrices, strict=True)])
+
     return {
-        **walk,
+        "zeros": np.zeros_like(visited),
+        "last_node": visited,
+        "last_node_moved": np.hstack([visited, moved]),
+        "broadcast": broadcast,
+        "local": local,
+        "local_holder": by_holder(local).reshape(local.shape),
         "both": both,
         "first_both_loading": both[:, :: both.shape[1] // (2 * n)],
+        "first_both": np.hstack([by_holder(broadcast)[:, :, 0], by_holder(local)[:, :, 0]]),
         "last_node_round": np.hstack([visited, rounds]),
         "history": np.hstack([visited.cumsum(axis=0), age, rounds]),
     }
@@ -190,18 +189,18 @@ def r2_interval(
 def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.DataFrame:
     """Return AUDIT_COLUMNS with a row for each observation and target.
 
-    ``walks`` are the environment's, at least 6, each of two rounds or more.
-    Each value is predicted by extremely randomised trees that were fitted to other walks.
+    ``walks`` are the environment's, at least 6, each of two rounds or more. Each value is predicted
+    by extremely randomised trees that were fitted to other walks.
     """
     settings, dataset = environment.settings, environment.dataset.name
     n = settings.NUM_NODES
-    walks = [all_features(walk, n, settings.MAX_ROUNDS) for walk in walks]
+    observed = [observations(walk, n, settings.MAX_ROUNDS) for walk in walks]
     number = np.repeat(range(len(walks)), [len(w["nodes"]) - 1 for w in walks])
     next_node = np.concatenate([np.eye(n, dtype=np.float32)[w["nodes"][1:]] for w in walks])
     rounds = {"accuracy": slice(None, -1), "next_accuracy": slice(1, None)}
     rows = []
     for name, target in itertools.product(OBSERVATIONS, TARGETS):
-        features = np.concatenate([w[name][:-1] for w in walks])
+        features = np.concatenate([o[name][:-1] for o in observed])
         values = np.concatenate([w["accuracies"][rounds[target]] for w in walks])
         if target == "next_accuracy":
             features = np.hstack([features, next_node])
@@ -227,18 +226,16 @@ def draw_audit(table: pd.DataFrame) -> Figure:
     marks = (("accuracy", "o", plot.BLACK, -0.15), ("next_accuracy", "s", plot.BLUE, 0.15))
     for target, marker, color, offset in marks:
         rows = table[table["target"] == target].set_index("observation").loc[list(OBSERVATIONS)]
-        style: dict[str, Any] = {"fmt": marker, "color": color, "ms": 4.5, "elinewidth": 1}
-        style["xerr"] = np.array([rows["r2"] - rows["low"], rows["high"] - rows["r2"]])
-        axis.errorbar(rows["r2"], places + offset, label=TARGETS[target], **style)
+        ends = np.array([rows["r2"] - rows["low"], rows["high"] - rows["r2"]])
+        style: Any = {"fmt": marker, "color": color, "ms": 4.5, "elinewidth": 1}
+        axis.errorbar(rows["r2"], places + offset, xerr=ends, label=TARGETS[target], **style)
     axis.set_yticks(places, list(OBSERVATIONS.values()))
     axis.set_ylim(len(OBSERVATIONS) - 0.5, -0.5)
     axis.set_xlabel("R2, share of the accuracies' variance that is predicted (95 % interval)")
     axis.legend(loc="upper right")  # the first rows, which have little, are at the left
-    dataset, episodes, rounds = table[["dataset", "episodes", "rounds"]].iloc[0]
-    figure.suptitle(
-        f"Accuracy predicted from an observation: {episodes} walks, {rounds} rounds "
-        f"(data: {plot.data_note(dataset)})"
-    )
+    title = f"{table['episodes'].iloc[0]} walks, {table['rounds'].iloc[0]} rounds"
+    text = f"Accuracy predicted from an observation: {title}"
+    plot.set_title(figure, table, text)
     return figure
 
 
@@ -256,9 +253,9 @@ def report(table: pd.DataFrame) -> str:
 
 
 def audit(settings: Settings, count: int) -> int:
-    """Record those of ``count`` walks that are missing, write ``audit.csv`` and its figure.
+    """Record the missing ones of ``count`` walks, write ``audit.csv`` and its figure; return 0.
 
-    A folder whose ``audit.csv`` is made of as many walks is only drawn and printed. Returns 0.
+    A folder whose ``audit.csv`` is made of as many walks is only drawn and printed.
 
     Raises:
         UserError: the folder holds another audit, or something is damaged.
@@ -268,15 +265,15 @@ def audit(settings: Settings, count: int) -> int:
 
     # Whatever the data can't fill is refused here, before a file is written.
     environment = DecentralizedLearning(settings)
-    dataset = environment.dataset
+    dataset, stored = environment.dataset, settings.stored()
     folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
     # The data that DATASET led to counts, not its name.
-    used = {k: settings.stored()[k] for k in names_of("world") - {"DATASET"} | {"SEED"}}
-    about = {"sha256": dataset.sha256, "settings": used}
+    used = names_of("world") - {"DATASET"} | {"SEED"}
+    about = {"sha256": dataset.sha256, "settings": {name: stored[name] for name in used}}
 
-    def comparable(stored: dict[str, Any]) -> dict[str, Any]:
-        of_audit = {name: stored["settings"].get(name) for name in used}
-        return {**of_audit, "data": records.fingerprint(dataset.name, stored["sha256"])}
+    def comparable(about: dict[str, Any]) -> dict[str, Any]:
+        data = records.fingerprint(dataset.name, about["sha256"])
+        return {"data": data, **{name: about["settings"].get(name) for name in used}}
 
     path = folder / "audit.csv"
     with records.locked(folder, "audit"):

@@ -1,13 +1,10 @@
 """Estimates from a comparison's tables: means, reductions against random, and their intervals.
 
 All intervals are 95 % percentile intervals of a bootstrap in two levels. Seeds are drawn with
-replacement, and from each drawn seed's test episodes as many again (stratified by seed). Both
-methods of a reduction get the same draws, because their seeds and episodes are paired. SciPy's
-bootstrap has one level; with one episode per seed both give the same (tested).
-
-For methods that learn no policy, seeds differ in nothing but their episodes. Such an interval is
-too wide, with many seeds by up to the root of two. The spread of the seeds' means holds that of the
-episodes already. Where seeds differ and are few, it is too narrow, as any bootstrap's.
+replacement, and from each drawn seed's test episodes as many again. Both methods of a reduction get
+the same draws, because their seeds and episodes are paired. With few seeds that differ such an
+interval is too narrow; where seeds differ only by their episodes, as without a learned policy, it
+is too wide, by up to the root of two.
 
 An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one over all episodes.
 """
@@ -42,7 +39,6 @@ ROUND_COLUMNS = tuple(
 )
 TRAINING_COLUMNS = ("dataset", "variant", "method", "seed", *records.EPISODE_COLUMNS[1:])
 ESTIMATE_COLUMNS = ("variant", "method", "quantity", "mean", "low", "high", "seeds", "episodes")
-DISTANCE_COLUMNS = ("variant", "node", "other_node", "distance")
 
 # Columns of episodes.csv whose means are estimated for every method.
 QUANTITIES = tuple(
@@ -60,20 +56,17 @@ TABLES = {
     "episodes": EPISODE_COLUMNS,
 }
 
-# A quantity's name, its statistic, and the (S, E) arrays that the statistic takes.
+# Reduces the last two axes, seeds and episodes, of its arrays.
 Statistic = Callable[..., np.ndarray]
-Quantity = tuple[str, Statistic, list[np.ndarray]]
 
 
 # --- Tables ----------------------------------------------------------------------------------
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """Return ``config`` (config.json) and the tables of a comparison's finished jobs.
+    """Return ``config``, the dictionary of config.json, and the tables as data frames.
 
-    Returns:
-        ``config`` is a dictionary. ``jobs`` has all jobs. ``episodes``, ``rounds`` and ``training``
-        have the rows of the finished ones. All are data frames with the columns above.
+    ``jobs`` has all jobs; ``episodes``, ``rounds`` and ``training`` have the finished ones' rows.
 
     Raises:
         UserError: a file is missing or damaged, or no job is finished.
@@ -90,14 +83,12 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         table = records.read_table(folder / f"{name}.csv", TABLES[name])
         tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(of_finished)]
     expected = tables["config"]["test_episodes"]
-    counts = tables["episodes"].groupby(JOB_KEY).size()
-    for job in finished[JOB_KEY].itertuples(index=False, name=None):
-        if counts.get(job, 0) != expected:
-            name = " ".join(filter(None, map(str, job)))
-            raise UserError(
-                f"{folder / 'episodes.csv'}: got {counts.get(job, 0)} test episodes of {name}, "
-                f"takes {expected}; run the comparison again"
-            )
+    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(of_finished, fill_value=0)
+    for job, count in counts[counts != expected].items():
+        raise UserError(
+            f"{folder / 'episodes.csv'}: got {count} test episodes of "
+            f"{' '.join(map(str, job)).strip()}, takes {expected}; run the comparison again"
+        )
     return tables
 
 
@@ -113,12 +104,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def select(table: pd.DataFrame, variant: str, method: str) -> pd.DataFrame:
-    """Return the rows of one method with one value of what the comparison varies."""
+    """Return the rows of a method, with one value of what the comparison varies."""
     return table[(table["variant"] == variant) & (table["method"] == method)]
 
 
 def matrix(episodes: pd.DataFrame, column: str) -> np.ndarray:
-    """Return (S, E) float64: one method's values by seed and test episode, both ascending."""
+    """Return (S, E) float64: a method's values by seed and test episode, both ascending."""
     return episodes.pivot(index="seed", columns="episode", values=column).to_numpy(float)
 
 
@@ -130,10 +121,7 @@ def paired(episodes: pd.DataFrame, variant: str, method: str) -> list[pd.DataFra
 
 
 def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool:
-    """Return whether a method misses the goal more often than random does, on the same seeds.
-
-    What it saves then, it does not save for the same result.
-    """
+    """Return whether a method misses the goal more often than random, on the seeds of both."""
     ours, theirs = (table["goal_reached"].mean() for table in paired(episodes, variant, method))
     return bool(ours < theirs)
 
@@ -142,53 +130,34 @@ def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool
 
 
 def bootstrap(
-    statistic: Statistic, *values: np.ndarray, resamples: int = RESAMPLES
+    statistic: Statistic, *values: np.ndarray
 ) -> tuple[float, float | None, float | None]:
-    """Return a statistic of paired arrays, with the bounds of its interval.
+    """Return a statistic of (S, E) arrays, drawn together, and its interval's low and high.
 
-    Args:
-        statistic: takes arrays of shape (..., S, E) and reduces the last two axes.
-        values: (S, E) arrays, seeds by test episodes, all drawn together.
-        resamples: how many draws.
-
-    Returns:
-        The statistic and the interval's bounds; None with a single seed. The draws are always the
-        same, so that the same tables give the same numbers.
+    With a single seed low and high are None. The draws are always the same.
     """
     mean = float(statistic(*values))
     if len(values[0]) < 2:
         return mean, None, None
-    resampled = np.concatenate(
-        [
-            # In parts, because a statistic of all pairs of episodes takes much memory.
-            statistic(*(v.take(part) for v in values))
-            for part in np.array_split(_draws(*values[0].shape, resamples), -(-resamples // 500))
-        ]
-    )
-    tail = (1 - LEVEL) / 2
+    draws = _draws(*values[0].shape)
+    resampled = statistic(*(v.take(draws) for v in values))
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
+    tail = (1 - LEVEL) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
 
 
 @functools.lru_cache(maxsize=2)
-def _draws(seeds: int, episodes: int, resamples: int) -> np.ndarray:
-    """Return (resamples, S, E) indices into the S x E values, seeds drawn first."""
+def _draws(seeds: int, episodes: int) -> np.ndarray:
+    """Return (RESAMPLES, S, E) indices into the S x E values, seeds drawn first."""
     rng = np.random.default_rng(0)
-    first = rng.integers(seeds, size=(resamples, seeds, 1)) * episodes
-    return first + rng.integers(episodes, size=(resamples, seeds, episodes))
+    first = rng.integers(seeds, size=(RESAMPLES, seeds, 1)) * episodes
+    return first + rng.integers(episodes, size=(RESAMPLES, seeds, episodes))
 
 
 def mean(values: np.ndarray) -> np.ndarray:
     """Return the mean over the last two axes, seeds and episodes."""
     return values.mean(axis=(-2, -1))
-
-
-def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of the middle half of all values; a quarter is cut off at each end."""
-    from scipy import stats  # takes seconds to import, and is needed here alone
-
-    return stats.trim_mean(values.reshape(*values.shape[:-2], -1), 0.25, axis=-1)
 
 
 def reduction(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -205,34 +174,19 @@ def break_even(spent: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.nd
         return np.where(saved > 0, mean(spent) / np.maximum(saved, 0), np.inf)
 
 
-def improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return the probability that our episode has less than one of theirs, ties counted half.
-
-    Of (..., S, E) values, every episode is compared with each of theirs with the same seed.
-    """
-    ours, theirs = ours[..., :, None], theirs[..., None, :]
-    axes = (-3, -2, -1)
-    less = np.count_nonzero(ours < theirs, axis=axes)
-    not_more = np.count_nonzero(ours <= theirs, axis=axes)
-    return (less + not_more) / (2 * ours.shape[-3] * ours.shape[-2] * theirs.shape[-1])
-
-
 # --- Estimates -------------------------------------------------------------------------------
 
 
 def estimate(tables: dict[str, Any]) -> pd.DataFrame:
     """Return all estimates of a comparison, a row per variant, method and quantity.
 
-    Quantities are the means of ``QUANTITIES`` over all episodes, and of rounds and communication
-    cost:
+    Quantities are the means of ``QUANTITIES``, and of rounds and communication cost, on the seeds
+    that random has as well:
 
-    - ``_iqm``: interquartile mean.
-    - ``_reduction``: share of random's mean that is saved, over the seeds that both have.
-    - ``_improvement``: probability that an episode has less than one of random's.
-    - ``_break_even``: after how many trainings of the foundation model the training of the DQN is
-      paid back, against random. Left out if the policy misses the goal more often than random.
-      With several nodes per round, the cost's is left out: a training's cost holds the transfer to
-      a round's first node alone.
+    - ``_reduction``: share of random's mean that is saved.
+    - ``_break_even``: how many foundation models to train until the DQN's training is paid back.
+      Left out if the policy misses the goal more often than random, and for the cost with several
+      nodes per round: a training's cost holds the transfer to a round's first node alone.
 
     Returns:
         Columns ``ESTIMATE_COLUMNS``. ``low`` and ``high`` bound the 95 % interval, empty with one
@@ -248,38 +202,25 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
     return table.astype({"low": float, "high": float})
 
 
-def _quantities(tables: dict[str, Any], variant: str, method: str) -> Iterator[Quantity]:
-    """Yield what is estimated for a method."""
-    episodes = select(tables["episodes"], variant, method)
+def _quantities(
+    tables: dict[str, Any], variant: str, method: str
+) -> Iterator[tuple[str, Statistic, list[np.ndarray]]]:
+    """Yield the name, the statistic and its (S, E) arrays of all that is estimated for a method."""
+    episodes, rounds, training = (
+        select(tables[name], variant, method) for name in ("episodes", "rounds", "training")
+    )
     for column in QUANTITIES:
         yield column, mean, [matrix(episodes, column)]
     ours, theirs = paired(tables["episodes"], variant, method)
+    if method == "random" or ours.empty:
+        return
+    seeds = sorted(set(ours["seed"]))
     misses = misses_more_often(tables["episodes"], variant, method)
+    pays_back = not misses and set(seeds) <= set(training["seed"])
+    several_nodes = rounds["node"].str.contains("+", regex=False).any()
     for column in ("rounds", "communication_cost"):
-        yield f"{column}_iqm", interquartile_mean, [matrix(episodes, column)]
-        if method == "random" or ours.empty:
-            continue
         pair = [matrix(ours, column), matrix(theirs, column)]
         yield f"{column}_reduction", reduction, pair
-        yield f"{column}_improvement", improvement, pair
-        spent = _spent(tables, variant, method, sorted(set(ours["seed"])), column)
-        if spent is not None and not misses:
-            spent = np.broadcast_to(spent[:, None], pair[0].shape)
-            yield f"{column}_break_even", break_even, [spent, *pair]
-
-
-def _spent(
-    tables: dict[str, Any], variant: str, method: str, seeds: list[int], column: str
-) -> np.ndarray | None:
-    """Return (S,) what all episodes of training took on each seed; None if it is not known."""
-    training = select(tables["training"], variant, method)
-    if not set(seeds) <= set(training["seed"]):
-        return None
-    if column == "communication_cost" and several_nodes(tables["rounds"], variant, method):
-        return None
-    return training.groupby("seed")[column].sum()[seeds].to_numpy(float)
-
-
-def several_nodes(rounds: pd.DataFrame, variant: str, method: str) -> bool:
-    """Return whether several nodes trained in a round; a training's cost then counts otherwise."""
-    return bool(select(rounds, variant, method)["node"].str.contains("+", regex=False).any())
+        if pays_back and not (several_nodes and column == "communication_cost"):
+            spent = training.groupby("seed")[[column]].sum().loc[seeds].to_numpy(float)
+            yield f"{column}_break_even", break_even, [np.broadcast_to(spent, pair[0].shape), *pair]

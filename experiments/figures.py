@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ import records
 from experiments import estimates
 from plot import BLACK, BLUE, DOUBLE, GREY, PUBLISHED, STYLE
 
-# What estimates.read_comparison returns, and "estimates". In draw_comparison's, ``label`` is one
-# more column: the method, the varied value, or both.
+# What estimates.read_comparison returns, "estimates", and in all tables the column "label".
 Tables = dict[str, Any]
 
 _MOST_PANELS = 9
@@ -51,9 +49,7 @@ _NODE_COLORS = (
 
 
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
-    """Estimate a comparison from its tables, write ``estimates.csv`` and draw its figures.
-
-    Files have a format of ``plot.FORMATS``.
+    """Estimate a comparison, write ``estimates.csv``, and draw its figures in one of plot.FORMATS.
 
     Raises:
         UserError: as ``estimates.read_comparison``.
@@ -67,8 +63,7 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     if tables["config"]["parameter"]:
         figures["variants"] = draw_rows
     else:
-        figures["methods"] = draw_rows
-        figures["walks"] = draw_walks
+        figures |= {"methods": draw_rows, "walks": draw_walks}
         if (tables["estimates"]["quantity"] == "rounds_reduction").any():
             figures["headline"] = draw_headline
     if 0 < tables["training"]["label"].nunique() <= _MOST_LINES:
@@ -80,12 +75,11 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
 
 def add_labels(tables: Tables) -> None:
     """Add a column ``label`` to the tables: the varied value, the method, or both."""
-    several = tables["jobs"]["method"].nunique() > 1
-    varied = bool(tables["config"]["parameter"])
+    by_variant = tables["config"]["parameter"] and tables["jobs"]["method"].nunique() == 1
     for name in ("jobs", "episodes", "rounds", "training", "estimates"):
         table = tables[name]
         both = (table["variant"] + " " + table["method"]).str.strip()
-        tables[name] = table.assign(label=both if several or not varied else table["variant"])
+        tables[name] = table.assign(label=table["variant"] if by_variant else both)
 
 
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -94,27 +88,24 @@ def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def learned_labels(tables: Tables) -> list[str]:
-    """Return the labels of trained DQNs, trained here or given."""
+    """Return the labels of DQNs, trained here or given."""
     jobs = tables["jobs"]
-    learned = {*tables["training"]["label"], *jobs.loc[jobs["agent"] != "", "label"]}
-    return [label for label in dict.fromkeys(jobs["label"]) if label in learned]
+    learned = (jobs["agent"] != "") | jobs["label"].isin(tables["training"]["label"])
+    return list(jobs.loc[learned, "label"].unique())
 
 
 def _counted(counts: pd.Series, noun: str) -> str:
     """Return a number or a range of numbers with its noun: 1 seed, 5 to 10 seeds."""
-    low, high = counts.min(), counts.max()
-    count = str(low) if low == high else f"{low} to {high}"
-    return f"{count} {noun}{'s' if high > 1 else ''}"
+    return f"{plot.span(counts.sort_values())} {noun}{'s' if counts.max() > 1 else ''}"
 
 
 def _set_title(figure: Figure, tables: Tables, text: str, quantity: str = "rounds") -> None:
-    """Set the figure's title: what it shows, of which data, and how much it rests on."""
+    """Set the figure's title, with the size of what the estimates of ``quantity`` rest on."""
     rows = _rows(tables["estimates"], quantity)
     seeds = _counted(rows["seeds"], "seed")
     episodes = _counted(rows["episodes"] // rows["seeds"], "episode")
     interval = "mean with 95 % interval" if rows["low"].notna().any() else "mean"
-    note = plot.data_note(tables["episodes"]["dataset"].iloc[0])
-    figure.suptitle(f"{text} (data: {note}; {seeds} x {episodes}, {interval})")
+    plot.set_title(figure, tables["episodes"], text, f"{seeds} x {episodes}, {interval}")
 
 
 def _add_legend(figure: Figure) -> None:
@@ -141,76 +132,58 @@ def _add_marks(
 ) -> None:
     """Mark a mean with its interval in the row of each label, or write it if it is above ``most``.
 
-    Circles are learned policies. Grey marks reach the goal in less than half of the episodes.
     Labels that ``rows`` lacks are skipped.
     """
     learned, goal = learned_labels(tables), _rows(tables["estimates"], "goal_reached")["mean"]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    place: dict[str, Any] = {"fontsize": 7, "transform": axis.get_yaxis_transform(), "bbox": box}
     for y, label in enumerate(labels):
         if label not in rows.index:
             continue
-        row = rows.loc[[label]]
-        if row["mean"].item() > most:
-            text = form.format(row["mean"].item()) + " \N{RIGHTWARDS ARROW}"
-            axis.text(0.99, y, text, ha="right", va="center", **place)
+        mean, *ends = rows.loc[label, ["mean", "low", "high"]]
+        if mean > most:
+            text = form.format(mean) + " \N{RIGHTWARDS ARROW}"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            right = axis.get_yaxis_transform()
+            axis.text(0.99, y, text, ha="right", va="center", size=7, bbox=box, transform=right)
             continue
         kind, marker, color = "not learned", "s", BLACK
         if label in learned:
             kind, marker, color = "learned (DQN)", "o", BLUE
         if goal[label] < 0.5:
             kind, color = "grey: goal reached in less than 50 % of the episodes", "0.65"
-        ends = np.abs(row[["low", "high"]].to_numpy().T - row["mean"].item())
-        style: dict[str, Any] = {"fmt": marker, "color": color, "ms": 4, "capsize": 2}
-        style["xerr"] = None if np.isnan(ends).any() else ends
-        axis.errorbar(row["mean"], [y], elinewidth=1, label=kind, **style)
+        bars = None if np.isnan(ends).any() else np.abs(np.subtract(ends, mean))[:, None]
+        style: Any = {"fmt": marker, "color": color, "ms": 4, "capsize": 2, "elinewidth": 1}
+        axis.errorbar([mean], [y], xerr=bars, label=kind, **style)
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the estimated reductions as changes: 25 % more rounds are +0.25, fewer are negative.
-
-    The quantities are ``rounds_change`` and ``communication_cost_change``.
-    """
+    """Return the reductions as changes: 25 % more rounds are +0.25, fewer are negative."""
     rows = table[table["quantity"].str.endswith("_reduction")]
-    return rows.assign(
-        quantity=rows["quantity"].str.replace("_reduction", "_change"),
-        mean=0.0 - rows["mean"],
-        low=0.0 - rows["high"],
-        high=0.0 - rows["low"],
-    )
+    return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
 @matplotlib.rc_context(STYLE)
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
-    rounds = _rows(change, "rounds_change")["mean"]
+    rounds = _rows(change, "rounds_reduction")["mean"]
     rounds = pd.concat([rounds, pd.Series({"random": 0.0, paper: -PUBLISHED["rounds"]})])
     labels = list(rounds.sort_values(kind="stable").index)
     figure = Figure(figsize=(DOUBLE, 0.2 * len(labels) + 1.15), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (column, reduction) in zip(axes, PUBLISHED.items(), strict=True):
         axis.axvline(0, color=BLACK, lw=1)
-        rows = 100 * _rows(change, f"{column}_change")[["mean", "low", "high"]]
+        rows = 100 * _rows(change, f"{column}_reduction")[["mean", "low", "high"]]
         rows.loc["random"] = 0.0
         _add_marks(axis, tables, rows, labels, _MOST_CHANGE, "{:+.0f} %")
-        style: dict[str, Any] = {
-            "ls": "",
-            "marker": "D",
-            "ms": 5,
-            "mfc": "white",
-            "mec": plot.RED,
-            "mew": 1.2,
-        }
-        axis.plot(-100 * reduction, labels.index(paper), label="published", **style)
+        place = -100 * reduction, labels.index(paper)
+        axis.plot(*place, "D", ms=5, mfc="white", mec=plot.RED, mew=1.2, label="published")
         axis.set_xlabel(f"{column.replace('_', ' ')}, change in %")
     goal = _rows(tables["estimates"], "goal_reached")["mean"]
     texts = ["not stated" if name == paper else f"{100 * goal[name]:.0f} %" for name in labels]
-    beside = axes[1].get_yaxis_transform()
     for y, text in enumerate(["goal reached", *texts], -1):
-        axes[1].text(1.03, y, text, va="center", fontsize=7, transform=beside)
+        plot.label_at_right(axes[1], y, text, x=1.03)
     _add_legend(figure)
     _set_title(figure, tables, "Change against random", "rounds_reduction")
     return figure
@@ -249,10 +222,7 @@ def draw_rows(tables: Tables) -> Figure:
 
 
 def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
-    """Return the row of the lowest seed whose number of rounds is closest to the label's mean.
-
-    Of several such episodes, the first.
-    """
+    """Return the first row of the lowest seed whose rounds are closest to the label's mean."""
     rows = episodes[episodes["label"] == label]
     of_seed = rows[rows["seed"] == rows["seed"].min()].sort_values("episode")
     return of_seed.loc[(of_seed["rounds"] - rows["rounds"].mean()).abs().idxmin()]
@@ -260,13 +230,12 @@ def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
 
 @matplotlib.rc_context(STYLE)
 def draw_walks(tables: Tables) -> Figure:
-    """Draw a test episode of random and of each learned method: nodes, accuracies and the goal.
+    """Draw a test episode of random and of each learned method, or else of the first method.
 
-    Without either, one of the first method. Of several nodes in a round the first is shown, which
-    transfers the model.
+    Of several nodes in a round the first is shown, which transfers the model.
     """
     episodes, rounds = tables["episodes"], tables["rounds"]
-    names = list(dict.fromkeys(episodes["label"]))
+    names = list(episodes["label"].unique())
     chosen = [name for name in ("random", *learned_labels(tables)) if name in names] or names[:1]
     chosen = chosen[:_MOST_PANELS]
     limit, goal = episodes["max_rounds"].iloc[0], episodes["goal_accuracy"].iloc[0]
@@ -297,8 +266,9 @@ def draw_walks(tables: Tables) -> Figure:
         axis.grid(False)
     axes[-1].set_xlabel("round")
     axes[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    note = plot.data_note(episodes["dataset"].iloc[0])
-    figure.suptitle(f"Node that trains in each round, and the accuracy after it (data: {note})")
+    plot.set_title(
+        figure, tables["episodes"], "Node that trains in each round, and the accuracy after it"
+    )
     return figure
 
 
@@ -318,19 +288,17 @@ def draw_training(tables: Tables) -> Figure:
     comparable = not nodes.str.contains("+", regex=False).any()
     figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
+    by_label = training.groupby("label", sort=False)
     for axis, column in zip(axes, PUBLISHED, strict=True):
-        styles = zip(cycle(plot.COLORS), cycle(plot.LINES), strict=False)
-        by_label = training.groupby("label", sort=False)
-        for (label, rows), (color, line) in zip(by_label, styles, strict=False):
+        for (label, rows), (color, line) in zip(by_label, plot.LINE_STYLES, strict=False):
             each = rows.pivot(index="episode", columns="seed", values=column)
             each = each.rolling(window).mean()
             mean, count = each.mean(axis=1), each.shape[1]
             axis.plot(mean, line, color=color, marker="o", markevery=[-1], label=label)
             if count >= plot.FEWEST:
                 half = stats.t.ppf(0.975, count - 1) * each.sem(axis=1)
-                axis.fill_between(
-                    each.index, mean - half, mean + half, color=color, alpha=0.2, lw=0
-                )
+                ends = mean - half, mean + half
+                axis.fill_between(each.index, *ends, color=color, alpha=0.2, lw=0)
         level = _rows(tables["estimates"], column)["mean"].get("random")
         if level is not None and comparable:
             axis.axhline(level, color=GREY, lw=1, ls=":", label="random (test episodes)")
@@ -338,112 +306,91 @@ def draw_training(tables: Tables) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _add_legend(figure)
     seeds = _counted(training.groupby("label")["seed"].nunique(), "seed")
-    note = plot.data_note(training["dataset"].iloc[0])
-    figure.suptitle(f"Training, moving average with window {window} (data: {note}; {seeds})")
+    plot.set_title(
+        figure, tables["episodes"], f"Training, moving average with window {window}", seeds
+    )
     return figure
 
 
 # --- Report ----------------------------------------------------------------------------------
 
+# By heading of a column: the quantity, and the format of its numbers.
+Columns = dict[str, tuple[str, str]]
+
+_MEANS: Columns = {
+    "rounds": ("rounds", "{:.1f}"),
+    "goal reached": ("goal_reached", "{:.0%}"),
+    "communication cost": ("communication_cost", "{:.3f}"),
+    "MB sent": ("megabytes", "{:.2f}"),
+    "MB to observe": ("observation_megabytes", "{:.1f}"),
+    "seconds": ("seconds", "{:.1f}"),
+}
+_CHANGES: Columns = {
+    "rounds": ("rounds_reduction", "{:+.1%}"),
+    "communication cost": ("communication_cost_reduction", "{:+.1%}"),
+}
+_BREAK_EVENS: Columns = {
+    "in rounds": ("rounds_break_even", "{:.0f}"),
+    "in communication cost": ("communication_cost_break_even", "{:.0f}"),
+}
+
 
 def report(folder: Path, tables: Tables) -> str:
     """Return what a comparison's estimates and jobs say, as Markdown tables."""
-    table, varied = tables["estimates"], tables["config"]["parameter"]
-    lines = _markdown(
-        table,
-        varied,
-        {
-            "rounds": ("rounds", "{:.1f}"),
-            "rounds, interquartile mean": ("rounds_iqm", "{:.1f}"),
-            "goal reached": ("goal_reached", "{:.0%}"),
-            "communication cost": ("communication_cost", "{:.3f}"),
-            "cost, interquartile mean": ("communication_cost_iqm", "{:.3f}"),
-            "MB sent": ("megabytes", "{:.2f}"),
-            "MB to observe": ("observation_megabytes", "{:.1f}"),
-            "seconds": ("seconds", "{:.1f}"),
-        },
-    )
-    lines += ["", *_sizes(tables)]
-    if table["quantity"].eq("rounds_reduction").any():
-        lines += ["", "Change against random, on the same seeds:", "", *_changes(tables)]
+    table, jobs, episodes = (tables[name] for name in ("estimates", "jobs", "episodes"))
+    varied = tables["config"]["parameter"]
+    counts = [f"{sum(jobs['state'] == name)} {name}" for name in ("finished", "waiting", "failed")]
+    failed = jobs[jobs["error"] != ""]
+    lines = [
+        *_markdown(table, varied, _MEANS),
+        "",
+        "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
+        "that misses the goal counts with the limit of rounds.",
+        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged: {episodes['diverged'].sum()} "
+        f"test episodes, {tables['training']['diverged'].sum()} of training.",
+        *(failed["label"] + " seed " + failed["seed"].astype(str) + ": " + failed["error"]),
+    ]
+    change = changes(table)
+    if len(change):
+        cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
+        keys = cheaper[["variant", "method"]].to_numpy()
+        misses = [estimates.misses_more_often(episodes, *key) for key in keys]
+        change["mark"] = np.where(change.index.isin(cheaper.index[misses]), "*", "")
+        lines += ["", "Change against random, on the same seeds:", ""]
+        lines += _markdown(change, varied, _CHANGES)
+        if not varied:
+            published = " | ".join(f"-{100 * share:.1f} %" for share in PUBLISHED.values())
+            lines.append(f"| paper, HL on MNIST |  | {published} |")
+        if any(misses):
+            lines += ["", "\\* saved while the goal is reached less often than by random."]
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Foundation models to train until the training of the DQN is paid back:", ""]
-        lines += _markdown(
-            table,
-            varied,
-            {
-                "in rounds": ("rounds_break_even", "{:.0f}"),
-                "in communication cost": ("communication_cost_break_even", "{:.0f}"),
-            },
-        )
+        lines += _markdown(table, varied, _BREAK_EVENS)
     return "\n".join([*lines, "", f"results and figures: {folder}"])
 
 
-def _markdown(table: pd.DataFrame, varied: str, columns: dict[str, tuple[str, str]]) -> list[str]:
+def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     """Return a Markdown table of estimates with their intervals, a row per variant and method.
 
-    Args:
-        table: estimates; a column ``mark``, if there is one, has texts to write after the means.
-        varied: the heading of the variants; empty if nothing varies.
-        columns: by heading, a quantity and how a number of it is formatted.
+    A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants,
+    empty if nothing varies.
     """
-    forms = dict(columns.values())
-    first = [varied] * bool(varied) + ["method", "seeds x episodes"]
+    first = [varied, "method", "seeds x episodes"] if varied else ["method", "seeds x episodes"]
     lines = ["| " + " | ".join([*first, *columns]) + " |"]
     lines.append("|---" * (len(first) + len(columns)) + "|")
+    forms = dict(columns.values())
     chosen = table[table["quantity"].isin(forms)]
     for (variant, method), rows in chosen.groupby(["variant", "method"], sort=False):
         cells = dict.fromkeys(forms, "")
         for row in rows.itertuples():
             numbers = [row.mean] if np.isnan(row.low) else [row.mean, row.low, row.high]
             mean, *ends = (forms[row.quantity].format(x).replace("%", " %") for x in numbers)
-            cells[row.quantity] = mean + getattr(row, "mark", "")
-            cells[row.quantity] += f" [{', '.join(ends)}]" if ends else ""
+            interval = f" [{', '.join(ends)}]" if ends else ""
+            cells[row.quantity] = mean + getattr(row, "mark", "") + interval
+        name = [variant, method] if varied else [method]
         size = f"{row.seeds} x {row.episodes // row.seeds}"
-        texts = [variant] * bool(varied) + [method, size, *cells.values()]
-        lines.append("| " + " | ".join(texts) + " |")
+        lines.append("| " + " | ".join([*name, size, *cells.values()]) + " |")
     return lines
-
-
-def _changes(tables: Tables) -> list[str]:
-    """Return the table of changes against random, with the published ones."""
-    table, varied = tables["estimates"], tables["config"]["parameter"]
-    change = changes(table).assign(mark="")
-    for row in change[change["quantity"] == "communication_cost_change"].itertuples():
-        if row.mean < 0 and estimates.misses_more_often(
-            tables["episodes"], row.variant, row.method
-        ):
-            change.loc[row.Index, "mark"] = "*"
-    lines = _markdown(
-        pd.concat([table.assign(mark=""), change]),
-        varied,
-        {
-            "rounds": ("rounds_change", "{:+.1%}"),
-            "communication cost": ("communication_cost_change", "{:+.1%}"),
-            "P(fewer rounds)": ("rounds_improvement", "{:.2f}"),
-            "P(less cost)": ("communication_cost_improvement", "{:.2f}"),
-        },
-    )
-    if not varied:
-        published = " | ".join(f"-{100 * share:.1f} %" for share in PUBLISHED.values())
-        lines.append(f"| paper, HL on MNIST |  | {published} |  |  |")
-    if change["mark"].any():
-        lines += ["", "\\* saved while the goal is reached less often than by random."]
-    return lines
-
-
-def _sizes(tables: Tables) -> list[str]:
-    """Return what the numbers rest on, in sentences."""
-    jobs, training = tables["jobs"], tables["training"]
-    counts = [f"{sum(jobs['state'] == name)} {name}" for name in ("finished", "waiting", "failed")]
-    wrong = jobs[jobs["error"] != ""]
-    return [
-        "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
-        "that misses the goal counts with the limit of rounds.",
-        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged: {tables['episodes']['diverged'].sum()} "
-        f"test episodes, {training['diverged'].sum()} of training.",
-        *(wrong["label"] + " seed " + wrong["seed"].astype(str) + ": " + wrong["error"]),
-    ]
 
 
 # --- Command ---------------------------------------------------------------------------------
@@ -468,12 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Draw the figures of comparisons again, from their CSVs, and print their reports.",
         "  python3 -m experiments.figures results/paper-mnist",
     )
-    parser.usage = "python3 -m experiments.figures [options] results/<comparison> ..."
-    add = parser.add_argument
-    add("folder", nargs="+", type=Path, help="folder of a comparison")
-    add("--format", choices=list(plot.FORMATS), default="png", help="of the figures [png]")
-    parsed = parser.parse_args(arguments)
-    return cli.exit_status("experiments.figures", lambda: _draw_all(parsed.folder, parsed.format))
+    return plot.draw_folders(parser, arguments, _draw_all)
 
 
 if __name__ == "__main__":

@@ -44,35 +44,43 @@ def test_r2_by_hand():
 
 
 def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to(few):
-    # "zeros" holds most of the accuracies here. All others hold the walk's number, from which the
+    # "broadcast" holds most of the accuracies here. "local" holds the walk's number, from which the
     # rest can't be predicted: it is the walk's own.
     rng = np.random.default_rng(0)
     settings = small_settings(OBSERVATION="zeros")
     walks = []
     for number in range(30):
         known, own = rng.normal(size=9), rng.normal() / 5
-        walk = {name: np.full((9, 8), number, np.float32) for name in audit.OBSERVATIONS}
-        walk |= {"zeros": known[:, None].astype(np.float32), "accuracies": known + own}
-        walks.append({**walk, "nodes": rng.integers(4, size=9)})
+        walk = {"nodes": rng.integers(4, size=9), "accuracies": known + own}
+        walk["broadcast"] = np.tile(known[:, None], 16).astype(np.float32)
+        walk["local"] = np.full((9, 16), number, np.float32)
+        walks.append(walk)
     table = audit.audit_table(walks, DecentralizedLearning(settings, few))
     r2 = table[table["target"] == "accuracy"].set_index("observation")["r2"]
-    assert r2["zeros"] > 0.7
-    assert r2["last_node"] < 0.1
+    assert r2["broadcast"] > 0.7
+    assert r2["local"] < 0.1
 
 
-def test_features_that_are_added_by_hand():
+def test_observations_by_hand():
     # Three rounds; three nodes with two components each.
-    scores = np.arange(18, dtype=np.float32).reshape(3, 6)
+    scores = np.arange(-6, 12, dtype=np.float32).reshape(3, 6)
     walk = {"nodes": np.array([2, 0, 0]), "broadcast": scores, "local": scores + 100}
-    features = audit.all_features(walk, 3, max_rounds=4)
-    assert features["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
-    visits, age, rounds = np.split(features["history"], [3, 6], axis=1)
+    observed = audit.observations(walk, 3, max_rounds=4)
+    assert list(observed) == list(audit.OBSERVATIONS)
+    assert {(len(matrix), matrix.dtype.name) for matrix in observed.values()} == {(3, "float32")}
+    assert observed["zeros"].tolist() == [[0, 0, 0]] * 3
+    assert observed["last_node"].tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0]]
+    # The first round's norm: 36 + 25 + 16 + 9 + 4 + 1 = 91.
+    assert observed["last_node_moved"][0] == pytest.approx([0, 0, 1, np.sqrt(91)])
+    assert observed["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
+    visits, age, rounds = np.split(observed["history"], [3, 6], axis=1)
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
     assert age.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never visited: 2 * 4
     assert rounds.ravel().tolist() == [1, 2, 3]
-    assert features["both"][0].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104, 105]
-    assert features["first_both_loading"][0].tolist() == [0, 2, 4, 100, 102, 104]
-    assert features["nodes"] is walk["nodes"]
+    assert observed["both"][1].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104, 105]
+    assert observed["first_both_loading"][1].tolist() == [0, 2, 4, 100, 102, 104]
+    # In the first round node 2's broadcast is negative.
+    assert observed["first_both"][0].tolist() == [6, 4, 2, 94, 96, 98]
 
 
 # --- Walks ---
@@ -82,26 +90,24 @@ def test_what_a_walk_records(few):
     settings = small_settings(OBSERVATION="zeros")
     walk = audit.record_walk(DecentralizedLearning(settings, few), 3)
     assert walk["nodes"].shape == walk["accuracies"].shape == (5,)
+    observed = audit.observations(walk, 4, settings.MAX_ROUNDS)
     for kind in ("broadcast", "local"):
         for signs in ("loading", "holder"):
             env = DecentralizedLearning(small_settings(OBSERVATION=kind, PCA_SIGNS=signs), few)
             seen = [env.reset(seed=episode_seed(0, 3))[0]]
             seen += [env.step(node)[0] for node in walk["nodes"][1:]]
             if signs == "loading":
-                np.testing.assert_array_equal(walk[kind], seen)
+                np.testing.assert_array_equal(observed[kind], seen)
             elif kind == "local":
-                np.testing.assert_array_equal(walk["local_holder"], seen)
-            half = walk["first_both"][:, :4] if kind == "broadcast" else walk["first_both"][:, 4:]
-            if signs == "holder":
-                np.testing.assert_array_equal(half, np.array(seen)[:, ::4])
-    assert walk["zeros"].tolist() == np.zeros((5, 4)).tolist()
-    assert walk["last_node"].tolist() == np.eye(4)[walk["nodes"]].tolist()
-    np.testing.assert_array_equal(walk["last_node_moved"][:, :4], walk["last_node"])
+                np.testing.assert_array_equal(observed["local_holder"], seen)
+            half = slice(4) if kind == "broadcast" else slice(4, 8)
+            name = "first_both" if signs == "holder" else "first_both_loading"
+            np.testing.assert_array_equal(observed[name][:, half], np.array(seen)[:, ::4])
     # The starter has moved the fresh model; of four rows one differs by it, centred 3/4 of it.
     env = DecentralizedLearning(small_settings(), few)
     env.reset(seed=episode_seed(0, 3))
     moved = np.linalg.norm(env._model - env._initial)
-    assert walk["last_node_moved"][0, 4] == pytest.approx(moved * np.sqrt(3) / 2, rel=1e-4)
+    assert observed["last_node_moved"][0, 4] == pytest.approx(moved * np.sqrt(3) / 2, rel=1e-4)
 
 
 def test_choices_by_hand(few):
@@ -168,9 +174,8 @@ def prepare_folder(folder, settings, count, **changes):
     about = {"sha256": dataset.sha256, "settings": {**settings.stored(), **changes}}
     (folder / "audit.json").write_text(json.dumps(about))
     rng = np.random.default_rng(0)
-    names = [o for o in audit.OBSERVATIONS if o not in ("both", "first_both_loading", "history")]
     for episode in range(1, count + 1):
-        walk = {name: rng.random((5, 8), np.float32) for name in names if name != "last_node_round"}
+        walk = {kind: rng.random((5, 16), np.float32) for kind in ("broadcast", "local")}
         walk |= {"nodes": rng.integers(4, size=5), "accuracies": rng.random(5)}
         write_arrays(folder / "walks" / f"walk-{episode}.npz", walk)
 

@@ -126,7 +126,9 @@ def test_the_tables_are_those_of_the_jobs(finished):
     assert {name: rows(finished / f"{name}.csv") for name in parts} == parts
     assert len(parts["episodes"]) == 12
     assert len(parts["training"]) == 6
-    distances = read_table(finished / "distances.csv", estimates.DISTANCE_COLUMNS)
+    distances = read_table(
+        finished / "distances.csv", ("variant", "node", "other_node", "distance")
+    )
     expected = distance_matrix(Settings(**QUICK))
     assert len(distances) == 6
     for row in distances.itertuples():
@@ -328,7 +330,7 @@ def test_a_value_of_the_world_changes_every_method(tmp_path):
     more = ["--vary", "DISTANCE_SCALE=0,0.5", "--seeds", "1"]
     assert start(tmp_path, *more, methods="nearest") == 0
     folder = tmp_path / "distance_scale-digits"
-    distances = read_table(folder / "distances.csv", estimates.DISTANCE_COLUMNS)
+    distances = read_table(folder / "distances.csv", ("variant", "node", "other_node", "distance"))
     assert distances.groupby("variant")["distance"].max()["0.0"] == 0
     scale = distance_matrix(Settings(**QUICK, DISTANCE_SCALE=0.5)).max()
     assert distances["distance"].max() == pytest.approx(scale, abs=1e-15)

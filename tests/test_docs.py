@@ -219,7 +219,6 @@ def test_every_column_is_documented(heading, columns):
 def test_columns_that_are_those_of_another_table():
     dataset, *rest = records.EPISODE_COLUMNS
     assert (dataset, "variant", "method", "seed", *rest) == estimates.TRAINING_COLUMNS
-    assert ("variant", *records.DISTANCE_COLUMNS[1:]) == estimates.DISTANCE_COLUMNS
 
 
 def test_quantities_are_documented():
