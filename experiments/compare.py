@@ -181,7 +181,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
             lines = [f"  {name:15} {entry.description}" for name, entry in entries.items()]
             print("\n".join([f"{kind}:", *lines]))
         sys.exit(0)
-    named, base = cli.overrides_of(parser, parsed), cli.named_settings_of(parser, parsed)
+    named, base = cli.overrides_of(parsed), NAMED_SETTINGS[parsed.settings]
     try:
         plan = _plan_of(parsed, named, base)
         if base and (plan.agents or plan.name == "ablation"):

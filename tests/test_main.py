@@ -190,9 +190,9 @@ def stop_in_episode(tmp_path, monkeypatch, episode, sent=signal.SIGINT, **overri
     """Start a run that gets a signal after two rounds of an episode."""
     record_round = main.record_round
 
-    def record(run, number, round_):
-        record_round(run, number, round_)
-        if (number, round_.info["round"]) == (episode, 2):
+    def record(run, round_):
+        record_round(run, round_)
+        if (run.episodes_finished + 1, round_.info["round"]) == (episode, 2):
             os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
