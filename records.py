@@ -198,11 +198,7 @@ def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset
 
 
 def load_agent(path: Path) -> tuple[Arrays, Json]:
-    """Return what ``save_agent`` wrote: the arrays by layer, and ``settings`` and ``dataset``.
-
-    Raises:
-        UserError: the file can't be read, or holds no agent.
-    """
+    """Return ``save_agent``'s arrays, and ``settings`` and ``dataset``; UserError if it can't."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -212,21 +208,6 @@ def load_agent(path: Path) -> tuple[Arrays, Json]:
         cause = _one_line(error)
         raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
-
-
-def read_transitions(path: Path, size: int, last: int) -> np.ndarray:
-    """Return the last transitions in the first ``size`` bytes of a file, oldest first.
-
-    It holds one array after the other, as ``numpy.save`` appends them; ValueError if damaged.
-    """
-    parts = []
-    with path.open("rb") as file:
-        try:
-            while file.tell() < size:
-                parts.append(np.load(file, allow_pickle=False))
-            return np.concatenate(parts)[-last:]
-        except Exception as error:  # NumPy raises many types
-            raise ValueError(f"{path.name}: {_one_line(error)}") from error
 
 
 # --- Where a result comes from ---------------------------------------------------------------
@@ -386,37 +367,32 @@ class Run:
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
-            self._read_checkpoint()
+            self._state = read_arrays(self._checkpoint_path)
+            self._sizes = json.loads(str(self._state.pop("files")))
+            self.episodes_finished = int(self._state["episode"]) - 1
+            for name, size in self._sizes.items():
+                path = self.folder / name
+                if not path.exists() or path.stat().st_size < size:
+                    raise RunError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
         else:
             # The first checkpoint follows the first row: with more rows, one was there.
             episodes = self.folder / "episodes.csv"
             if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
                 raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
 
-    def _read_checkpoint(self) -> None:
-        try:
-            self._state = read_arrays(self._checkpoint_path)
-            self._sizes = json.loads(str(self._state.pop("files")))
-            self.episodes_finished = int(self._state["episode"]) - 1
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
-        for name, size in self._sizes.items():
-            path = self.folder / name
-            if not path.exists() or path.stat().st_size < size:
-                raise RunError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
-
-    def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"{self._checkpoint_path}: damaged ({error}); {_ADVICE}")
-
     def restore(self, agent: DQNAgent) -> None:
         """Take an agent to the last checkpoint, if there is one; RunError if it does not fit."""
         if not self._state:
             return
         try:
-            path, size = self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS]
-            agent.load_state(self._state, read_transitions(path, size, agent.replay.capacity))
-        except (ValueError, KeyError) as error:
-            raise self._damaged(error) from error
+            parts = []
+            with (self.folder / _TRANSITIONS).open("rb") as file:
+                while file.tell() < self._sizes[_TRANSITIONS]:
+                    parts.append(np.load(file, allow_pickle=False))
+            agent.load_state(self._state, np.concatenate(parts)[-agent.replay.capacity :])
+        except Exception as error:  # NumPy raises many types
+            cause = f"damaged ({_one_line(error)})"
+            raise RunError(f"{self._checkpoint_path}: {cause}; {_ADVICE}") from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.
