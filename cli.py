@@ -98,12 +98,10 @@ def overrides_of(parsed: argparse.Namespace) -> dict[str, Any]:
 def value_of(name: str, text: str) -> Any:
     """Return a command line's text as the Python value that it spells, or as text."""
     field = Settings.model_fields.get(name)
-    if field is not None and field.annotation is str:
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    if field is None or field.annotation is not str:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text)
+    return text
 
 
 def _read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -114,7 +112,7 @@ def _read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         list(config["sessions"])  # a comparison's config.json has none
         return settings, dict(config["dataset"]["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--config: {path}: is not a run's config.json ({error})") from error
+        raise ConfigError(f"--config: {path}: is no run's config.json ({reason(error)})") from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:

@@ -28,9 +28,11 @@ class ConfigError(UserError, ValueError):
     """A setting with an unknown name, a wrong type, or a value or combination out of range."""
 
 
-def reason(error: OSError) -> str:
-    """Return what the system refused, in one line."""
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+def reason(error: Exception) -> str:
+    """Return an error's message in one line; for a file that the system refused, which and why."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     return " ".join(text.split())
 
 

@@ -62,10 +62,6 @@ class RunError(UserError):
     """A folder or file of results that can't be used, with what to do about it."""
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 # --- Files -----------------------------------------------------------------------------------
 
 
@@ -151,7 +147,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         for column in table.columns.difference(texts):
             table[column] = pd.to_numeric(table[column])
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or _one_line(error)
+        cause = getattr(error, "strerror", None) or reason(error)
         raise UserError(f"{path}: can't be read ({cause})") from error
     if list(table) != list(columns):
         raise UserError(f"{path}: got the columns {', '.join(table)}, takes {', '.join(columns)}")
@@ -184,7 +180,7 @@ def read_arrays(path: Path) -> Arrays:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        raise RunError(f"{path}: damaged ({_one_line(error)}); {_ADVICE}") from error
+        raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
@@ -205,7 +201,7 @@ def load_agent(path: Path) -> tuple[Arrays, Json]:
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
     except Exception as error:  # as in read_arrays
-        cause = _one_line(error)
+        cause = reason(error)
         raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
 
@@ -391,8 +387,8 @@ class Run:
                     parts.append(np.load(file, allow_pickle=False))
             agent.load_state(self._state, np.concatenate(parts)[-agent.replay.capacity :])
         except Exception as error:  # NumPy raises many types
-            cause = f"damaged ({_one_line(error)})"
-            raise RunError(f"{self._checkpoint_path}: {cause}; {_ADVICE}") from error
+            path = self._checkpoint_path
+            raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.
