@@ -344,7 +344,7 @@ class Run:
         new: Json = {
             "name": self.folder.name,
             "state": "running",
-            "started": _now(),
+            "started": None,
             "ended": None,
             "seed": self.settings.SEED,
             "dataset": {
@@ -402,6 +402,7 @@ class Run:
             if sessions and sessions[-1][key] != session[key]:
                 warn(f"{self.folder}: continued with other {key}, bit-equality is not promised")
         sessions.append(session)
+        self.config["started"] = sessions[0]["started"]
         self._set_state("running")
         for name in (*_TABLES, _TRANSITIONS):
             if (self.folder / name).exists():
