@@ -18,17 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from config import (
-    GROUPS,
-    NAMED_SETTINGS,
-    ConfigError,
-    Group,
-    Settings,
-    UserError,
-    meaning,
-    reason,
-    takes,
-)
+from config import GROUPS, NAMED_SETTINGS, ConfigError, Settings, UserError, meaning, reason, takes
 
 # Short flags for the settings that are changed most; the first five are the public code's.
 FLAGS = {
@@ -44,10 +34,7 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that prints one line for a wrong command line, and exits with status 2.
-
-    ``examples`` are command lines with a comment each, shown before the flags in the help.
-    """
+    """An argument parser; ``examples`` are command lines, shown before the flags in the help."""
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
         text = f"{description}\n\nexamples:\n{examples}" if examples else description
@@ -71,82 +58,65 @@ def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
         Settings()
     except ConfigError as error:  # a default that a user edited
         Parser("config.py", "").error(str(error))
-    parts = [line for group in GROUPS for line in (f"  {group.__doc__}", *_help_lines(group))]
-    parser.epilog = "\n".join(["settings, for --set (default; tuned value):", *parts])
+    parser.epilog = _settings_help()
     add = parser.add_argument
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting; repeatable")
-    named = " or ".join(NAMED_SETTINGS)
-    add("--settings", default="paper", metavar="NAME", help=f"{named}, the agent's; before --set")
+    help_ = "any setting; repeatable"
+    add("--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help=help_)
+    named = list(NAMED_SETTINGS)
+    help_ = f"{' or '.join(named)}, the agent's; before --set"
+    add("--settings", choices=named, default="paper", metavar="NAME", help=help_)
 
 
-def _help_lines(group: type[Group]) -> list[str]:
+def _settings_help() -> str:
     tuned = NAMED_SETTINGS["tuned"]
-    lines = []
-    for name, field in group.model_fields.items():
-        values = f"{field.default!r}; {tuned[name]!r}" if name in tuned else repr(field.default)
-        lines.append(f"    {f'{name} = {values}':38} {meaning(name)[0]}")
-    return lines
+    lines = ["settings, for --set (default; tuned value):"]
+    for group in GROUPS:
+        lines.append(f"  {group.__doc__}")
+        for name, field in group.model_fields.items():
+            values = f"{field.default!r}; {tuned[name]!r}" if name in tuned else repr(field.default)
+            lines.append(f"    {f'{name} = {values}':38} {meaning(name)[0]}")
+    return "\n".join(lines)
 
 
-def overrides_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the command line names one by one; exit if one lacks a value."""
-    texts: dict[str, str] = {}
-    for assignment in parsed.set:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            parser.error(f"--set: got {assignment!r}, takes NAME=VALUE")
-        texts[name.strip()] = text.strip()
-    # A short flag is the more explicit of the two, so it wins.
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes NAME=VALUE")
+    return name.strip(), value.strip()
+
+
+def overrides_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line names one by one; a short flag beats ``--set``."""
     known = Settings.model_fields
-    texts.update({k: v for k, v in vars(parsed).items() if k in known and v is not None})
-    return {name: value_of(name, text) for name, text in texts.items()}
+    short = {k: v for k, v in vars(parsed).items() if k in known and v is not None}
+    return {name: value_of(name, text) for name, text in {**dict(parsed.set), **short}.items()}
 
 
 def value_of(name: str, text: str) -> Any:
     """Return a command line's text as the Python value that it spells, or as text."""
     field = Settings.model_fields.get(name)
-    if field is not None and field.annotation is str:
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    if field is None or field.annotation is not str:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text)
+    return text
 
 
-def named_settings_of(parser: Parser, parsed: argparse.Namespace) -> dict[str, Any]:
-    """Return the overrides that ``--settings`` names; exit if the name is unknown."""
-    if parsed.settings not in NAMED_SETTINGS:
-        names = " or ".join(NAMED_SETTINGS)
-        parser.error(f"--settings: got {parsed.settings!r}, takes {names}")
-    return NAMED_SETTINGS[parsed.settings]
-
-
-def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return settings and the data's SHA-256 from a run's ``config.json``, for ``--config``.
-
-    Raises:
-        ConfigError: it can't be read, or is not a run's.
-    """
+def _read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings and the data's SHA-256 that a run's ``config.json`` holds."""
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         settings = {**config["settings"], "DATASET": config["dataset"]["name"]}
         list(config["sessions"])  # a comparison's config.json has none
         return settings, dict(config["dataset"]["sha256"])
-    except OSError as error:
-        raise ConfigError(f"--config: {reason(error)}; takes a run's config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--config: {path}: is not a run's config.json ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--config: {path}: is no run's config.json ({reason(error)})") from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
-    """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr if something is wrong.
-    """
+    """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it."""
     examples = (
         "  python3 main.py                                     # the defaults of config.py\n"
         "  python3 main.py --settings tuned --seed 1           # the tuned agent, another seed\n"
@@ -157,8 +127,8 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     add_setting_flags(parser, FLAGS)
     parsed = parser.parse_args(arguments)
     try:
-        stored, data_sha256 = read_config(parsed.config) if parsed.config else ({}, {})
-        values = {**stored, **named_settings_of(parser, parsed), **overrides_of(parser, parsed)}
+        stored, data_sha256 = _read_config(parsed.config) if parsed.config else ({}, {})
+        values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
         return Settings(**values), data_sha256
     except ConfigError as error:
         parser.error(str(error))
@@ -212,7 +182,7 @@ def without_stderr() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is: files are closed and the state is written."""
+    """SIGTERM, handled as Ctrl-C is."""
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
@@ -220,11 +190,10 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
-    """Do a command's work and end in order on Ctrl-C and SIGTERM; one line for what stops it.
+    """Do a command's work and return its exit status; print one line for what stops it.
 
-    Returns:
-        The exit status: the work's, or 2 after a user's mistake, 1 when the system refuses a file,
-        130 after Ctrl-C, 143 after SIGTERM.
+    The status is then 2 after a user's mistake, 1 when the system refuses a file, 130 after Ctrl-C
+    and 143 after SIGTERM.
     """
     previous = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),

@@ -1,9 +1,9 @@
 """Every setting of Homogeneous Learning, declared once, and the named random streams.
 
 Edit a default below, or override it for one run with ``--set NAME=VALUE`` (``main.py --help``).
-The line under a setting is its help. It ends with the setting's source: "public code" is the
-authors' TensorFlow implementation of the paper. "ours" is this project. Its agent settings are off
-by default. A setting's type states the values that it takes; its class is its group.
+A setting's type states the values that it takes. The line under it is its help, with its source:
+"public code" is the authors' TensorFlow implementation of the paper. "ours" is this project; its
+agent settings are off by default.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -29,17 +28,16 @@ class ConfigError(UserError, ValueError):
     """A setting with an unknown name, a wrong type, or a value or combination out of range."""
 
 
-def reason(error: OSError) -> str:
-    """Return what the system refused, in one line."""
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+def reason(error: Exception) -> str:
+    """Return an error's message in one line; for a file that the system refused, which and why."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     return " ".join(text.split())
 
 
 def absolute(text: str) -> Path:
-    """Return a path from the settings as an absolute path.
-
-    "~" is the user's folder; relative paths start at the project's.
-    """
+    """Return a path of the settings; "~" is the user's folder, relative ones start at PROJECT."""
     return PROJECT / os.path.expanduser(text)
 
 
@@ -71,16 +69,9 @@ class Group(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    # Whose settings these are. "world": the problem that methods are compared on. "agent": how the
-    # agent learns and what it sees. "run": one run. "place": where files lie, without effect on
-    # results.
-    owner: ClassVar[str] = ""
-
 
 class GoalSettings(Group):
     """Training goal"""
-
-    owner = "world"
 
     GOAL_ACCURACY: Share = 0.80
     """Test accuracy that ends an episode (public code)."""
@@ -90,8 +81,6 @@ class GoalSettings(Group):
 
 class WorldSettings(Group):
     """Nodes and data"""
-
-    owner = "world"
 
     DATASET: str = "auto"
     """auto, mnist, fashion_mnist, digits, or a name added to data.DATASETS (ours)."""
@@ -118,8 +107,6 @@ class WorldSettings(Group):
 class ModelSettings(Group):
     """Foundation model"""
 
-    owner = "world"
-
     LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in local training (public code)."""
     BATCH_SIZE: Count = 32
@@ -130,8 +117,6 @@ class ModelSettings(Group):
 
 class RewardSettings(Group):
     """Reward: r = REWARD_BASE ** (accuracy - GOAL_ACCURACY) - distance - 1"""
-
-    owner = "agent"
 
     REWARD_BASE: Positive = 32.0
     """h, base of the accuracy term (public code)."""
@@ -148,8 +133,6 @@ class RewardSettings(Group):
 class ObservationSettings(Group):
     """Observation"""
 
-    owner = "agent"
-
     OBSERVATION: Literal["broadcast", "local", "both", "last_node", "zeros"] = "broadcast"
     """What the DQN sees of the nodes' weights (public code)."""
     PCA_COMPONENTS: CountOrZero = 0
@@ -164,8 +147,6 @@ class ObservationSettings(Group):
 
 class DQNSettings(Group):
     """DQN"""
-
-    owner = "agent"
 
     EPISODES: Count = 120
     """Episodes that train the DQN (public code)."""
@@ -200,8 +181,6 @@ class DQNSettings(Group):
 class ExplorationSettings(Group):
     """Exploration"""
 
-    owner = "agent"
-
     EPSILON: Share = 1.0
     """Probability of a random action in episode 1 (public code)."""
     EPSILON_DECAY: NotNegative = 0.02
@@ -213,8 +192,6 @@ class ExplorationSettings(Group):
 class RunSettings(Group):
     """Run"""
 
-    owner = "run"
-
     SEED: CountOrZero = 0
     """Seed of everything random but the distance matrix (ours)."""
     THREADS: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -223,8 +200,6 @@ class RunSettings(Group):
 
 class PlaceSettings(Group):
     """Places"""
-
-    owner = "place"
 
     NAME: FolderName = ""
     """Folder below RESULTS_DIR; empty = <dataset>-seed<SEED> (ours)."""
@@ -289,9 +264,6 @@ class Settings(
             super().__init__(**plain)
         except ValidationError as error:
             raise ConfigError(_one_line(error, values)) from None
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
         n = self.NUM_NODES
         for name, high, other in (
             ("STARTER_NODE", n - 1, f"NUM_NODES - 1 = {n - 1}"),
@@ -308,7 +280,7 @@ class Settings(
 
     @property
     def components(self) -> int:
-        """Principal components in the observation: PCA_COMPONENTS, or NUM_NODES where it is 0."""
+        """Principal components in the observation."""
         return self.PCA_COMPONENTS or self.NUM_NODES
 
     @property
@@ -326,44 +298,46 @@ class Settings(
         return self.model_dump(mode="json", exclude=names_of("place"))
 
 
-# In the order of this file. (Pydantic collects the fields of the last base first.)
-GROUPS: list[type[Group]] = [
-    base
-    for base in reversed(Settings.__mro__)
-    if issubclass(base, Group) and base not in (Group, Settings)
-]
+# Whose settings these are. "world": the problem that methods are compared on. "agent": what it sees
+# and how it learns. "run": one run. "place": where files lie, without effect on results.
+_OWNERS: dict[str, list[type[Group]]] = {
+    "world": [GoalSettings, WorldSettings, ModelSettings],
+    "agent": [RewardSettings, ObservationSettings, DQNSettings, ExplorationSettings],
+    "run": [RunSettings],
+    "place": [PlaceSettings],
+}
+GROUPS = [group for groups in _OWNERS.values() for group in groups]
 
 
 def names_of(*owners: str) -> set[str]:
-    """Return the names of all settings that belong to one of the owners (``Group.owner``)."""
-    return {name for group in GROUPS if group.owner in owners for name in group.model_fields}
+    """Return the names of all settings of some owners: "world", "agent", "run" or "place"."""
+    groups = [group for owner in owners for group in _OWNERS[owner]]
+    return {name for group in groups for name in group.model_fields}
 
 
 def takes(name: str) -> str:
     """Return the values that a setting takes, in words: "an integer >= 1"."""
-    field: FieldInfo = Settings.model_fields[name]
-    kind = field.annotation
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if kind is bool:
-        return "True or False"
-    if kind is str:
-        patterned = any(hasattr(item, "pattern") for item in field.metadata)
-        return "letters, digits, - _ and inner dots" if patterned else "text"
-    if get_origin(kind) is tuple:
-        return "a tuple of integers >= 1"
-    noun = "an integer" if kind is int else "a number"
-    bounds = {key: getattr(m, key) for m in field.metadata for key in _SIGNS if hasattr(m, key)}
-    if "le" in bounds:
-        return f"{noun} in [{bounds['ge']}, {bounds['le']}]"
-    return " ".join([noun, *(f"{_SIGNS[key]} {bound}" for key, bound in bounds.items())])
-
-
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<="}
+    schema = Settings.model_json_schema()["properties"][name]
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "pattern" in schema:
+        return "letters, digits, - _ and inner dots"
+    words = {
+        "array": "a tuple of integers >= 1",
+        "boolean": "True or False",
+        "integer": "an integer",
+        "number": "a number",
+        "string": "text",
+    }[schema["type"]]
+    if "maximum" in schema:
+        return f"{words} in [{schema['minimum']}, {schema['maximum']}]"
+    for bound, sign in (("minimum", ">="), ("exclusiveMinimum", ">")):
+        if bound in schema:
+            return f"{words} {sign} {schema[bound]}"
+    return words
 
 
 def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
-    """Return the first mistake of a validation, as the one line that users see."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] != "extra_forbidden":
@@ -385,9 +359,8 @@ def meaning(name: str) -> tuple[str, str]:
 # --- Randomness ------------------------------------------------------------------------------
 
 # Departure: the public code draws from the global generators of NumPy, Python and TensorFlow. It
-# seeds the first alone, so no two of its runs are the same. Here one seed is spread over named
-# streams: a change in how one of them is used changes nothing that the others yield. Streams used
-# within an episode are keyed by the episode as well, so resuming needs no generator state.
+# seeds the first alone, so no two of its runs are the same. Here each use has a stream of its own.
+# Streams used within an episode are keyed by it as well, so resuming needs no generator state.
 # The numbers are part of what a seed means: they never change, and 9 is not used again.
 STREAMS = {
     "episode": 0,  # one seed per training episode, for the environment's reset
@@ -413,9 +386,6 @@ def stream(seed: int, name: str, index: int = 0) -> np.random.Generator:
 def episode_seed(seed: int, episode: int, kind: str = "episode") -> int:
     """Return the seed in [0, 2**63) that resets the environment for an episode (ours).
 
-    Args:
-        seed: SEED.
-        episode: its number, from 1.
-        kind: name of its stream: ``episode`` (training), ``test`` or ``validation``.
+    Episodes count from 1; ``kind`` names the stream: episode (training), test or validation.
     """
     return int(stream(seed, kind, episode).integers(2**63))

@@ -13,25 +13,19 @@ from typing import TYPE_CHECKING, Any
 from cli import exit_status, settings_of_run
 from config import Settings, UserError, episode_seed
 
-# TensorFlow takes seconds to import. The functions below import what needs it, so that a mistake
-# on the command line is reported at once.
+# Importing TensorFlow takes seconds: the functions below do so after the command line is checked.
 if TYPE_CHECKING:
     import numpy as np
 
     from environment import DecentralizedLearning, Round
-    from node import DQNAgent
     from records import Run
 
 
 def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> None:
     """Train the agent for EPISODES episodes, each one training of a fresh foundation model.
 
-    ``agent.npz`` is written at the end. The caller then declares the run finished.
-
-    Args:
-        environment: with the settings, which are the agent's as well.
-        run: where everything is recorded, and where an earlier session is continued from.
-        quiet: without progress bar.
+    ``run`` records everything and may hold an earlier session, which is continued. ``agent.npz`` is
+    written at the end; the caller then declares the run finished. ``quiet``: no progress bar.
     """
     from tqdm import tqdm
 
@@ -41,7 +35,7 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
 
     settings = environment.settings
     agent = DQNAgent(environment.observation_size, settings)
-    restore(agent, run)
+    run.restore(agent)
     run.start(environment.shards, environment.distances)
 
     def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
@@ -59,7 +53,7 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
             rounds = []
             for round_ in rollout(environment, policy, episode_seed(settings.SEED, episode)):
                 rounds.append(round_)
-                record_round(run, episode, round_)
+                record_round(run, round_)
                 if round_.observation is not None:  # round 1 is the starter's, not a choice
                     agent.remember(
                         round_.observation,
@@ -68,9 +62,11 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
                         round_.next_observation,
                         done=round_.terminated or round_.truncated,
                     )
-                bar.set_postfix_str(progress(round_, agent.epsilon))
-            q_loss = agent.train()
-            record_episode(run, episode, rounds, agent.epsilon, q_loss, started)
+                bar.set_postfix_str(
+                    f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "
+                    f"cost {round_.info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
+                )
+            record_episode(run, rounds, agent.epsilon, agent.train(), started)
             agent.decay_epsilon()
             run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
             bar.update()
@@ -79,43 +75,14 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
     save_agent(run.folder / "agent.npz", weights, settings, environment.dataset)
 
 
-def restore(agent: DQNAgent, run: Run) -> None:
-    """Take the agent to where the run's last checkpoint left it, if there is one.
-
-    Raises:
-        RunError: the checkpoint does not fit this agent.
-    """
-    state = run.agent_state()
-    if state is None:
-        return
-    try:
-        agent.load_state(state, run.transitions(agent.replay.capacity))
-    except (ValueError, KeyError) as error:
-        raise run.damaged_checkpoint(error) from error
-
-
-def progress(round_: Round, epsilon: float) -> str:
-    """Return what the progress bar shows of a round."""
-    info = round_.info
-    return (
-        f"round {info['round']}, accuracy {info['accuracy']:.3f}, "
-        f"cost {info['communication_cost']:.2f}, epsilon {epsilon:.2f}"
-    )
-
-
-def record_round(run: Run, episode: int, round_: Round) -> None:
+def record_round(run: Run, round_: Round) -> None:
     """Write a row of ``rounds.csv``."""
     row = {name: round_.info[name] for name in ("round", "node", "distance", "accuracy", "reward")}
-    run.add("rounds.csv", {"episode": episode, "chosen_by": round_.chosen_by, **row})
+    run.add("rounds.csv", {"chosen_by": round_.chosen_by, **row})
 
 
 def record_episode(
-    run: Run,
-    episode: int,
-    rounds: list[Round],
-    epsilon: float,
-    q_loss: float | None,
-    started: float,
+    run: Run, rounds: list[Round], epsilon: float, q_loss: float | None, started: float
 ) -> None:
     """Write a row of ``episodes.csv``; ``started`` is the episode's start by ``perf_counter``."""
     info = rounds[-1].info
@@ -123,7 +90,6 @@ def record_episode(
     for round_ in rounds:  # from Python 3.12 on, sum() rounds differently
         episode_reward += round_.reward
     row = {
-        "episode": episode,
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
@@ -139,16 +105,8 @@ def record_episode(
     run.add("episodes.csv", row)
 
 
-def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
-    """Run or continue the training that the settings describe; return exit status 0.
-
-    Args:
-        settings: of the run.
-        data_sha256: of the data that the run has to have; empty for any.
-
-    Raises:
-        UserError, OSError: what the user or the system has to correct.
-    """
+def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> int:
+    """Do what ``main`` does; UserError or OSError is what the user or the system has to correct."""
     import plot
     from environment import DecentralizedLearning
     from records import Run
@@ -156,7 +114,7 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
     # Whatever the data can't fill is refused here, before a file is written.
     environment = DecentralizedLearning(settings)
     dataset = environment.dataset
-    if data_sha256 not in ({}, dataset.sha256):
+    if data_sha256 and data_sha256 != dataset.sha256:
         raise UserError(f"--config: the {dataset.name} data here is not the data of that run")
     with Run(settings, dataset, environment.threads) as run:
         if run.finished:
@@ -172,13 +130,11 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
 
 
 def main(settings: Settings, data_sha256: dict[str, str] | None = None) -> int:
-    """Run or continue a training; return the exit status, with one line on stderr unless it is 0.
+    """Run or continue a training; return the exit status of ``cli.exit_status``.
 
-    Returns:
-        0, or 2 after a user's mistake, 1 when the system refuses a file, 130 after Ctrl-C, 143
-        after SIGTERM.
+    ``data_sha256`` is that of the data that the run has to have, by array; empty for any.
     """
-    return exit_status("main.py", lambda: run_or_continue(settings, data_sha256 or {}))
+    return exit_status("main.py", lambda: run_or_continue(settings, data_sha256))
 
 
 if __name__ == "__main__":

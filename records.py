@@ -1,9 +1,8 @@
 """The record of one run: its folder with settings, CSVs, checkpoint and weights.
 
-A run may stop at any moment, by a signal, a full disk or a power cut. Three rules make that safe.
-Rows are flushed as soon as they are known. A file that replaces another is written beside it,
-synced and renamed. A checkpoint after each episode states how long the growing files were by then,
-and a continued run cuts them back to that. So at most the episode in progress is lost.
+A run that stops, even by a power cut, loses at most the episode in progress. Rows are flushed as
+soon as they are known. A file that replaces another is written beside it, synced and renamed. A
+checkpoint after each episode states the sizes of the growing files; a continued run cuts them back.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
@@ -29,6 +28,9 @@ from cli import warn
 from config import PROJECT, Settings, UserError, reason
 from data import Dataset
 
+if TYPE_CHECKING:
+    from node import DQNAgent
+
 ROUND_COLUMNS = tuple("dataset episode round node chosen_by distance accuracy reward".split())
 EPISODE_COLUMNS = tuple(
     "dataset episode rounds goal_reached final_accuracy episode_reward communication_cost epsilon "
@@ -36,6 +38,10 @@ EPISODE_COLUMNS = tuple(
 )
 SHARD_COLUMNS = ("dataset", "node", "class", "images")
 DISTANCE_COLUMNS = ("dataset", "node", "other_node", "distance")
+
+# The files that grow during a run; the last one holds arrays, one after the other.
+_TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
+_TRANSITIONS = "transitions.npy"
 
 # Columns of text, here and in experiments; all others hold numbers. "node" may be "3+5".
 TEXT_COLUMNS = set(
@@ -46,14 +52,14 @@ TEXT_COLUMNS = set(
 # pandas before 3 needs this to read back the same bits.
 _EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 
-_TRANSITIONS = "transitions.npy"  # many arrays, one after the other
 _PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
 Json = dict[str, Any]
+Arrays = dict[str, np.ndarray]
 _ADVICE = "move the folder away, or choose another --name"
 
 
 class RunError(UserError):
-    """A folder of results that this run can't use, with what to do about it."""
+    """A folder or file of results that can't be used, with what to do about it."""
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -79,15 +85,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def locked(folder: Path, program: str) -> Iterator[None]:
-    """Make a folder and keep other processes out of it meanwhile.
-
-    Raises:
-        RunError: another process holds it, probably of ``program``, or it can't be written.
-    """
-    lock = filelock.FileLock(folder / ".lock")
+    """Make a folder and keep other processes out, each probably a ``program``; RunError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise RunError(
             f"{folder}: another {program} is writing there; wait for it, or choose another --name"
@@ -96,21 +97,19 @@ def locked(folder: Path, program: str) -> Iterator[None]:
         raise RunError(
             f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class CsvTable:
     """A CSV file with fixed columns, one flushed row at a time.
 
-    Floats are written so that reading gives the same bits. None is an empty field, a truth value
-    is 0 or 1, a list its members joined by "+". A file that exists is continued.
+    Reading gives the same bits. None is an empty field, a truth value is 0 or 1, a list its members
+    joined by "+". A file that exists is continued.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self.path = path
+        self._name = path.name
         self.columns = columns
         self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -121,36 +120,25 @@ class CsvTable:
     def add(self, row: dict[str, Any]) -> None:
         """Write one row and flush it; ValueError if its names are not the columns."""
         if set(row) != set(self.columns):
-            raise ValueError(f"{self.path.name}: {sorted(set(row) ^ set(self.columns))}")
-        self._writer.writerow([_text(row[column]) for column in self.columns])
+            raise ValueError(f"{self._name}: {sorted(set(row) ^ set(self.columns))}")
+        self._writer.writerow([_field(row[column]) for column in self.columns])
         self._file.flush()
-
-    def sync(self) -> int:
-        """Wait until all rows are on the disk; return the file's size in bytes."""
-        os.fsync(self._file.fileno())
-        return self.path.stat().st_size
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (bool, np.bool_)):
-        return str(int(value))
-    if isinstance(value, (float, np.floating)):
-        return repr(float(value))
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+def _field(value: Any) -> Any:
+    """Return what the csv module writes as CsvTable promises; it does so for None and floats."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, bool) else value
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Read a CSV with these columns; a last row that was cut off is left out.
-
-    Raises:
-        UserError: it is missing or something else.
-    """
+    """Read a CSV, without a last row that was cut off; UserError if it lacks these columns."""
     texts = [column for column in columns if column in TEXT_COLUMNS]
     try:
         text = path.read_text(encoding="utf-8")
@@ -159,7 +147,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         for column in table.columns.difference(texts):
             table[column] = pd.to_numeric(table[column])
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        cause = getattr(error, "strerror", None) or reason(error)
         raise UserError(f"{path}: can't be read ({cause})") from error
     if list(table) != list(columns):
         raise UserError(f"{path}: got the columns {', '.join(table)}, takes {', '.join(columns)}")
@@ -172,75 +160,50 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         file.write(table.to_csv(index=False, lineterminator="\n").encode())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Json) -> None:
     """Write a dictionary of JSON types, whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write arrays as an uncompressed ``.npz`` file, whole or not at all."""
     with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read all of an ``.npz`` file, never unpickling; each array's checksum is verified.
-
-    Raises:
-        RunError: the file is damaged.
-    """
+def read_arrays(path: Path) -> Arrays:
+    """Read all of an ``.npz`` file, never unpickling; RunError if a checksum shows a damage."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return dict(archive)
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        raise RunError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+        raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
 
 
-def save_agent(
-    path: Path, weights: dict[str, np.ndarray], settings: Settings, dataset: Dataset
-) -> None:
+def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
     """Write a trained Q-network as ``.npz``, with its settings, and its data's name and SHA-256.
 
     ``weights`` are float32 arrays by layer, as ``FlatNetwork.named_arrays`` gives them.
     """
-    about = {
-        "settings": settings.stored(),
-        "dataset": {"name": dataset.name, "sha256": dataset.sha256},
-    }
+    of_data = {"name": dataset.name, "sha256": dataset.sha256}
+    about = {"settings": settings.stored(), "dataset": of_data}
     write_arrays(path, {**weights, "config": np.array(json.dumps(about))})
 
 
-def load_agent(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what ``save_agent`` wrote: the arrays by layer, and ``settings`` and ``dataset``.
-
-    Raises:
-        UserError: the file can't be read, is damaged, or holds no agent.
-    """
+def load_agent(path: Path) -> tuple[Arrays, Json]:
+    """Return ``save_agent``'s arrays, and ``settings`` and ``dataset``; UserError if it can't."""
     try:
-        arrays = read_arrays(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
-    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no trained agent ({error}); takes an agent.npz") from error
+    except Exception as error:  # as in read_arrays
+        cause = reason(error)
+        raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
-
-
-def read_transitions(path: Path, size: int, last: int) -> np.ndarray:
-    """Return the last transitions in the first ``size`` bytes of a file, oldest first.
-
-    It holds one array after the other, as ``numpy.save`` appends them; ValueError if damaged.
-    """
-    parts = []
-    with path.open("rb") as file:
-        try:
-            while file.tell() < size:
-                parts.append(np.load(file, allow_pickle=False))
-            return np.concatenate(parts)[-last:]
-        except Exception as error:  # NumPy raises many types
-            raise ValueError(f"{path.name}: {' '.join(str(error).split())}") from error
 
 
 # --- Where a result comes from ---------------------------------------------------------------
@@ -248,14 +211,16 @@ def read_transitions(path: Path, size: int, last: int) -> np.ndarray:
 
 def circumstances(threads: int) -> Json:
     """Return what a result depends on beside settings and data; it computes with ``threads``."""
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": threads,
+    return {
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "threads": threads,
+        },
     }
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    return {"git_revision": git_revision(), "versions": versions, "machine": machine}
 
 
 def git_revision() -> str | None:
@@ -305,14 +270,10 @@ def fingerprint(name: str, sha256: dict[str, str]) -> str:
 def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Json) -> Json | None:
     """Return the JSON file that identifies a folder; None if the folder is empty.
 
-    Args:
-        path: of the file.
-        kind: what the folder holds: run, comparison or audit.
-        comparable: from the file's content to the values that have to be those of ``now``.
-        now: the present values.
+    ``comparable`` takes from the file's content the values that have to be those of ``now``.
 
     Raises:
-        RunError: the folder holds something else, or another one of its kind, or is damaged.
+        RunError: the folder holds something else, or another ``kind`` (run, comparison or audit).
     """
     folder = path.parent
     try:
@@ -323,10 +284,8 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
-    except OSError as error:
-        raise RunError(f"{path}: can't be read ({reason(error)}); {_ADVICE}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path}: damaged ({error!r}); {_ADVICE}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: damaged or not readable ({error!r}); {_ADVICE}") from error
     if differing:
         raise RunError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
     return stored
@@ -336,12 +295,9 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
 
 
 class Run:
-    """The folder ``results/<name>/`` of one run; a context manager that holds its lock.
+    """The folder of one run; a context manager that holds its lock.
 
-    Attributes:
-        folder: where everything is.
-        episodes_finished: by this run and those that it continues.
-        config: the content of ``config.json``.
+    ``episodes_finished`` counts those of earlier sessions too; ``config`` is ``config.json``.
 
     Raises:
         RunError: the folder can't be written, is in use, damaged, or holds something else.
@@ -350,15 +306,15 @@ class Run:
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
         self.settings = settings
         self.dataset = dataset
-        self.name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
-        self.folder = settings.results_dir / self.name
+        name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
+        self.folder = settings.results_dir / name
         self.episodes_finished = 0
         self.config: Json = {}
         self._threads = threads
         self._checkpoint_path = self.folder / "checkpoint.npz"
         self._tables: dict[str, CsvTable] = {}
         self._sizes: dict[str, int] = {}  # of the files at the last checkpoint, in bytes
-        self._state: dict[str, np.ndarray] | None = None
+        self._state: Arrays = {}  # of the agent, at the last checkpoint
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -380,85 +336,82 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all episodes are done and the run is closed for good."""
-        return self.config.get("state") == "finished"
+        return self.config["state"] == "finished"
 
     def _read(self) -> None:
         """Read what an earlier session left. Nothing is written before ``start``."""
-        now = self.settings.stored() | {"DATASET": None}
-        now["data"] = fingerprint(self.dataset.name, self.dataset.sha256)
-        self.config = read_own(self.folder / "config.json", "run", _comparable, now) or {}
+        dataset = self.dataset
+        new: Json = {
+            "name": self.folder.name,
+            "state": "running",
+            "started": None,
+            "ended": None,
+            "seed": self.settings.SEED,
+            "dataset": {
+                "name": dataset.name,
+                "source": dataset.source,
+                "verdict": dataset.verdict,
+                "training_images": len(dataset.y_train),
+                "test_images": len(dataset.y_test),
+                "sha256": dataset.sha256,
+            },
+            "settings": self.settings.stored(),
+            "sessions": [],
+        }
+        path = self.folder / "config.json"
+        self.config = read_own(path, "run", _comparable, _comparable(new)) or new
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
-            self._read_checkpoint()
-        elif self.config:
-            # The first checkpoint follows the first row: with more rows, one was there.
-            episodes = self.folder / "episodes.csv"
-            if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
-                raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
-
-    def _read_checkpoint(self) -> None:
-        """Load the checkpoint and check the growing files against it."""
-        try:
             self._state = read_arrays(self._checkpoint_path)
             self._sizes = json.loads(str(self._state.pop("files")))
             self.episodes_finished = int(self._state["episode"]) - 1
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
-                    raise RunError(f"{path}: shorter than at the last checkpoint")
-        except RunError as error:
-            raise RunError(f"{error}; {_ADVICE}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise self.damaged_checkpoint(error) from error
+                    raise RunError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
+        else:
+            # The first checkpoint follows the first row: with more rows, one was there.
+            episodes = self.folder / "episodes.csv"
+            if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
+                raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
+
+    def restore(self, agent: DQNAgent) -> None:
+        """Take an agent to the last checkpoint, if there is one; RunError if it does not fit."""
+        if not self._state:
+            return
+        try:
+            parts = []
+            with (self.folder / _TRANSITIONS).open("rb") as file:
+                while file.tell() < self._sizes[_TRANSITIONS]:
+                    parts.append(np.load(file, allow_pickle=False))
+            agent.load_state(self._state, np.concatenate(parts)[-agent.replay.capacity :])
+        except Exception as error:  # NumPy raises many types
+            path = self._checkpoint_path
+            raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.
 
         ``shards`` are each node's indices into ``dataset.x_train``; ``distances`` (N, N) float64.
         """
-        self._start_session()
-        for name in ("rounds.csv", "episodes.csv", _TRANSITIONS):
+        sessions = self.config["sessions"]
+        times = {"started": _now(), "ended": None, "first_episode": self.episodes_finished + 1}
+        session = {**times, **circumstances(self._threads)}
+        for key in ("versions", "git_revision", "machine"):
+            if sessions and sessions[-1][key] != session[key]:
+                warn(f"{self.folder}: continued with other {key}, bit-equality is not promised")
+        sessions.append(session)
+        self.config["started"] = sessions[0]["started"]
+        self._set_state("running")
+        for name in (*_TABLES, _TRANSITIONS):
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, self._sizes.get(name, 0))
-        for name, columns in (("rounds.csv", ROUND_COLUMNS), ("episodes.csv", EPISODE_COLUMNS)):
+        for name, columns in _TABLES.items():
             self._tables[name] = CsvTable(self.folder / name, columns)
             self._open.callback(self._tables[name].close)
-        self._transitions = self._open.enter_context((self.folder / _TRANSITIONS).open("ab"))
         write_table(self.folder / "shards.csv", shard_table(self.dataset, shards))
         write_table(self.folder / "distances.csv", distance_table(self.dataset.name, distances))
-
-    def _start_session(self) -> None:
-        session = {
-            "started": _now(),
-            "ended": None,
-            "first_episode": self.episodes_finished + 1,
-            **circumstances(self._threads),
-        }
-        if self.config:
-            for key in ("versions", "git_revision", "machine"):
-                if self.config["sessions"][-1][key] != session[key]:
-                    warn(f"continuing {self.name} with other {key}: bit-equality is not promised")
-        else:
-            self.config = {
-                "name": self.name,
-                "state": "running",
-                "started": session["started"],
-                "ended": None,
-                "seed": self.settings.SEED,
-                "dataset": {
-                    "name": self.dataset.name,
-                    "source": self.dataset.source,
-                    "verdict": self.dataset.verdict,
-                    "training_images": len(self.dataset.y_train),
-                    "test_images": len(self.dataset.y_test),
-                    "sha256": self.dataset.sha256,
-                },
-                "settings": self.settings.stored(),
-                "sessions": [],
-            }
-        self.config["sessions"].append(session)
-        self._set_state("running")
 
     def _set_state(self, state: str) -> None:
         ended = None if state == "running" else _now()
@@ -467,34 +420,24 @@ class Run:
         write_json(self.folder / "config.json", self.config)
 
     def add(self, table: str, row: dict[str, Any]) -> None:
-        """Write a row of one of the tables; the dataset's name is filled in."""
-        self._tables[table].add({"dataset": self.dataset.name, **row})
+        """Write a row of one of the tables; dataset and episode are filled in."""
+        now = {"dataset": self.dataset.name, "episode": self.episodes_finished + 1}
+        self._tables[table].add({**now, **row})
 
-    def checkpoint(self, agent_state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
+    def checkpoint(self, agent_state: Arrays, transitions: np.ndarray) -> None:
         """Make the episode just recorded part of what a later session continues.
 
         ``agent_state`` holds ``episode``, the next one's number; ``transitions`` are the new ones.
         """
-        np.save(self._transitions, transitions, allow_pickle=False)
-        self._transitions.flush()
-        os.fsync(self._transitions.fileno())
-        self._sizes = {name: table.sync() for name, table in self._tables.items()}
-        self._sizes[_TRANSITIONS] = self._transitions.tell()
+        with (self.folder / _TRANSITIONS).open("ab") as file:
+            np.save(file, transitions, allow_pickle=False)
+        for name in (*_TABLES, _TRANSITIONS):
+            with (self.folder / name).open("ab") as file:
+                os.fsync(file.fileno())
+                self._sizes[name] = file.tell()
         files = {"files": np.array(json.dumps(self._sizes))}
         write_arrays(self._checkpoint_path, agent_state | files)
         self.episodes_finished += 1
-
-    def agent_state(self) -> dict[str, np.ndarray] | None:
-        """Return the agent's state at the last checkpoint, or None at the start."""
-        return self._state
-
-    def transitions(self, last: int) -> np.ndarray:
-        """Return the last transitions up to the last checkpoint; see ``read_transitions``."""
-        return read_transitions(self.folder / _TRANSITIONS, self._sizes[_TRANSITIONS], last)
-
-    def damaged_checkpoint(self, error: Exception) -> RunError:
-        """Return the error for an ``agent_state`` that can't be used."""
-        return RunError(f"{self._checkpoint_path}: damaged ({error}); {_ADVICE}")
 
     def finish(self) -> None:
         """Declare the run finished."""
@@ -508,7 +451,6 @@ class Run:
 
 def _comparable(config: Json) -> Json:
     """Return what of a run's ``config.json`` must stay the same when the run is continued."""
-    config["state"], config["sessions"]  # they are needed later
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
     return {**config["settings"], "DATASET": None, "data": data}

@@ -167,12 +167,12 @@ def play_training(settings: Settings) -> Iterator[dict[str, float]]:
             started, rounds = time.perf_counter(), []
             for round_ in rollout(environment, policy, seed=0):
                 rounds.append(round_)
-                main.record_round(run, 1, round_)
+                main.record_round(run, round_)
                 if round_.observation is not None:
                     done = round_.terminated or round_.truncated
                     kept = round_.observation, round_.action, round_.reward, round_.next_observation
                     agent.remember(*kept, done=done)
-            main.record_episode(run, 1, rounds, agent.epsilon, agent.train(), started)
+            main.record_episode(run, rounds, agent.epsilon, agent.train(), started)
             run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
             whole = {**seconds, "round": time.perf_counter() - started}
             per_round = {part: value / len(rounds) for part, value in whole.items()}

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import plot
 import records
-from cli import Parser, add_setting_flags, count_of, exit_status, named_settings_of, overrides_of
-from config import ConfigError, Settings, UserError, episode_seed, names_of, stream
+from cli import Parser, add_setting_flags, count_of, exit_status, overrides_of
+from config import NAMED_SETTINGS, ConfigError, Settings, UserError, episode_seed, names_of, stream
 
 # Functions below import TensorFlow, which takes seconds: a mistake on the command line is reported
 # at once.
@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    values = {**named_settings_of(parser, parsed), **overrides_of(parser, parsed)}
+    values = {**NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
     for name in sorted(names_of("agent") & set(values)):
         parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     try:

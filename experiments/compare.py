@@ -197,13 +197,13 @@ def parse(arguments: list[str] | None = None) -> Plan:
             print("\n".join([f"{kind}:", *lines]))
         sys.exit(0)
     try:
-        return _plan_of(parser, parsed)
+        return _plan_of(parsed)
     except UserError as error:
         parser.error(str(error))
 
 
-def _plan_of(parser: cli.Parser, parsed: argparse.Namespace) -> Plan:
-    named, base = cli.overrides_of(parser, parsed), cli.named_settings_of(parser, parsed)
+def _plan_of(parsed: argparse.Namespace) -> Plan:
+    named, base = cli.overrides_of(parsed), NAMED_SETTINGS[parsed.settings]
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))

@@ -46,7 +46,7 @@ def test_named_settings_come_before_set():
         ("--starter 10", "STARTER_NODE: got 10, takes at most NUM_NODES - 1 = 9"),
         ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
         ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
-        ("--settings best", "--settings: got 'best', takes paper or tuned"),
+        ("--settings best", "argument --settings: invalid choice: 'best'"),
         ("--config /nowhere/config.json", "--config: /nowhere/config.json"),
         ("--speed 9", "--speed 9"),
     ],

@@ -505,7 +505,7 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["--methods", ","], "--methods: got ''"),
         (["--methods", "hl,rnadom"], "--methods: got 'rnadom', takes some of hl, tuned, random"),
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs"),
-        (["--settings", "best"], "--settings: got 'best', takes paper or tuned"),
+        (["--settings", "best"], "argument --settings: invalid choice: 'best'"),
         (["ablation", "--settings", "tuned"], "--settings: got it beside"),
         (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.96"),
         (["observation", "--set", "OBSERVATION=local"], "OBSERVATION: got it with --set"),

@@ -190,9 +190,9 @@ def stop_in_episode(tmp_path, monkeypatch, episode, sent=signal.SIGINT, **overri
     """Start a run that gets a signal after two rounds of an episode."""
     record_round = main.record_round
 
-    def record(run, number, round_):
-        record_round(run, number, round_)
-        if (number, round_.info["round"]) == (episode, 2):
+    def record(run, round_):
+        record_round(run, round_)
+        if (run.episodes_finished + 1, round_.info["round"]) == (episode, 2):
             os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
@@ -339,32 +339,37 @@ def stopped_run(tmp_path_factory, few):
     return folder
 
 
-def with_shorter_weights(folder):
-    arrays = records.read_arrays(folder / "checkpoint.npz")
-    arrays["weights"] = arrays["weights"][:-1]
-    records.write_arrays(folder / "checkpoint.npz", arrays)
+def change_state(change):
+    """Return what changes the arrays of a checkpoint."""
+
+    def spoil(folder):
+        arrays = records.read_arrays(folder / "checkpoint.npz")
+        change(arrays)
+        records.write_arrays(folder / "checkpoint.npz", arrays)
+
+    return spoil
 
 
-def without_an_array(folder):
-    arrays = records.read_arrays(folder / "checkpoint.npz")
-    del arrays["epsilon"]
-    records.write_arrays(folder / "checkpoint.npz", arrays)
+def change_transitions(change):
+    """Return what changes the bytes of the transitions, but not their number."""
 
+    def spoil(folder):
+        path = folder / "transitions.npy"
+        path.write_bytes(change(path.read_bytes()))
 
-def with_damaged_transitions(folder):
-    path = folder / "transitions.npy"
-    path.write_bytes(b"?" + path.read_bytes()[1:])
-
-
-def with_an_episode_less(folder):
-    path = folder / "transitions.npy"
-    half = path.read_bytes()[: path.stat().st_size // 2]
-    path.write_bytes(half + bytes(path.stat().st_size - len(half)))
+    return spoil
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [with_shorter_weights, without_an_array, with_damaged_transitions, with_an_episode_less],
+    [
+        change_state(lambda arrays: arrays.update(weights=arrays["weights"][:-1])),
+        change_state(lambda arrays: arrays.pop("epsilon")),
+        change_transitions(lambda content: b"?" + content[1:]),
+        change_transitions(lambda content: content.replace(b"'descr'", b"'de\0cr'", 1)),
+        change_transitions(lambda content: content[: len(content) // 2].ljust(len(content), b"\0")),
+    ],
+    ids=["shorter weights", "no epsilon", "no array", "header", "an episode less"],
 )
 def test_a_checkpoint_that_the_agent_refuses(tmp_path, stopped_run, capsys, spoil):
     folder = shutil.copytree(stopped_run, tmp_path / "run")
