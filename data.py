@@ -297,12 +297,11 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = np.deg2rad(rng.uniform(-5, 5, n))
     scale, shear = rng.uniform(0.95, 1.05, n), rng.uniform(-0.05, 0.05, n)
     shift = rng.uniform(-0.5, 0.5, (2, n))
-    # Output pixel (x, y) takes its value from input pixel (a x + b y + c, d x + e y + f).
-    a, b = np.cos(angle) / scale, (shear - np.sin(angle)) / scale
-    d, e = np.sin(angle) / scale, np.cos(angle) / scale
+    # Output pixel (x, y) takes its value from input pixel (a x + b y + c, d x + a y + f).
+    a, b, d = (part / scale for part in (np.cos(angle), shear - np.sin(angle), np.sin(angle)))
     c = middle - a * middle - b * middle + shift[0]
-    f = middle - d * middle - e * middle + shift[1]
-    maps = np.stack([a, b, c, d, e, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
+    f = middle - d * middle - a * middle + shift[1]
+    maps = np.stack([a, b, c, d, a, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
     moved = ops.image.affine_transform(
         images[..., None], maps, interpolation="bilinear", fill_mode="constant"
     )
