@@ -14,8 +14,8 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Dataset:
         source: where the data came from, in words without a path.
         verdict: ``canonical`` (the published arrays, by SHA-256), ``not canonical``,
             ``unverified`` (no reference to compare with) or ``stand-in`` (bundled digits).
-        sha256: of each array, hexadecimal; see ``idx_sha256``. Computed if empty.
 
     Raises:
         DataError: shapes, dtypes, ranges or labels that don't fit together.
@@ -58,7 +57,6 @@ class Dataset:
     y_test: np.ndarray
     source: str = "own"
     verdict: str = "unverified"
-    sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -67,20 +65,18 @@ class Dataset:
             whole = whole and x.shape[1:] == self.x_train.shape[1:]
             takes = "(n, height, width[, channels]), from 16 x 16 pixels on, the same in both parts"
             self._require(whole, f"x_{part}: got shape {x.shape}", takes)
-            fits = x.dtype == np.uint8 or (x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1)
-            got = f"x_{part}: got {x.dtype} from {x.min()} to {x.max()}"
+            low, high = x.min(), x.max()
+            fits = x.dtype == np.uint8 or (x.dtype == np.float32 and low >= 0 and high <= 1)
+            got = f"x_{part}: got {x.dtype} from {low} to {high}"
             self._require(fits, got, "uint8, or float32 in [0, 1]")
             whole = y.shape == x.shape[:1] and y.dtype.kind in "iu"
             got = f"y_{part}: got {y.dtype} of shape {y.shape}"
             self._require(whole, got, f"integers of shape ({len(x)},)")
-        classes = np.unique(self.y_train).tolist()
-        whole = len(classes) > 1 and classes == list(range(len(classes)))
-        self._require(whole, f"y_train: got the labels {classes}", "0, 1, ... without gaps")
-        labels = np.unique(self.y_test).tolist()
-        whole = set(labels) <= set(classes)
-        self._require(whole, f"y_test: got the labels {labels}", f"0 to {classes[-1]}, as y_train")
-        if not self.sha256:
-            object.__setattr__(self, "sha256", idx_sha256(self))
+        train, test = np.unique(self.y_train).tolist(), np.unique(self.y_test).tolist()
+        whole = len(train) > 1 and train == list(range(len(train)))
+        self._require(whole, f"y_train: got the labels {train}", "0, 1, ... without gaps")
+        got = f"y_test: got the labels {test}"
+        self._require(set(test) <= set(train), got, f"0 to {train[-1]}, as y_train")
 
     def _require(self, condition: bool, got: str, takes: str) -> None:
         if not condition:
@@ -97,18 +93,18 @@ class Dataset:
         height, width, *channels = self.x_train.shape[1:]
         return height, width, *(channels or [1])
 
-
-def idx_sha256(dataset: Dataset) -> dict[str, str]:
-    """Return the SHA-256 of each array as an IDX file, whatever container it came from."""
-    sums = {}
-    for key in _IDX_FILES:
-        array = getattr(dataset, key)
-        if array.dtype.kind in "iu" and array.max() < 256:
-            array = array.astype(np.uint8)
-        code = 0x08 if array.dtype == np.uint8 else 0x0D if array.dtype == np.float32 else 0x0C
-        header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
-        sums[key] = hashlib.sha256(header + array.tobytes()).hexdigest()
-    return sums
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each array as an IDX file, hexadecimal, whatever container it came from."""
+        sums = {}
+        for key in _IDX_FILES:
+            array = getattr(self, key)
+            if array.dtype.kind in "iu" and array.max() < 256:
+                array = array.astype(np.uint8)
+            code = 0x08 if array.dtype == np.uint8 else 0x0D if array.dtype == np.float32 else 0x0C
+            header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+            sums[key] = hashlib.sha256(header + array.tobytes()).hexdigest()
+        return sums
 
 
 # --- MNIST and Fashion-MNIST -----------------------------------------------------------------
@@ -120,7 +116,7 @@ _IDX_FILES = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 
-# Of the published arrays, as idx_sha256.
+# Of the published arrays, as ``Dataset.sha256``.
 _SHA256 = {
     "mnist": {
         "x_train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -182,27 +178,29 @@ def load_published(name: str, settings: Settings) -> Dataset:
             f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
             "or the environment variable HL_DATA_DIR names, or run once with network"
         ) from error
-    arrays: dict[str, Any] = _read(path)
+    arrays = _read(path)
     try:
-        dataset = Dataset(name, source=path.name, **arrays)
+        dataset = Dataset(name, **arrays, source=path.name, verdict="canonical")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     different = {key for key in arrays if dataset.sha256[key] != _SHA256[name][key]}
+    if not different:
+        return dataset
     if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
         raise DataError(f"{path}: got other labels, takes those of {name} in their published order")
-    if different:
-        warn(f"{path} has the labels of {name}, but not its published pixels")
-    return dataclasses.replace(dataset, verdict="not canonical" if different else "canonical")
+    warn(f"{path} has the labels of {name}, but not its published pixels")
+    return dataclasses.replace(dataset, verdict="not canonical")
 
 
 def _search(root: Path, name: str) -> Path | None:
     """Return an archive below ``root``, else a folder with an IDX file, or None."""
     names = (name, name.replace("_", "-"))
     folders = [root / folder for folder in (*names, ".")]
-    places = [folder / f"{stem}.npz" for folder in folders for stem in names]
-    places += [_idx_path(folder, stem) for folder in folders for stem in _IDX_FILES.values()]
-    found = next((path for path in places if path.is_file()), None)
-    return found if found is None or found.suffix == ".npz" else found.parent
+    archives = [folder / f"{stem}.npz" for folder in folders for stem in names]
+    idx = [_idx_path(folder, stem) for folder in folders for stem in _IDX_FILES.values()]
+    found = [path for path in archives if path.is_file()]
+    found += [path.parent for path in idx if path.is_file()]
+    return found[0] if found else None
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
@@ -211,7 +209,7 @@ def _idx_path(folder: Path, stem: str) -> Path:
     return next((folder / name for name in names if (folder / name).is_file()), folder / stem)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, Any]:
     """Return the arrays of an ``.npz`` file or of the IDX files in a folder; never unpickle."""
     folder, arrays = path, {}
     try:
@@ -235,9 +233,8 @@ def _read_idx(path: Path) -> np.ndarray:
         content = gzip.decompress(content)
     if content[:3] != b"\0\0\x08":
         raise ValueError("not an IDX file of uint8 values")
-    rank = content[3]
-    shape = struct.unpack_from(f">{rank}I", content, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 def _download(name: str) -> Path:
@@ -264,10 +261,8 @@ def load_digits(settings: Settings) -> Dataset:
     """Return scikit-learn's 1,797 handwritten digits in MNIST's format: a stand-in (ours).
 
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
-    fifth of each class is the test set, not distorted. The other digits of a class are repeated
-    to 6,000 training images, enough for 150 nodes. Each gets a small seeded distortion. It is
-    turned by up to 5 degrees and scaled by 0.95 to 1.05. It is sheared by up to 0.05 and shifted
-    by up to half a pixel.
+    fifth of each class is the test set. The other digits of a class are repeated to 6,000 training
+    images, enough for 150 nodes, each with a small distortion of its own.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_bundled
@@ -289,15 +284,9 @@ def load_digits(settings: Settings) -> Dataset:
     train_index, test_index = (rng.permutation(np.concatenate(part)) for part in (train, test))
     parts = (_distorted(images[train_index], rng), images[test_index])
     x_train, x_test = (np.rint(255 * part).astype(np.uint8) for part in parts)
-    return Dataset(
-        name="digits",
-        x_train=x_train,
-        y_train=labels[train_index],
-        x_test=x_test,
-        y_test=labels[test_index],
-        source="scikit-learn's bundled digits, training digits distorted",
-        verdict="stand-in",
-    )
+    source = "scikit-learn's bundled digits, training digits distorted"
+    y_train, y_test = labels[train_index], labels[test_index]
+    return Dataset("digits", x_train, y_train, x_test, y_test, source, "stand-in")
 
 
 def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -308,12 +297,11 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = np.deg2rad(rng.uniform(-5, 5, n))
     scale, shear = rng.uniform(0.95, 1.05, n), rng.uniform(-0.05, 0.05, n)
     shift = rng.uniform(-0.5, 0.5, (2, n))
-    # Output pixel (x, y) takes its value from input pixel (a x + b y + c, d x + e y + f).
-    a, b = np.cos(angle) / scale, (shear - np.sin(angle)) / scale
-    d, e = np.sin(angle) / scale, np.cos(angle) / scale
+    # Output pixel (x, y) takes its value from input pixel (a x + b y + c, d x + a y + f).
+    a, b, d = (part / scale for part in (np.cos(angle), shear - np.sin(angle), np.sin(angle)))
     c = middle - a * middle - b * middle + shift[0]
-    f = middle - d * middle - e * middle + shift[1]
-    maps = np.stack([a, b, c, d, e, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
+    f = middle - d * middle - a * middle + shift[1]
+    maps = np.stack([a, b, c, d, a, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
     moved = ops.image.affine_transform(
         images[..., None], maps, interpolation="bilinear", fill_mode="constant"
     )
@@ -325,11 +313,8 @@ def load_auto(settings: Settings) -> Dataset:
     try:
         return load_published("mnist", settings)
     except DataNotFound as error:
-        bar = "=" * 88
-        warn(
-            f"NOT MNIST\n{bar}\nTHIS RUN USES SCIKIT-LEARN'S BUNDLED DIGITS INSTEAD OF MNIST.\n"
-            f"Its numbers can't be compared with the paper's.\n{error}\n{bar}"
-        )
+        digits = "NOT MNIST: this run uses scikit-learn's bundled digits"
+        warn(f"{digits}; its numbers can't be compared with the paper's\n{error}")
         return load_digits(settings)
 
 
@@ -347,7 +332,6 @@ def load(settings: Settings) -> Dataset:
 
 
 def _named(setting: str, name: str, known: dict[str, Any]) -> Any:
-    """Return what a setting names."""
     if name not in known:
         raise ConfigError(f"{setting}: got {name!r}, takes one of {', '.join(known)}")
     return known[name]
@@ -362,10 +346,9 @@ Shards = list[np.ndarray]  # each node's training images, as indices
 def main_class_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator) -> Shards:
     """Return shards with a main class each, and some images of all others (public code).
 
-    Of SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of the class n mod C and the
-    rest of the other C - 1 classes. Both are taken in the dataset's order. With g = n // C, these
-    are the main class's images [g m, (g+1) m) and the others' images [g (S-m), (g+1) (S-m)).
-    So with N = C the supplementary images are nearly the same on every node.
+    Of node n's SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of class n mod C. In
+    the dataset's order and with g = n // C, they are the main class's images [g m, (g+1) m) and the
+    others' images [g (S-m), (g+1) (S-m)). So with N = C the latter are nearly the same everywhere.
     """
     classes, size = int(labels.max()) + 1, settings.SAMPLES_PER_NODE
     main = round(settings.HETEROGENEITY * size)
@@ -392,11 +375,10 @@ def iid_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator)
 
 
 def dirichlet_shards(labels: np.ndarray, settings: Settings, rng: np.random.Generator) -> Shards:
-    """Return shards of the same size whose class shares are drawn for each, without overlap.
+    """Return disjoint shards of the same size with Dirichlet class shares, drawn for each node.
 
-    The shares are Dirichlet with concentration DIRICHLET_ALPHA for each class (Hsu, Qi and
-    Brown 2019, arXiv 1909.06335). Where a class runs out, its share goes to the classes that
-    are left, in proportion.
+    DIRICHLET_ALPHA is each class's concentration (Hsu, Qi and Brown 2019, arXiv 1909.06335). Where
+    a class runs out, its share goes to the classes that are left, in proportion.
     """
     _check_disjoint(labels, settings)
     classes = int(labels.max()) + 1

@@ -20,14 +20,13 @@ from models import Moments, shared_foundation_model, tf, use_cpu
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
-    """Return (N, N) float64: the communication distance of each two nodes (public code).
+    """Return (N, N) float64: the communication distance of each two nodes, no unit (public code).
 
-    Uniform in [0, DISTANCE_SCALE) by the legacy generator that the public code seeds, made
-    symmetric by the mean with its transpose, zero on the diagonal. No unit.
+    The mean of a uniform matrix in [0, DISTANCE_SCALE) and its transpose, zero on the diagonal. The
+    legacy generator is the one that the public code seeds.
     """
-    n = settings.NUM_NODES
-    uniform = np.random.RandomState(settings.DISTANCE_SEED).random_sample((n, n))
-    uniform *= settings.DISTANCE_SCALE
+    random = np.random.RandomState(settings.DISTANCE_SEED)
+    uniform = settings.DISTANCE_SCALE * random.random_sample([settings.NUM_NODES] * 2)
     distances = (uniform + uniform.T) / 2
     np.fill_diagonal(distances, 0.0)
     return distances
@@ -36,8 +35,8 @@ def distance_matrix(settings: Settings) -> np.ndarray:
 def reward(accuracy: float, distance: float, settings: Settings) -> float:
     """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
 
-    REWARD_CEILING (ours) bounds the power. A large h makes each round below the goal cost about one
-    point. Without a bound it would reward any excess over the goal far more.
+    REWARD_CEILING (ours) bounds the power: a large h would reward any excess over the goal far more
+    than the one point that each round below it costs.
     """
     progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
     if settings.REWARD_CEILING:
@@ -50,36 +49,29 @@ def progress_reward(accuracy: float, before: float, settings: Settings) -> float
 
     Potential-based shaping (Ng, Harada and Russell 1999): DISCOUNT times the potential after the
     round, less the potential before it. The potential is REWARD_PROGRESS * min(accuracy - goal, 0).
-    So progress pays at once, what is lost again is paid back, and the best walk to the goal stays
-    the best. At the round limit the potential is kept, as if more rounds followed.
+    So progress pays at once, and the best walk to the goal stays the best. At the round limit the
+    potential is kept, as if more rounds followed.
 
     Args:
         accuracy: after the round, in [0, 1].
-        before: after the round before it, in [0, 1].
-        settings: REWARD_PROGRESS, GOAL_ACCURACY and DISCOUNT count.
+        before: after the round before it.
+        settings: for REWARD_PROGRESS, GOAL_ACCURACY and DISCOUNT.
     """
     after, before = (min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before))
     return settings.REWARD_PROGRESS * (settings.DISCOUNT * after - before)
 
 
 def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
-    """Return the scores with the signs for which no component is negative at the holder (ours).
-
-    Args:
-        holder: node that trained last, in [0, N).
-        scores: (N, C), of any floating dtype, which the result has as well.
-    """
+    """Return (N, C) scores, of their dtype, with signs that make row ``holder`` >= 0 (ours)."""
     return scores * np.where(scores[holder] < 0, -1, 1).astype(scores.dtype)
 
 
 def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
     """Return the PCA scores of all nodes' weights, as scikit-learn's full PCA does.
 
-    Only the distinct weight vectors are looked at, each as often as nodes have it. So the cost is
-    that of a singular value decomposition of M vectors, however many nodes there are.
-
-    Departure: a component without variance is 0 here; the public code, by scikit-learn's PCA,
-    gives the DQN rounding noise below 1e-5 there.
+    The cost is that of a singular value decomposition of the M distinct vectors, however many nodes
+    there are. Departure: a component without variance is 0 here; the public code, by scikit-learn's
+    PCA, gives the DQN rounding noise below 1e-5 there.
 
     Args:
         models: (M, P) float, the distinct weight vectors.
@@ -87,8 +79,8 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
         components: C, how many components to keep.
 
     Returns:
-        (N, C) float32. A component's sign is such that its loading of greatest magnitude is
-        positive, which is scikit-learn's rule since 1.5. All 0 if a weight is not finite.
+        (N, C) float32; all 0 if a weight is not finite. A component's loading of greatest magnitude
+        is positive, which is scikit-learn's rule since 1.5.
     """
     scores = np.zeros((len(owners), components), np.float32)
     if not np.isfinite(models).all():
@@ -112,32 +104,12 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     return scores
 
 
-class DistinctNodes(spaces.MultiDiscrete):
-    """Actions of several nodes a round: k distinct nodes of N, as an int64 array of shape (k,)."""
-
-    def __init__(self, nodes: int, per_round: int) -> None:
-        super().__init__([nodes] * per_round)
-        self._nodes, self._per_round = nodes, per_round
-
-    def __repr__(self) -> str:
-        return f"DistinctNodes({self._nodes}, {self._per_round})"
-
-    def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
-        """Draw k nodes without replacement; masks are not supported."""
-        if mask is not None or probability is not None:
-            raise ValueError("DistinctNodes samples without a mask")
-        return self.np_random.permutation(self._nodes)[: self._per_round]
-
-    def contains(self, x: Any) -> bool:
-        """Return whether x is an array of k distinct nodes."""
-        return super().contains(x) and len(set(np.asarray(x).tolist())) == self._per_round
-
-
 class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     """N nodes that train one foundation model in turn (public code).
 
-    Actions: the node that trains next, in [0, N). With NODES_PER_ROUND = k > 1, k distinct nodes,
-    the first of which passes the averaged model on. The current node is allowed, and free.
+    Actions: the node that trains next, in [0, N). The current node is allowed, and free. With
+    NODES_PER_ROUND = k > 1 an array of k nodes, the first of which passes the averaged model on;
+    ``step`` refuses equal ones, which the action space's samples may have.
 
     Observations: see ``observe``. Rewards: ``reward`` and, from round 2 on, ``progress_reward``
     (ours, 0 by default), less MISS_PENALTY (ours) in a last round that misses the goal.
@@ -146,17 +118,16 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     truncated after MAX_ROUNDS rounds.
 
     Info, from ``reset`` and ``step``:
-        round: number of the round, from 1.
-        node: node that trained; a list if k > 1.
+        round: from 1.
+        node: node that trained; a list if several did.
         accuracy: share of correct images among those that judged the round, in [0, 1].
         distance: how far the model travelled to this round's first node, no unit.
-        communication_cost: sum of the episode's distances, no unit.
+        communication_cost: sum of the episode's distances.
         reward: of the round.
         goal_reached: whether the accuracy is at least GOAL_ACCURACY.
         diverged: whether some weight is not finite.
 
-    A node is a shard, a weight vector and Adam's moments; no node has a Keras model of its own. The
-    moments belong to the node and are kept within an episode (public code).
+    A node is a shard, a weight vector and Adam's moments, kept within an episode (public code).
 
     Args:
         settings: by default those of config.py.
@@ -166,9 +137,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         ConfigError, DataError, DataNotFound: the settings ask for what does not exist.
 
     Attributes:
-        settings, dataset: as given.
-        shards: each node's training images, indices into ``dataset.x_train``.
-        distances: (N, N) float64, no unit.
+        shards: each node's training images, see ``data.make_shards``.
+        distances: see ``distance_matrix``.
         foundation: a ``FoundationModel``; trains and evaluates.
         observation_size: length of an observation.
         threads: how many CPU threads compute.
@@ -180,21 +150,17 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
         self.settings = settings or Settings()
-        # Before a dataset is made, which may compute as well.
-        self.threads = use_cpu(self.settings.THREADS)
+        self.threads = use_cpu(self.settings.THREADS)  # before a dataset is made with TensorFlow
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
         self.foundation = shared_foundation_model(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
-        self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
-        # Scores have no bound of their own; infinite ones are what Gymnasium warns of.
-        greatest = np.finfo(np.float32).max
+        self.action_space = spaces.Discrete(n) if k == 1 else spaces.MultiDiscrete([n] * k)
         self.observation_size = n * self.settings.components if self.settings.sees_weights else n
         self.observation_size *= 2 if self.settings.OBSERVATION == "both" else 1
-        shape = (self.observation_size,)
-        self.observation_space = spaces.Box(-greatest, greatest, shape, np.float32)
-        self._accuracy = 0.0  # after the last round
+        greatest = np.finfo(np.float32).max  # Gymnasium warns of infinite bounds
+        self.observation_space = spaces.Box(-greatest, greatest, (self.observation_size,))
         self._over = True
 
     def reset(
@@ -211,14 +177,13 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             options: ``{"nodes": [...]}`` lets these distinct nodes train round 1 instead.
 
         Returns:
-            The first observation and info. Round 1 may reach an easy goal: see
-            ``info["goal_reached"]``; there is no step to take then.
+            The first observation and info. With ``info["goal_reached"]`` the episode is over.
 
         Raises:
             ValueError: the nodes are not distinct nodes, or none.
         """
         nodes = (options or {}).get("nodes", [self.settings.STARTER_NODE])
-        self._check_nodes(nodes, len(nodes) or 1)
+        nodes = self._distinct_nodes(nodes, len(nodes) or 1)
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**63))
         self._shuffling = stream(episode, "shuffling")
@@ -227,7 +192,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._initial = self._model
         self._own: dict[int, tf.Tensor] = {}  # each node's own last model, for `local`
         self._moments: dict[int, Moments] = {}
-        self._round, self._cost = 0, 0.0
+        self._round, self._cost, self._accuracy = 0, 0.0, 0.0
         # The model starts where it is first trained: round 1 costs nothing.
         self._holder = nodes[0]
         observation, _, _, _, info = self._train_round(nodes)
@@ -238,36 +203,29 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Send the model to the node(s), train LOCAL_EPOCHS there and evaluate the result.
 
-        Returns:
-            Observation, reward, terminated, truncated, info, as the class describes.
-
         Raises:
             ValueError: not a node, or not NODES_PER_ROUND distinct nodes.
             gymnasium.error.ResetNeeded: the episode is over.
         """
         if self._over:
             raise gymnasium.error.ResetNeeded("the episode is over: call reset first")
-        k = self.settings.NODES_PER_ROUND
-        if np.size(action) and np.asarray(action).dtype.kind not in "iu":
-            raise ValueError(f"action: got {action!r}, takes {k} distinct node(s)")
-        nodes = [int(node) for node in np.atleast_1d(action)]
-        self._check_nodes(nodes, k)
-        return self._train_round(nodes)
+        return self._train_round(self._distinct_nodes(action, self.settings.NODES_PER_ROUND))
 
-    def _check_nodes(self, nodes: list[int], count: int) -> None:
-        if len(set(nodes)) != count or len(nodes) != count:
-            raise ValueError(f"action: got {nodes}, takes {count} distinct node(s)")
-        if not all(0 <= node < self.settings.NUM_NODES for node in nodes):
-            raise ValueError(f"action: got {nodes}, takes nodes in [0, {self.settings.NUM_NODES})")
+    def _distinct_nodes(self, action: Any, count: int) -> list[int]:
+        nodes, n = np.atleast_1d(action), self.settings.NUM_NODES
+        whole = nodes.dtype.kind in "iu" and nodes.shape == np.unique(nodes).shape == (count,)
+        if not whole or nodes.min() < 0 or nodes.max() >= n:
+            raise ValueError(f"action: got {action!r}, takes {count} distinct node(s) in [0, {n})")
+        return nodes.tolist()
 
     def _train_round(
         self, nodes: list[int]
     ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         settings = self.settings
-        received = self._model
-        trained = [self._train_locally(node, received) for node in nodes]
-        self._model = trained[0] if len(trained) == 1 else tf.add_n(trained) / len(trained)
-        self._own.update(zip(nodes, trained, strict=True))
+        self._received = self._model
+        self._trained = {node: self._train_locally(node, self._received) for node in nodes}
+        self._own.update(self._trained)
+        self._model = tf.add_n([*self._trained.values()]) / len(nodes)
 
         self._round += 1
         # With several nodes the public code counts the way to the first of them alone.
@@ -284,8 +242,6 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         if truncated:
             value -= settings.MISS_PENALTY
         self._over = terminated or truncated
-
-        self._received, self._trained = received, dict(zip(nodes, trained, strict=True))
         info = {
             "round": self._round,
             "node": nodes[0] if len(nodes) == 1 else nodes,
@@ -299,11 +255,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
 
     def _judged(self) -> float:
-        """Return the accuracy that the round counts with, in [0, 1].
+        """Return the accuracy that the round counts with.
 
-        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round. They decide only
-        if they fall short of the goal by more than three standard errors. Otherwise the whole test
-        set judges whether the goal is reached.
+        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round, unless they come
+        within three standard errors of the goal: then the whole test set does.
         """
         count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
         if 0 < count < size:
@@ -316,7 +271,6 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.foundation.evaluate(self._model, None)
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
-        """Return the weights after LOCAL_EPOCHS on the node's shard; keep its Adam moments."""
         shard = self.shards[node]
         moments = self._moments.get(node) or Moments.fresh(self.foundation.network.size)
         for _ in range(self.settings.LOCAL_EPOCHS):
@@ -329,8 +283,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         """Return what one of the values of OBSERVATION shows of the nodes after the last round.
 
         ``broadcast`` (public code): the first C PCA scores of every node's weights, node by node.
-        Every node gets each round's new model, and the PCA sees the nodes just before that. So
-        only the nodes that trained differ. ``local`` (the paper's figures): the same when each node
+        Every node gets each round's new model, and the PCA sees the nodes just before that: only
+        the nodes that trained differ. ``local`` (the paper's figures): the same when each node
         keeps the model that it last trained. ``both`` (ours): the former, then the latter.
         ``last_node`` (ours): 1 for the nodes that trained last, 0 for the others. ``zeros`` (ours):
         nothing. The last two are controls: they show how much the weights help.
@@ -375,16 +329,10 @@ Policy = Callable[[np.ndarray, dict[str, Any]], tuple[Any, str]]
 
 
 class Round(NamedTuple):
-    """One round of an episode.
+    """One round of an episode: the environment before it, what the policy chose, what came of it.
 
-    Attributes:
-        observation: float32, before the round; None in round 1, which the policy does not choose.
-        action: the node or nodes that the policy chose; None in round 1.
-        chosen_by: ``starter`` in round 1, else what the policy says.
-        reward: of the round.
-        next_observation: float32, after the round.
-        terminated, truncated: whether the episode ended with the goal, or at the limit.
-        info: the environment's, after the round.
+    In round 1, which the policy does not choose, observation and action are None, and ``chosen_by``
+    is ``starter``.
     """
 
     observation: np.ndarray | None
@@ -403,13 +351,9 @@ def rollout(
     seed: int,
     first_nodes: list[int] | None = None,
 ) -> Iterator[Round]:
-    """Play one episode and yield each round as soon as it is over.
+    """Reset the environment with the seed, play one episode and yield each round when it is over.
 
-    Args:
-        environment: is reset first.
-        policy: chooses who trains in each round but the first.
-        seed: of the episode: initial weights and order of the images.
-        first_nodes: who trains round 1; by default STARTER_NODE.
+    ``first_nodes`` train round 1, by default STARTER_NODE; the policy chooses all others.
     """
     options = None if first_nodes is None else {"nodes": first_nodes}
     observation, info = environment.reset(seed=seed, options=options)

@@ -1,9 +1,8 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
 There is one compiled Keras model of each kind per process. Nodes, rounds and agents differ in one
-vector of weights, which the functions take and return. So a node costs a vector, and passing a
-model on is passing a reference. Keras' own optimizers can't do that: the TensorFlow
-backend disables their ``stateless_apply``, so ``adam`` is ours.
+vector of weights, which the functions take and return. Keras' own optimizers can't do that: the
+TensorFlow backend disables their ``stateless_apply``, so ``adam`` is ours.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ with without_stderr():  # its start-up notes
 # Adam's constants, as in Keras' default and the public code.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 
-# Images in a batch of the evaluation. It changes speed and memory alone (1,000 images need 46 MB
-# for the first convolution's output); the count of correct images is exact.
+# Images in a batch of the evaluation: 1,000 need 46 MB for the first convolution's output.
 _EVALUATION_BATCH = 1000
 
 
@@ -58,17 +56,10 @@ def q_network(
 
     Several ``networks`` (ours) share nothing but the input; their outputs are concatenated. With
     ``dueling`` (ours; Wang et al. 2016) a Q value is the state's value plus the action's advantage,
-    less the mean of all actions' advantages.
-
-    Args:
-        inputs: D, length of an observation.
-        hidden: units of each hidden layer.
-        actions: A.
-        networks: K.
-        dueling: whether a network's last layer is two.
+    less the mean of all actions' advantages. ``hidden`` is the units of each hidden layer.
 
     Returns:
-        A network from (n, D) to (n, K * A) float32.
+        A network from (n, inputs) to (n, networks * actions) float32.
     """
     observation = keras.Input((inputs,))
     outputs = []
@@ -86,16 +77,11 @@ def q_network(
 
 
 class Moments(NamedTuple):
-    """Adam's state for one vector of P weights.
+    """Adam's state for one vector of P weights."""
 
-    Attributes:
-        first, second: (P,) float32, running means of the gradient and of its square.
-        step: () float32, steps taken so far.
-    """
-
-    first: tf.Tensor
-    second: tf.Tensor
-    step: tf.Tensor
+    first: tf.Tensor  # (P,) float32, running mean of the gradient
+    second: tf.Tensor  # (P,) float32, of its square
+    step: tf.Tensor  # () float32, steps taken so far
 
     @classmethod
     def fresh(cls, size: int) -> Moments:
@@ -106,16 +92,9 @@ class Moments(NamedTuple):
 def adam(
     weights: tf.Tensor, gradient: tf.Tensor, moments: Moments, learning_rate: float
 ) -> tuple[tf.Tensor, Moments]:
-    """Take one step of Adam (Kingma and Ba 2015) on a weight vector, as Keras' optimizer does.
+    """Take one step of Adam (Kingma and Ba 2015) on (P,) float32 weights, as Keras' optimizer does.
 
-    Args:
-        weights: (P,) float32.
-        gradient: (P,) float32, of the loss by the weights.
-        moments: of the steps before; ``first`` and ``second`` (P,) float32, ``step`` () float32.
-        learning_rate: Adam's.
-
-    Returns:
-        The new weights, (P,) float32, and the new moments, shaped as the given ones.
+    The gradient is that of the loss, (P,) float32. Returns the new weights and moments.
     """
     step = moments.step + 1
     first = moments.first + (1 - _BETA_1) * (gradient - moments.first)
@@ -187,11 +166,7 @@ class FlatNetwork:
 
 
 class FoundationModel:
-    """Local training and evaluation of the foundation model on one dataset.
-
-    Args:
-        dataset: the images stay with TensorFlow, the training images as they are stored.
-        settings: for LEARNING_RATE and BATCH_SIZE.
+    """Local training (LEARNING_RATE, BATCH_SIZE) and evaluation on one dataset.
 
     Attributes:
         network: the model as a function of its weight vector.
@@ -213,8 +188,7 @@ class FoundationModel:
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         order = tf.TensorSpec([None], tf.int32)
         self.train_epoch = tf.function(self._train_epoch, [vector, moments, order])
-        self._count_correct = tf.function(self._count, [vector])
-        self._count_correct_of = tf.function(self._count_of, [vector, order])
+        self._count_correct = tf.function(self._count, [vector, order])
 
     def evaluate(self, weights: tf.Tensor, images: np.ndarray | None = None) -> float:
         """Return the accuracy on the test set, in [0, 1]; 0.0 for weights that diverged.
@@ -224,8 +198,8 @@ class FoundationModel:
             images: (n,) int indices of the test images that count; all by default.
         """
         if images is None:
-            return int(self._count_correct(weights)) / self.test_size
-        return int(self._count_correct_of(weights, tf.constant(images, tf.int32))) / len(images)
+            images = np.arange(self.test_size)
+        return int(self._count_correct(weights, tf.constant(images, tf.int32))) / len(images)
 
     def _train_epoch(
         self, weights: tf.Tensor, moments: Moments, order: tf.Tensor
@@ -243,43 +217,26 @@ class FoundationModel:
         """
         for start in tf.range(0, tf.size(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            weights, moments = self._train_batch(weights, moments, batch)
+            images, labels = tf.gather(self._x_train, batch), tf.gather(self._y_train, batch)
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                logits = self.network.apply(weights, _to_input(images))
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+                loss = tf.reduce_mean(losses)
+            gradient = tape.gradient(loss, weights)
+            weights, moments = adam(weights, gradient, moments, self._learning_rate)
         return weights, moments
 
-    def _train_batch(
-        self, weights: tf.Tensor, moments: Moments, batch: tf.Tensor
-    ) -> tuple[tf.Tensor, Moments]:
-        images, labels = tf.gather(self._x_train, batch), tf.gather(self._y_train, batch)
-        with tf.GradientTape() as tape:
-            tape.watch(weights)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-                labels, self.network.apply(weights, _to_input(images))
-            )
-            loss = tf.reduce_mean(losses)
-        return adam(weights, tape.gradient(loss, weights), moments, self._learning_rate)
-
-    def _count(self, weights: tf.Tensor) -> tf.Tensor:
-        correct = 0
-        for start in tf.range(0, self.test_size, _EVALUATION_BATCH):
-            stop = start + _EVALUATION_BATCH
-            correct += self._hits(weights, self._x_test[start:stop], self._y_test[start:stop])
-        return correct
-
-    def _count_of(self, weights: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
+    def _count(self, weights: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
         correct = 0
         for start in tf.range(0, tf.size(images), _EVALUATION_BATCH):
             batch = images[start : start + _EVALUATION_BATCH]
-            correct += self._hits(
-                weights, tf.gather(self._x_test, batch), tf.gather(self._y_test, batch)
-            )
+            logits = self.network.apply(weights, tf.gather(self._x_test, batch))
+            hits = tf.argmax(logits, 1, tf.int32) == tf.gather(self._y_test, batch)
+            # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
+            hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
+            correct += tf.reduce_sum(tf.cast(hits, tf.int32))
         return correct
-
-    def _hits(self, weights: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        logits = self.network.apply(weights, images)
-        hits = tf.argmax(logits, 1, tf.int32) == labels
-        # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
-        hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
-        return tf.reduce_sum(tf.cast(hits, tf.int32))
 
 
 class QNetwork:
@@ -291,8 +248,7 @@ class QNetwork:
     Args:
         inputs: length of the flat observation.
         actions: A, number of actions.
-        settings: for HIDDEN_UNITS, Q_NETWORKS, DUELING, Q_LEARNING_RATE, Q_WEIGHT_DECAY and
-            Q_BATCH_SIZE.
+        settings: for the DQN's.
 
     Attributes:
         network: the model as a function of its weight vector.
@@ -334,7 +290,7 @@ class QNetwork:
             weights: (P,) float32.
             moments: of the steps before.
             observations: (n, inputs) float32.
-            targets: (n, K, A) float32, for each network.
+            targets: (n, K, A) float32.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
@@ -342,14 +298,12 @@ class QNetwork:
         """
         total = 0.0
         for start in tf.range(0, tf.shape(observations)[0], self._batch_size):
-            batch = targets[start : start + self._batch_size]
+            stop = start + self._batch_size
+            batch = targets[start:stop]
             with tf.GradientTape() as tape:
                 tape.watch(weights)
-                q_values = tf.reshape(
-                    self.network.apply(weights, observations[start : start + self._batch_size]),
-                    self._shape,
-                )
-                loss = tf.reduce_mean(tf.square(q_values - batch))
+                outputs = self.network.apply(weights, observations[start:stop])
+                loss = tf.reduce_mean(tf.square(tf.reshape(outputs, self._shape) - batch))
                 # Each network's gradient is the one that it would have alone.
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
@@ -365,9 +319,6 @@ def _to_input(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
-_threads = 0  # what TensorFlow was given in this process; 0: nothing yet
-
-
 def use_cpu(threads: int) -> int:
     """Let TensorFlow compute on that many CPU threads, 0 for all cores; return the number.
 
@@ -377,30 +328,24 @@ def use_cpu(threads: int) -> int:
     Raises:
         ConfigError: TensorFlow computes with another number in this process already.
     """
-    global _threads
-    cores = available_cores()
-    wanted = threads or cores
-    if _threads == 0:
-        try:
-            tf.config.threading.set_intra_op_parallelism_threads(wanted)
-            tf.config.threading.set_inter_op_parallelism_threads(1)
-            with without_stderr():  # it looks for CUDA even so, and reports that there is none
-                tf.config.list_logical_devices()
-            _threads = wanted
-        except RuntimeError:  # somebody has used TensorFlow before, with its default: all cores
-            _threads = cores
-    if wanted != _threads:
-        raise ConfigError(
-            f"THREADS: got {threads}, takes {_threads} in this process, with which TensorFlow has "
-            "started"
-        )
-    return _threads
+    wanted = threads or available_cores()
+    threading = tf.config.threading
+    try:
+        threading.set_intra_op_parallelism_threads(wanted)
+        threading.set_inter_op_parallelism_threads(1)
+        with without_stderr():  # it looks for CUDA even so, and reports that there is none
+            tf.config.list_logical_devices()
+    except RuntimeError as error:  # TensorFlow has started, by default (0) with all cores
+        used = threading.get_intra_op_parallelism_threads() or available_cores()
+        if wanted != used:
+            raise ConfigError(
+                f"THREADS: got {threads}, takes {used} in this process, as TensorFlow has started"
+            ) from error
+    return wanted
 
 
-# --- One of each per process -----------------------------------------------------------------
-
-# Compiling takes a second and memory, and both models hold no weights. So the environments and
-# agents of one process share them as long as what they are made of stays the same.
+# Compiling takes a second and memory, and the models hold no weights. So the environments and
+# agents of a process share the latest of each kind as long as what it is made of stays the same.
 _latest: dict[type, tuple[tuple[Any, ...], Any]] = {}
 
 
@@ -412,18 +357,13 @@ def _shared(kind: type, key: tuple[Any, ...], *arguments: Any) -> Any:
 
 def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
     """Return the process's ``FoundationModel`` for this dataset and these settings."""
-    key = (*dataset.sha256.values(), settings.BATCH_SIZE, settings.LEARNING_RATE)
+    key = (dataset.sha256, settings.BATCH_SIZE, settings.LEARNING_RATE)
     return _shared(FoundationModel, key, dataset, settings)
 
 
 def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
     """Return the process's ``QNetwork`` for these sizes and settings."""
-    used = (
-        settings.HIDDEN_UNITS,
-        settings.Q_NETWORKS,
-        settings.DUELING,
-        settings.Q_LEARNING_RATE,
-        settings.Q_WEIGHT_DECAY,
-        settings.Q_BATCH_SIZE,
-    )
-    return _shared(QNetwork, (inputs, actions, *used), inputs, actions, settings)
+    s = settings
+    network = (inputs, actions, s.HIDDEN_UNITS, s.Q_NETWORKS, s.DUELING)
+    key = (*network, s.Q_LEARNING_RATE, s.Q_WEIGHT_DECAY, s.Q_BATCH_SIZE)
+    return _shared(QNetwork, key, inputs, actions, settings)

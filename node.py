@@ -15,7 +15,7 @@ from models import Moments, shared_q_network, tf
 
 
 class ReplayBuffer:
-    """A ring buffer of transitions, an array that grows up to the capacity.
+    """A ring buffer of transitions.
 
     Departure: the public code shuffles its memory in place before each draw, so beyond the
     capacity it drops transitions at random, not the oldest. Its 120 episodes of at most
@@ -30,22 +30,18 @@ class ReplayBuffer:
         added: how many transitions were ever added.
     """
 
-    _FIRST_SIZE = 1024
-
     def __init__(self, capacity: int, observation_size: int, actions_per_step: int = 1) -> None:
         self.capacity = capacity
         self.added = 0
-        self._transition = np.dtype(
-            [
-                ("observations", np.float32, (observation_size,)),
-                ("actions", np.int32, (actions_per_step,)),
-                ("rewards", np.float64),
-                ("next_observations", np.float32, (observation_size,)),
-                ("terminals", np.bool_),
-                ("steps", np.int32),
-            ]
-        )
-        self._ring = np.zeros(min(capacity, self._FIRST_SIZE), self._transition)
+        transition = [
+            ("observations", np.float32, (observation_size,)),
+            ("actions", np.int32, (actions_per_step,)),
+            ("rewards", np.float64),
+            ("next_observations", np.float32, (observation_size,)),
+            ("terminals", np.bool_),
+            ("steps", np.int32),
+        ]
+        self._ring = np.zeros(capacity, transition)  # takes memory only where it is written
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -69,23 +65,12 @@ class ReplayBuffer:
             terminal: whether the episode ended there.
             steps: number of steps.
         """
-        size = len(self._ring)
-        if self.added == size < self.capacity:
-            more = min(size, self.capacity - size)
-            self._ring = np.concatenate([self._ring, np.zeros(more, self._transition)])
-        transition = self._ring[self.added % self.capacity]
-        values = (observation, actions, reward, next_observation, terminal, steps)
-        for name, value in zip(self._transition.names or (), values, strict=True):
-            transition[name] = value
+        transition = (observation, actions, reward, next_observation, terminal, steps)
+        self._ring[self.added % self.capacity] = transition
         self.added += 1
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Return ``count`` distinct transitions in random order, as a copy.
-
-        Returns:
-            (count,) structured: observations, next_observations (count, D) float32; actions
-            (count, k) int32; rewards (count,) float64; terminals (count,) bool; steps (count,)
-            int32.
+        """Return ``count`` distinct transitions in random order: (count,), with the ring's fields.
 
         Raises:
             ValueError: fewer than ``count`` are stored.
@@ -104,12 +89,11 @@ class ReplayBuffer:
             ValueError: they are too few, or of another kind of buffer.
         """
         kept = min(added, self.capacity)
-        if transitions.dtype != self._transition or len(transitions) < kept:
+        if transitions.dtype != self._ring.dtype or len(transitions) < kept:
             raise ValueError(f"replay buffer: got {len(transitions)} transitions, takes {kept}")
-        ring = np.zeros(max(len(self._ring), kept), self._transition)
         places = np.arange(added - kept, added) % self.capacity
-        ring[places] = transitions[len(transitions) - kept :]
-        self._ring, self.added = ring, added
+        self._ring[places] = transitions[len(transitions) - kept :]
+        self.added = added
 
 
 class DQNAgent:
@@ -117,25 +101,25 @@ class DQNAgent:
 
     Args:
         observation_size: D, length of a flat observation.
-        settings: the DQN's and the exploration's, NUM_NODES (the number of actions),
-            NODES_PER_ROUND (k, the actions taken in a step) and SEED.
+        settings: NUM_NODES is the number of actions, NODES_PER_ROUND is k, the actions taken in a
+            step. The replay buffer is no larger than EPISODES can fill it.
 
     Attributes:
-        epsilon: probability of a random action in the present episode, in each step that does not
-            repeat one (EXPLORATION_PERSIST).
+        epsilon: probability of a random action in each step that does not repeat one.
         episode: number of the present episode, from 1.
         replay: the replay buffer.
         q: the shared ``QNetwork``.
-        weights: (P,) float32, of the Q-network.
+        weights, target_weights: (P,) float32, of the Q-network.
     """
 
     def __init__(self, observation_size: int, settings: Settings) -> None:
         self.settings = settings
         self.actions = settings.NUM_NODES
         self.actions_per_step = settings.NODES_PER_ROUND
-        self.replay = ReplayBuffer(
-            settings.REPLAY_CAPACITY, observation_size, self.actions_per_step
-        )
+        # All steps of the training: the policy does not choose an episode's first round.
+        steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
+        capacity = min(settings.REPLAY_CAPACITY, steps)
+        self.replay = ReplayBuffer(capacity, observation_size, self.actions_per_step)
         self.q = shared_q_network(observation_size, self.actions, settings)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
@@ -147,7 +131,7 @@ class DQNAgent:
         self.episode = episode
         self._exploration = stream(self.settings.SEED, "exploration", episode)
         self._draws = stream(self.settings.SEED, "replay", episode)
-        # Steps of the present episode that wait for N_STEP rewards: observation, actions, reward.
+        # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._last_random: list[int] = []  # the last choice, if it was not greedy
 
@@ -158,9 +142,6 @@ class DQNAgent:
         random or repeated choice repeats it, whatever epsilon is (ours; after Dabney et al. 2021).
         What is learned at a node shows after several rounds there, and independent random choices
         hardly ever stay that long.
-
-        Args:
-            observation: (D,) float32.
         """
         persist, chance = self.settings.EXPLORATION_PERSIST, self._exploration.random
         if persist and self._last_random and chance() < persist:
@@ -173,11 +154,7 @@ class DQNAgent:
         return self._last_random, "random"
 
     def best_actions(self, observation: np.ndarray) -> list[int]:
-        """Return the k actions of greatest Q value, best first; of equal ones the lower number.
-
-        Args:
-            observation: (D,) float32.
-        """
+        """Return the k actions of greatest Q value, best first; of equal ones the lower number."""
         q_values = self.q.values(self.weights, observation[None])[0]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
 
@@ -191,10 +168,9 @@ class DQNAgent:
     ) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
-        The stored reward is their sum, each next one weighted with DISCOUNT once more; the next
-        observation is that after the last of them. At an episode's end it is the sum of what is
-        left. N_STEP = 1 stores the step itself (public code). An episode that the round limit
-        truncates ends like one that reached the goal (public code).
+        The stored reward is their discounted sum, of fewer at the episode's end; the next
+        observation is that after the last of them. N_STEP = 1 stores the step itself (public code).
+        An episode that the round limit truncates ends like one that reached the goal (public code).
 
         Args:
             observation: (D,) float32, before the step.
@@ -214,9 +190,9 @@ class DQNAgent:
     def train(self) -> float | None:
         """Train the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
 
-        Each of UPDATES_PER_EPISODE updates draws a sample, computes its targets and passes over it
-        once in batches of Q_BATCH_SIZE. Departure: in the order of the draw, which is random;
-        Keras' ``fit`` in the public code shuffles it once more.
+        Each of UPDATES_PER_EPISODE updates passes once over a sample in batches of Q_BATCH_SIZE.
+        Departure: in the order of the draw, which is random; Keras' ``fit`` in the public code
+        shuffles it once more.
 
         Returns:
             The mean squared error before each gradient step, averaged; None without training.
@@ -242,9 +218,6 @@ class DQNAgent:
         alone at an episode's end. Q(s') is the mean of the K networks: the trained ones, or with
         TARGET_UPDATE > 0 the target networks (Mnih et al. 2015). With NORMALIZE_TARGETS each
         network's (n, actions) is divided by its Frobenius norm (public code).
-
-        Args:
-            sample: n transitions, as ``ReplayBuffer.draw`` returns them.
         """
         settings = self.settings
         targets = self.q.all_values(self.weights, sample["observations"]).astype(np.float64)
@@ -255,9 +228,8 @@ class DQNAgent:
         returns = sample["rewards"] + discount * future * ~sample["terminals"]
         np.put_along_axis(targets, sample["actions"][:, None, :], returns[:, None, None], axis=2)
         if settings.NORMALIZE_TARGETS:
-            for network in range(settings.Q_NETWORKS):
-                norm = np.linalg.norm(targets[:, network])
-                targets[:, network] /= norm or 1.0
+            for of_network in np.swapaxes(targets, 0, 1):
+                of_network /= np.linalg.norm(of_network) or 1.0
         return targets.astype(np.float32)
 
     def decay_epsilon(self) -> None:
@@ -279,14 +251,10 @@ class DQNAgent:
         }
 
     def load_state(self, state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
-        """Take over what ``state`` returned; change nothing if that is not possible.
-
-        Args:
-            state: of the other agent.
-            transitions: the last ones of its replay buffer, oldest first; more do no harm.
+        """Take over another agent's ``state`` and its last transitions, oldest first.
 
         Raises:
-            ValueError, KeyError: it belongs to another kind of agent.
+            ValueError, KeyError: it belongs to another kind of agent; nothing has changed.
         """
         size = self.q.network.size
         vectors = ["weights", "target_weights", "first_moments", "second_moments"]

@@ -60,9 +60,7 @@ def digits():
 @pytest.fixture(scope="session")
 def few(digits):
     """A dataset of the first 2,000 training digits."""
-    return dataclasses.replace(
-        digits, x_train=digits.x_train[:2000], y_train=digits.y_train[:2000], sha256={}
-    )
+    return dataclasses.replace(digits, x_train=digits.x_train[:2000], y_train=digits.y_train[:2000])
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,7 @@ def test_other_settings_are_refused_before_anything_is_written(copy, capsys, mon
 
 
 def test_other_data_is_refused(copy, few, monkeypatch, capsys):
-    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy(), sha256={})
+    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy())
     monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: other)
     assert start(copy.parent, "--seeds", "7,", methods="stay") == 2
     assert "data = " in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_a_trained_agent_in_another_world_and_on_other_data(
     goal = agent_flags(finished, tmp_path, "--set", "GOAL_ACCURACY=1.0", methods="hl")
     assert compare.main(goal) == 0
     assert (texts(tmp_path / "paper-digits")["episodes"]["rounds"] == "5").all()
-    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy(), sha256={})
+    other = dataclasses.replace(few, y_test=few.y_test[::-1].copy())
     monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: other)
     own = agent_flags(finished, tmp_path, "--name", "other", methods="hl")
     assert compare.main(own) == 2

@@ -135,7 +135,7 @@ def test_shards_and_distances_by_hand(few):
     labels = np.array([0, 1, 2, 2, 0, 2])
     images = np.zeros((6, 16, 16), np.uint8)
     three = dataclasses.replace(
-        few, name="three", x_train=images, y_train=labels, x_test=images, y_test=labels, sha256={}
+        few, name="three", x_train=images, y_train=labels, x_test=images, y_test=labels
     )
     shards = records.shard_table(three, [np.array([0, 2, 3]), np.array([5, 5, 1])])
     assert tuple(shards) == records.SHARD_COLUMNS
@@ -469,7 +469,8 @@ def test_other_settings_never_overwrite(tmp_path, few, stopped, overrides, words
 
 
 def test_other_data_never_continue(tmp_path, few, stopped):
-    other = dataclasses.replace(few, name="other", sha256={**few.sha256, "x_train": "0" * 64})
+    other = dataclasses.replace(few, name="other")
+    other.sha256["x_train"] = "0" * 64
     with pytest.raises(RunError, match=r"data = 'digits .* there, 'other 000000 .* now"):
         Run(settings_of(tmp_path), other, 2).__enter__()
 
