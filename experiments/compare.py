@@ -334,15 +334,12 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
     chosen by them. Each trial, dataset and seed has a row, from its start on.
     """
     key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
-    named = plan.named & names_of("world", "agent") - {"DATASET"}
-    settings = [
-        f"{name}={getattr(job.settings, name)!r}".replace(" ", "")
-        for group in GROUPS
-        for name, field in group.model_fields.items()
-        if name in named
-        or (group.owner == "agent" and getattr(job.settings, name) != field.default)
-    ]
-    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": " ".join(settings)}
+    named, agents = plan.named & names_of("world", "agent") - {"DATASET"}, names_of("agent")
+    default, own = Settings().model_dump(), job.settings.model_dump()
+    changed = {name for name in agents if own[name] != default[name]}
+    names = [name for group in GROUPS for name in group.model_fields if name in named | changed]
+    settings = " ".join(f"{name}={own[name]!r}".replace(" ", "") for name in names)
+    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings}
     row |= {"seconds": seconds, "error": error, "git_revision": records.git_revision() or ""}
     if not error:
         training = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
