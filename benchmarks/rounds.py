@@ -4,34 +4,38 @@ Usage: ``python3 -m benchmarks.rounds [--output results/benchmark]``
 
 Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it as
 ``report.md``. Nothing else should use the cores meanwhile. Linux only: it reads memory from /proc.
-
-What is compared takes turns within one run, and a ratio is the median of the turns' ratios.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import importlib
+import itertools
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from timeit import timeit
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 
 import data
 import main
 from cli import Parser, available_cores
-from config import NAMED_SETTINGS, PROJECT, Settings, absolute, stream
-from environment import DecentralizedLearning, rollout
-from models import Moments, tf, use_cpu
+from config import NAMED_SETTINGS, PROJECT, Settings, absolute
+from environment import DecentralizedLearning
+from models import tf, use_cpu
 from node import DQNAgent
 from records import Run, cpu_name
 
@@ -46,217 +50,165 @@ BACKWARD = FORWARD + 3_200_000 + 16_000
 MATRIX = 2048
 PRODUCT = 2 * MATRIX**3
 
-REPEATS = 5  # turns, or starts of main.py
-PARTS = ("training", "evaluation", "agent")
+TURNS = 5
 
-# Trainings by the settings of main.py; those in one list run side by side. Of the trainings with N
-# nodes only the rest of a round counts, beside local training and evaluation: few images will do.
-_FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
-SIZES = {f"N = {nodes}": [{**_FEW, "NUM_NODES": nodes}] for nodes in (10, 100, 1000)}
-SIDE_BY_SIDE = {
-    "one": [{"MAX_ROUNDS": 6}],
-    "two": [{"MAX_ROUNDS": 6, "THREADS": 1, "SEED": seed} for seed in (0, 1)],
-}
-TUNED = {"tuned": [{**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 18, "THREADS": 1}]}  # it needs 17
+Kinds = Mapping[str, Sequence[Callable[[], dict[str, float]]]]
+Turns = list[list[dict[str, float]]]  # what was measured, by turn and process
 
-# The run whose memory is watched. Its DQN is trained from about episode 33 on.
-MEMORY_RUN = {"DATASET": "digits", "EPISODES": 120, "MAX_ROUNDS": 5, "SAMPLES_PER_NODE": 100}
-
-Row = tuple[str, str, str]  # what, measured, compared
-Episodes = dict[str, list[list[dict[str, float]]]]  # by kind, turn and process
+_load = cache(data.load)  # once in a process
 
 
-def measure_round(dataset: data.Dataset, repeats: int) -> dict[str, np.ndarray]:
-    """Return (repeats,) seconds each of a round, its parts, a matrix product and the reference."""
-    settings = Settings(GOAL_ACCURACY=1.0, MAX_ROUNDS=repeats + 1)
-    environment = DecentralizedLearning(settings, dataset)
-    foundation = environment.foundation
+def multiply() -> dict[str, float]:
+    """Return the seconds of a matrix product."""
+    use_cpu(0)
     matrix = tf.random.normal((MATRIX, MATRIX))
-    weights = foundation.network.initial_weights(stream(0, "initialisation"))
-    fresh = Moments.fresh(foundation.network.size)
-    order = tf.constant(environment.shards[0])
-    reference = importlib.import_module("tests.reference").Reference(
-        ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)),
-        [part.numpy() for part in foundation.network.split(weights)],
-        (np.random.default_rng(i).permutation(500) for i in range(repeats + 1)),
-    )
-    # The model goes around all nodes here. The reference stays at node 0, for Keras compiles a
-    # node's model in its first round.
-    rounds = rollout(environment, lambda _, info: (info["round"] % settings.NUM_NODES, ""), seed=0)
-    actions: dict[str, Callable[[], object]] = {
-        "product": lambda: tf.matmul(matrix, matrix).numpy(),
-        "evaluation": lambda: foundation.evaluate(weights),
-        "training": lambda: foundation.train_epoch(weights, fresh, order)[0].numpy(),
-        "round": lambda: next(rounds),
-        "reference": lambda: reference.round([0]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 1):
-        for name, action in actions.items():
-            started = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - started)
-    return {name: np.array(values[1:]) for name, values in times.items()}  # the first compiles
+    return {"seconds": timeit(lambda: tf.matmul(matrix, matrix).numpy(), number=1)}
 
 
-def round_rows(times: dict[str, np.ndarray], test_images: int, samples: int) -> list[Row]:
-    """Return the table's rows for the seconds of ``measure_round``'s actions."""
-    product = times["product"]
-    rate = f"{PRODUCT / np.median(product) / 1e9:.0f} GFLOP/s"
-    rows = [(f"matrix product, {MATRIX} x {MATRIX}, float32", _seconds(product), rate)]
-    work = {"evaluation": FORWARD * test_images, "training": (FORWARD + BACKWARD) * samples}
-    for (name, flop), images in zip(work.items(), (test_images, samples), strict=True):
-        rate = f"{flop / np.median(times[name]) / 1e9:.0f} GFLOP/s"
-        share = f"{np.median(product / times[name]) * flop / PRODUCT:.0%} of the matrix product's"
-        rows.append((f"{name}, {images} images", _seconds(times[name]), f"{rate}, {share}"))
-    ratio = f"{np.median(times['reference'] / times['round']):.2f} times a round"
-    rows.append(("round", _seconds(times["round"]), ""))
-    return [*rows, ("round of the reference", _seconds(times["reference"]), ratio)]
+def play_reference() -> dict[str, float]:
+    """Return the seconds of a round of tests/reference.py."""
+    use_cpu(0)
+    # Always the same node: Keras compiles a node's model in its first round.
+    return {"seconds": timeit(lambda: _reference().round([0]), number=1)}
 
 
-def _seconds(values: np.ndarray) -> str:
-    return f"{np.median(values):.4f} s"
+@cache
+def _reference() -> Any:
+    module, dataset = importlib.import_module("tests.reference"), _load(Settings())
+    images = (dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)
+    orders = itertools.repeat(np.random.default_rng(0).permutation(500))
+    return module.Reference(images, module.foundation_model().get_weights(), orders)
 
 
-def memory(name: str, process: int | str = "self") -> float:
-    """Return VmRSS, what a process holds, or VmHWM, the most that it ever held, in MB."""
-    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024 / 1e6
-
-
-def _time(owner: Any, name: str, seconds: dict[str, float], part: str) -> None:
-    """Let each call of a method add its seconds to a part."""
-    method = getattr(owner, name)
-
-    def timed(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = method(*arguments)
-        seconds[part] += time.perf_counter() - started
-        return result
-
-    setattr(owner, name, timed)
-
-
-def play_training(settings: Settings) -> Iterator[dict[str, float]]:
-    """Play episodes as ``main.train`` does at its end, with a full replay buffer.
-
-    Yields:
-        Seconds per round, in all (``round``) and of its parts (``training``, ``evaluation``,
-        ``agent``), and ``memory``, the most that the process ever held in MB.
-    """
-    environment = DecentralizedLearning(settings)
-    agent = DQNAgent(environment.observation_size, settings)
-    agent.epsilon = 0.0
-    observation = np.zeros(environment.observation_size, np.float32)
-    for _ in range(settings.EPISODES * (settings.MAX_ROUNDS - 1)):
-        agent.replay.add(observation, [0], 0.0, observation, False)
-    seconds = dict.fromkeys(PARTS, 0.0)
-    _time(environment.foundation, "train_epoch", seconds, "training")
-    _time(environment.foundation, "evaluate", seconds, "evaluation")
-    _time(agent, "act", seconds, "agent")
-    _time(agent, "train", seconds, "agent")
-
-    def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
-        # The agent's choice is not taken: with all nodes in turn, most nodes' models differ.
-        return [info["round"] % settings.NUM_NODES], agent.act(observation)[1]
-
-    with Run(settings, environment.dataset, environment.threads) as run:
-        run.start(environment.shards, environment.distances)
-        while True:
-            seconds.update(dict.fromkeys(PARTS, 0.0))
-            started, rounds = time.perf_counter(), []
-            for round_ in rollout(environment, policy, seed=0):
-                rounds.append(round_)
-                main.record_round(run, round_)
-                if round_.observation is not None:
-                    done = round_.terminated or round_.truncated
-                    kept = round_.observation, round_.action, round_.reward, round_.next_observation
-                    agent.remember(*kept, done=done)
-            main.record_episode(run, rounds, agent.epsilon, agent.train(), started)
-            run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
-            whole = {**seconds, "round": time.perf_counter() - started}
-            per_round = {part: value / len(rounds) for part, value in whole.items()}
-            yield {**per_round, "memory": memory("VmHWM")}
-
-
-@functools.cache
-def _training(folder: str, **overrides: Any) -> Iterator[dict[str, float]]:
-    own = tempfile.mkdtemp(dir=folder)
-    return play_training(Settings(GOAL_ACCURACY=1.0, RESULTS_DIR=own, **overrides))
-
-
-def play_episode(folder: str, overrides: dict[str, Any]) -> dict[str, float]:
-    """Play the next episode of this process's training with these settings."""
-    return next(_training(folder, **overrides))
-
-
-def play_in_turns(kinds: dict[str, list[dict[str, Any]]], repeats: int) -> Episodes:
-    """Play an episode of each kind in turns; a kind's trainings run side by side."""
-    episodes: Episodes = {kind: [] for kind in kinds}
-    spawn = get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        processes = {
-            kind: [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in trainings]
-            for kind, trainings in kinds.items()
+def start(*flags: str) -> dict[str, float]:
+    """Return the seconds from the start of main.py to the end of round 1."""
+    code = "import os, main; main.record_round = lambda *_: os._exit(0)\n"
+    code += "main.main(*main.settings_of_run())"
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, f"--set=RESULTS_DIR={folder}", *flags]
+        return {
+            "seconds": timeit(lambda: subprocess.run(command, cwd=PROJECT, check=True), number=1)
         }
-        for _ in range(repeats + 1):
-            for kind, trainings in kinds.items():
-                pairs = zip(processes[kind], trainings, strict=True)
-                futures = [process.submit(play_episode, folder, own) for process, own in pairs]
-                episodes[kind].append([future.result() for future in futures])
-    return {kind: turns[1:] for kind, turns in episodes.items()}  # the first one compiles
 
 
-def training_rows(episodes: Episodes) -> list[Row]:
-    """Return the table's rows for the episodes of SIDE_BY_SIDE, TUNED and SIZES."""
+def play(**overrides: Any) -> dict[str, float]:
+    """Run ``main.train`` for an episode, with the replay buffer and mean epsilon of 120 of them.
 
-    def values(kind: str, part: str) -> np.ndarray:
-        return np.array([turn[0][part] for turn in episodes[kind]])
+    Returns:
+        Seconds per round (``seconds``) and of its parts (``training``, ``evaluation``, ``agent``,
+        ``checkpoint``), and ``memory``, the most that the process ever held, in MB.
+    """
+    parts: defaultdict[str, float] = defaultdict(float)
 
-    one = 1 / values("one", "round")
-    two = np.array([sum(1 / episode["round"] for episode in turn) for turn in episodes["two"]])
-    ratio, tuned = f"{np.median(two / one):.2f} times one run", values("tuned", "round")
-    rows = [
-        ("one run on all threads", f"{np.median(one):.2f} rounds/s", ""),
-        ("two runs side by side, one thread each", f"{np.median(two):.2f} rounds/s", ratio),
-        ("round of a tuned training, one thread", _seconds(tuned), ""),
-    ]
-    for part in PARTS:
-        share = f"{np.median(values('tuned', part) / tuned):.0%} of it"
-        rows.append((f"its {part}", _seconds(values("tuned", part)), share))
-    for size in SIZES:
-        rest = values(size, "round") - values(size, "training") - values(size, "evaluation")
-        peak = f"{values(size, 'memory').max():.0f} MB at the peak"
-        rows.append((f"{size}: round without training and evaluation", _seconds(rest), peak))
-    return rows
+    def clock(part: str, owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                parts[part] += time.perf_counter() - started
+
+        setattr(owner, name, timed)
+
+    with TemporaryDirectory() as folder:
+        fixed = {"EPISODES": 1, "EPSILON": 0.4, "GOAL_ACCURACY": 1.0, "RESULTS_DIR": folder}
+        settings = Settings(**overrides, **fixed)
+        environment = DecentralizedLearning(settings, _load(Settings(DATASET=settings.DATASET)))
+        # A copy, for later turns share the original.
+        environment.foundation = foundation = copy.copy(environment.foundation)
+        agent = DQNAgent(environment.observation_size, settings.replace(EPISODES=120))
+        empty = np.zeros(environment.observation_size, np.float32)
+        for _ in range(120 * (settings.MAX_ROUNDS - 1)):
+            agent.replay.add(empty, [0], 0.0, empty, False)
+        with Run(settings, environment.dataset, environment.threads) as run:
+            clock("training", foundation, "train_epoch")
+            clock("evaluation", foundation, "evaluate")
+            clock("agent", agent, "act")
+            clock("agent", agent, "train")
+            clock("checkpoint", run, "checkpoint")
+            with patch("node.DQNAgent", lambda *_: agent):
+                main.train(environment, run, quiet=True)
+        episode = pd.read_csv(run.folder / "episodes.csv").iloc[0]
+    parts["seconds"] = episode["seconds"] + parts["checkpoint"]
+    memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return {part: float(s / episode["rounds"]) for part, s in parts.items()} | {"memory": memory}
 
 
-def watch_main(table: str, counts: tuple[int, ...], **overrides: Any) -> list[tuple[float, float]]:
-    """Run main.py until a table has so many rows; return seconds and memory in MB at each count."""
-    found, started = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run" / table
-        flags = {"RESULTS_DIR": folder, "NAME": "run", **overrides}
-        options = [f"--set={name}={value}" for name, value in flags.items()]
-        command = [sys.executable, str(PROJECT / "main.py"), *options]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            for count in counts:
-                while not (path.exists() and path.read_bytes().count(b"\n") > count):
-                    if process.poll() is not None:
-                        raise RuntimeError(f"main.py ended with status {process.returncode}")
-                    time.sleep(0.005)
-                found.append((time.perf_counter() - started, memory("VmRSS", process.pid)))
-            process.kill()
-    return found
+# With N nodes only the time beside training and evaluation counts, so few images will do.
+SIZES = (10, 100, 1000)
+FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
+TUNED = {**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 18, "THREADS": 1}  # it needs 17 rounds
+
+# What takes turns, by kind. The calls of one kind run side by side.
+MEASURES: list[Kinds] = [
+    {
+        "product": [multiply],
+        "one": [partial(play, MAX_ROUNDS=3)],
+        "two": [partial(play, MAX_ROUNDS=3, THREADS=1, SEED=seed) for seed in (0, 1)],
+        "reference": [play_reference],
+    },
+    {"tuned": [partial(play, **TUNED)]},
+    *[{f"N = {nodes}": [partial(play, **FEW, NUM_NODES=nodes)]} for nodes in SIZES],
+    {"start": [start]},
+]
 
 
-def report(rows: list[Row], dataset: str) -> str:
-    """Return the table as Markdown, below a line with data, machine and versions."""
+def measure(kinds: Kinds, turns: int) -> dict[str, Turns]:
+    """Measure each kind in turns, each call of a kind in a process of its own."""
+    found: dict[str, Turns] = {kind: [] for kind in kinds}
+    spawn = get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = {
+            kind: [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in calls]
+            for kind, calls in kinds.items()
+        }
+        for _ in range(turns + 1):
+            for kind, calls in kinds.items():
+                futures = [pool.submit(c) for pool, c in zip(pools[kind], calls, strict=True)]
+                found[kind].append([future.result() for future in futures])
+    return {kind: measured[1:] for kind, measured in found.items()}  # the first one compiles
+
+
+def report(found: dict[str, Turns], dataset: str, images: int) -> str:
+    """Return the table as Markdown; ``images`` is the size of the test set."""
+
+    def values(kind: str, part: str = "seconds") -> np.ndarray:
+        return np.array([turn[0][part] for turn in found[kind]])
+
+    def add(what: str, seconds: np.ndarray, compared: str = "") -> None:
+        lines.append(f"| {what} | {np.median(seconds):.4f} s | {compared} |")
+
+    def add_rate(what: str, seconds: np.ndarray, flop: int) -> None:
+        rate = flop / np.median(seconds) / 1e9
+        share = np.median(product / seconds) * flop / PRODUCT
+        add(what, seconds, f"{rate:.0f} GFLOP/s, {share:.0%} of the matrix product's")
+
     versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy"))
     machine = f"{available_cores()} cores of {cpu_name() or 'an unknown processor'}"
-    table = [("what", "measured", "compared"), ("---", "---", "---"), *rows]
-    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"{dataset}, {machine}, {versions}; medians of {REPEATS}.\n\n{lines}"
+    lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
+    lines += ["| what | measured | compared |", "| --- | --- | --- |"]
+    product, one, tuned = values("product"), values("one"), values("tuned")
+    add_rate(f"matrix product, {MATRIX} x {MATRIX}, float32", product, PRODUCT)
+    add_rate(f"evaluation, {images} images", values("one", "evaluation"), FORWARD * images)
+    add_rate("training, 500 images", values("one", "training"), (FORWARD + BACKWARD) * 500)
+    add("round", one)
+    reference = values("reference")
+    add("round of the reference", reference, f"{np.median(reference / one):.2f} of a round")
+    two = np.array([1 / sum(1 / run["seconds"] for run in turn) for turn in found["two"]])
+    add("round of two runs side by side", two, f"{np.median(two / one):.2f} of a round")
+    add("round of a tuned training, one thread", tuned)
+    for part in ("training", "evaluation", "agent"):
+        share = np.median(values("tuned", part) / tuned)
+        add(f"its {part}", values("tuned", part), f"{share:.0%} of it")
+    for size in [f"N = {nodes}" for nodes in SIZES]:
+        rest = values(size) - values(size, "training") - values(size, "evaluation")
+        memory = values(size, "memory")
+        peak = f"{memory[-1]:.0f} MB at the peak, {memory[-1] - memory[0]:+.1f} MB since turn 1"
+        add(f"{size}: round without training and evaluation", rest, peak)
+    add("start of main.py to the end of round 1", values("start"))
+    return "\n".join(lines) + "\n"
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -264,18 +216,11 @@ def run(arguments: list[str] | None = None) -> None:
     parser = Parser("benchmarks.rounds", "Measure what a round costs.")
     parser.add_argument("--output", default="results/benchmark", help="folder of report.md")
     output = absolute(parser.parse_args(arguments).output)
-    use_cpu(0)
+    found: dict[str, Turns] = {}
+    for kinds in MEASURES:
+        found |= measure(kinds, TURNS)
     dataset = data.load(Settings())
-    times = measure_round(dataset, REPEATS)
-    rows = round_rows(times, len(dataset.y_test), Settings().SAMPLES_PER_NODE)
-    episodes = play_in_turns(SIDE_BY_SIDE, REPEATS)
-    rows += training_rows({**episodes, **play_in_turns({**TUNED, **SIZES}, REPEATS)})
-    starts = [watch_main("rounds.csv", (1,))[0][0] for _ in range(REPEATS)]
-    rows.append(("start of main.py to the end of round 1", _seconds(np.array(starts)), ""))
-    (_, before), (_, after) = watch_main("episodes.csv", (40, 120), **MEMORY_RUN)
-    growth = f"{after - before:+.1f} MB since episode 40"
-    rows.append(("memory of a run after episode 120", f"{after:.1f} MB", growth))
-    text = report(rows, dataset.name)
+    text = report(found, dataset.name, len(dataset.y_test))
     print(text, end="")
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.md").write_text(text, encoding="utf-8")

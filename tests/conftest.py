@@ -45,11 +45,12 @@ def small_settings(**overrides):
 
 
 # Files that take long come first, so that both processes end at about the same time.
-LONG = ("test_compare", "test_jobs", "test_main", "test_reference", "test_docs", "test_data")
+LONG = "jobs compare main docs reference audit benchmarks data plot".split()
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: [*LONG, item.path.stem].index(item.path.stem))
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
+import os
+import pickle
+import subprocess
+
 import numpy as np
 import pytest
 from conftest import small_settings
 
-import data
 import environment
 import models
 from benchmarks import rounds
@@ -21,108 +24,100 @@ def test_floating_point_operations_counted_from_the_network():
     assert rounds.PRODUCT == 17_179_869_184
 
 
-def test_rows_of_a_round_by_hand():
+def turns(**parts):
+    """What a kind of one process measured."""
+    return [[dict(zip(parts, values, strict=True))] for values in zip(*parts.values(), strict=True)]
+
+
+def test_the_report_by_hand():
     # 17.18 GFLOP in 0.1 s; 37.92 in 0.4 s, 0.552 of that rate; 5.4 in 0.1 s, 0.314 of it.
-    times = {
-        "product": [0.1, 0.1, 0.2],
-        "evaluation": [0.4, 0.4, 0.8],
-        "training": [0.1, 0.1, 0.1],
-        "round": [0.5, 0.4, 1.0],
-        "reference": [1.0, 1.2, 2.0],
+    found = {
+        "product": turns(seconds=[0.1, 0.1, 0.2]),
+        "one": turns(seconds=[0.5, 0.4, 1.0], evaluation=[0.4, 0.4, 0.8], training=[0.1, 0.1, 0.1]),
+        "two": [
+            [{"seconds": a}, {"seconds": b}]
+            for a, b in ((1.0, 0.5), (1.0, 1.0), (1.2, 1.2))  # together 1/3, 0.5 and 0.6
+        ],
+        "reference": turns(seconds=[1.0, 1.2, 2.0]),
+        "tuned": turns(
+            seconds=[0.4, 0.4], training=[0.2, 0.1], evaluation=[0.1, 0.1], agent=[0.06, 0.06]
+        ),
+        "N = 10": turns(
+            seconds=[0.5, 0.6], training=[0.2, 0.2], evaluation=[0.2, 0.1], memory=[900, 1000]
+        ),
+        "N = 100": turns(seconds=[0.5], training=[0.25], evaluation=[0.125], memory=[1100]),
+        "N = 1000": turns(seconds=[0.5], training=[0.0], evaluation=[0.0], memory=[2000]),
+        "start": turns(seconds=[6.0, 7.0, 9.0]),
     }
-    times = {name: np.array(values) for name, values in times.items()}
-    assert rounds.round_rows(times, test_images=10_000, samples=500) == [
-        ("matrix product, 2048 x 2048, float32", "0.1000 s", "172 GFLOP/s"),
-        ("evaluation, 10000 images", "0.4000 s", "95 GFLOP/s, 55% of the matrix product's"),
-        ("training, 500 images", "0.1000 s", "54 GFLOP/s, 31% of the matrix product's"),
-        ("round", "0.5000 s", ""),
-        ("round of the reference", "1.2000 s", "2.00 times a round"),  # of 2, 3 and 2
-    ]
-
-
-def episode(seconds, training=0.0, evaluation=0.0, agent=0.0, memory=0.0):
-    parts = {"training": training, "evaluation": evaluation, "agent": agent, "memory": memory}
-    return {"round": seconds, **parts}
-
-
-def test_rows_of_trainings_by_hand():
-    episodes = {
-        "one": [[episode(0.5)], [episode(0.25)], [episode(0.5)]],
-        "two": [[episode(1.0), episode(0.5)], [episode(1.0)] * 2, [episode(0.5), episode(0.8)]],
-        "tuned": [[episode(0.4, 0.2, 0.1, 0.06)], [episode(0.4, 0.1, 0.1, 0.06)]],
-        "N = 10": [[episode(0.5, 0.2, 0.2, memory=900)], [episode(0.6, 0.2, 0.1, memory=1000)]],
-        "N = 100": [[episode(0.5, 0.25, 0.125, memory=1100)]] * 2,
-        "N = 1000": [[episode(0.5, memory=2000)]] * 2,
-    }
-    assert [row[1:] for row in rounds.training_rows(episodes)] == [
-        ("2.00 rounds/s", ""),
-        ("3.00 rounds/s", "1.50 times one run"),  # of 3 / 2, 2 / 4 and 3.25 / 2
-        ("0.4000 s", ""),
-        ("0.1500 s", "38% of it"),
-        ("0.1000 s", "25% of it"),
-        ("0.0600 s", "15% of it"),
-        ("0.2000 s", "1000 MB at the peak"),
-        ("0.1250 s", "1100 MB at the peak"),
-        ("0.5000 s", "2000 MB at the peak"),
-    ]
-
-
-def test_the_report_holds_all_rows():
-    lines = rounds.report([("round", "0.5 s", ""), ("N = 10", "1 s", "2 MB")], "mnist").splitlines()
+    lines = rounds.report(found, "mnist", 10_000).splitlines()
     assert lines[0].startswith("mnist, ")
-    assert lines[4:] == ["| round | 0.5 s |  |", "| N = 10 | 1 s | 2 MB |"]
-
-
-def test_the_reference_is_measured(digits):
-    times = rounds.measure_round(digits, 1)
-    assert set(times) == {"product", "evaluation", "training", "round", "reference"}
-    assert all(values.shape == (1,) and values[0] > 0 for values in times.values())
-    assert len(rounds.round_rows(times, len(digits.y_test), 500)) == 5
-
-
-TINY = {
-    "DATASET": "digits",
-    "NUM_NODES": 3,
-    "SAMPLES_PER_NODE": 32,
-    "MAX_ROUNDS": 4,
-    "EPISODES": 6,
-    "REPLAY_SAMPLE": 8,
-}
-
-
-def test_an_episode_is_measured_by_its_parts(tmp_path, monkeypatch, few):
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
-    settings = small_settings(**TINY, GOAL_ACCURACY=1.0, RESULTS_DIR=str(tmp_path))
-    episodes = rounds.play_training(settings)
-    first, second = next(episodes), next(episodes)
-    for seconds in (first, second):
-        assert all(seconds[part] > 0 for part in rounds.PARTS)
-        assert sum(seconds[part] for part in rounds.PARTS) < seconds["round"]
-        assert seconds["memory"] > 100
-    episodes.close()
-    rows = (tmp_path / "digits-seed0" / "rounds.csv").read_text().splitlines()
-    assert [line.split(",")[3:5] for line in rows[1:5]] == [
-        ["0", "starter"],
-        ["1", "greedy"],
-        ["2", "greedy"],
-        ["0", "greedy"],
+    assert [tuple(line.split(" | ")[1:]) for line in lines[4:]] == [
+        ("0.1000 s", "172 GFLOP/s, 100% of the matrix product's |"),
+        ("0.4000 s", "95 GFLOP/s, 55% of the matrix product's |"),
+        ("0.1000 s", "54 GFLOP/s, 31% of the matrix product's |"),
+        ("0.5000 s", " |"),
+        ("1.2000 s", "2.00 of a round |"),  # of 2, 3 and 2
+        ("0.5000 s", "0.67 of a round |"),  # of 0.67, 1.25 and 0.6
+        ("0.4000 s", " |"),
+        ("0.1500 s", "38% of it |"),
+        ("0.1000 s", "25% of it |"),
+        ("0.0600 s", "15% of it |"),
+        ("0.2000 s", "1000 MB at the peak, +100.0 MB since turn 1 |"),
+        ("0.1250 s", "1100 MB at the peak, +0.0 MB since turn 1 |"),
+        ("0.5000 s", "2000 MB at the peak, +0.0 MB since turn 1 |"),
+        ("7.0000 s", " |"),
     ]
-    assert len(rows) == 1 + 2 * 4
-    assert len((tmp_path / "digits-seed0" / "episodes.csv").read_text().splitlines()) == 3
 
 
-def test_a_training_in_a_process_of_its_own():
-    turns = rounds.play_in_turns({"one": [{**TINY, "THREADS": 1}]}, 2)["one"]
-    assert [len(turn) for turn in turns] == [1, 1]
-    assert all(turn[0]["round"] > turn[0]["training"] > 0 for turn in turns)
+TINY = {"DATASET": "digits", "NUM_NODES": 3, "SAMPLES_PER_NODE": 32, "REPLAY_SAMPLE": 8}
 
 
-def test_main_is_watched():
-    (seconds, first), (more, second) = rounds.watch_main("episodes.csv", (1, 2), **TINY)
-    assert 0 < seconds < more
-    assert min(first, second) > 100
-    with pytest.raises(RuntimeError, match="status 2"):
-        rounds.watch_main("episodes.csv", (1,), NUM_NODES=1)
+def test_a_training_is_measured_by_its_parts(monkeypatch, few):
+    tables, read_csv = [], rounds.pd.read_csv
+    monkeypatch.setattr(rounds, "_load", lambda settings: few)
+
+    def spy(path):
+        tables.append(read_csv(path))
+        return tables[-1]
+
+    monkeypatch.setattr(rounds.pd, "read_csv", spy)
+    measured = rounds.play(**TINY, MAX_ROUNDS=4)
+    assert measured.pop("memory") > 100
+    seconds = measured.pop("seconds")
+    assert set(measured) == {"training", "evaluation", "agent", "checkpoint"}
+    assert min(measured.values()) > 0
+    assert sum(measured.values()) < seconds
+    assert tables[0]["rounds"].tolist() == [4]
+    assert tables[0]["q_loss"].notna().all()  # the replay buffer is full from the start
+
+
+def test_the_reference_and_the_matrix_product_are_measured(monkeypatch, digits):
+    monkeypatch.setattr(rounds, "_load", lambda settings: digits)
+    assert rounds.play_reference()["seconds"] > 0
+    assert rounds.multiply()["seconds"] > 0
+    rounds._reference.cache_clear()
+
+
+def test_turns_are_taken_by_processes_that_stay():
+    found = rounds.measure({"one": [os.getpid], "two": [os.getpid, os.getpid]}, 2)
+    for first, second in found.values():
+        assert first == second
+    assert len({*found["one"][0], *found["two"][0], os.getpid()}) == 4
+
+
+def test_all_measures_can_be_sent_to_processes():
+    sent = pickle.loads(pickle.dumps(rounds.MEASURES))
+    kinds = [kind for kinds in sent for kind in kinds]
+    assert kinds[:4] == ["product", "one", "two", "reference"]
+    assert kinds[4:] == ["tuned", "N = 10", "N = 100", "N = 1000", "start"]
+    assert [call.keywords["SEED"] for call in sent[0]["two"]] == [0, 1]
+
+
+def test_the_start_of_main_is_measured():
+    flags = [f"--set={name}={value}" for name, value in TINY.items()]
+    assert rounds.start(*flags)["seconds"] > 0.5
+    with pytest.raises(subprocess.CalledProcessError, match="status 2"):
+        rounds.start("--set=NUM_NODES=1")
 
 
 @pytest.mark.parametrize("observation", ["broadcast", "local"])

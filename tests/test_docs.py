@@ -136,6 +136,9 @@ def test_examples_run(tmp_path):
         for code in blocks(TEXTS[name], "python")
     ]
     assert len(examples) == 6
+    code = "\n".join(examples)
+    assert code.count("MAX_ROUNDS=9") == 2
+    code = code.replace("MAX_ROUNDS=9", "MAX_ROUNDS=3")
     for path in PROJECT.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
@@ -153,12 +156,12 @@ def test_examples_run(tmp_path):
         assert settings.MAX_ROUNDS == 3
         load = functools.cache(lambda: data.load_digits(settings))
         data.DATASETS["digits"] = lambda settings: load()
-        plot.save_figure = lambda *_: None
+        plot.draw_run = plot.save_figure = lambda *_: None
     """
     # Jobs compute on one thread, and a process can't change the number.
     one_core = sorted(os.sched_getaffinity(0))[:1] if CORES else []
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join([before, *examples])],
+        [sys.executable, "-c", f"{before}\n{code}"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
