@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -306,11 +305,10 @@ def undisturbed(tmp_path_factory, digits):
     return results(folder)
 
 
-def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
+def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
     undisturbed, tmp_path, digits, monkeypatch, capsys
 ):
     folder = tmp_path / "paper-digits" / "jobs" / "training-hl-seed0"
-    arguments = outside(tmp_path, "--jobs", "2")
 
     def goes_on(session):
         rounds = folder / "rounds.csv"
@@ -319,38 +317,39 @@ def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
         config = json.loads((folder / "config.json").read_text())
         return (config["state"], len(config["sessions"])) == ("running", session)
 
-    first = subprocess.Popen(
-        command(*arguments, script="experiments.compare"),
-        cwd=jobs.PROJECT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with (tmp_path / "errors").open("w") as errors:
+        parent = subprocess.Popen(
+            command(*outside(tmp_path, "--jobs", "2"), script="experiments.compare"),
+            cwd=jobs.PROJECT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
     wait_until(lambda: goes_on(1))
-    assert len(session_of(first.pid)) >= 3
-    first.kill()
-    first.wait()
-    wait_until(lambda: not session_of(first.pid), seconds=30)
+    worker = holder_of(folder)
+    assert worker != parent.pid
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: goes_on(2))
+    assert len(session_of(parent.pid)) >= 3
+    assert "distributed" not in (tmp_path / "errors").read_text()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not session_of(parent.pid), seconds=30)
 
-    # The same command continues. A worker is killed in the middle.
-    killed = []
-
-    def kill_worker():
-        wait_until(lambda: goes_on(2))
-        killed.append(holder_of(folder))
-        os.kill(killed[0], signal.SIGKILL)
-
+    # The same command continues, here in this process.
     stand_in(monkeypatch, digits)
-    killer = threading.Thread(target=kill_worker)
-    killer.start()
-    assert compare.main(arguments) == 0
-    killer.join()
-    assert killed[0] != os.getpid()
-    out, errors = capsys.readouterr()
-    assert "finished, 0 failed\n" in out
-    assert "distributed" not in errors
+    assert compare.main(outside(tmp_path, "--jobs", "1")) == 0
+    assert "finished, 0 failed\n" in capsys.readouterr().out
     assert results(tmp_path) == undisturbed
     assert len(json.loads((folder / "config.json").read_text())["sessions"]) == 3
+
+
+def test_local_workers_end_with_their_client():
+    with jobs.dask_client(2, "") as client:
+        workers = set(client.run(os.getpid).values())
+        assert len(workers - {os.getpid()}) == 2
+        assert client.submit(os.getpid).result() in workers
+    wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
 
 
 def test_workers_of_a_dask_cluster(undisturbed, tmp_path, digits, monkeypatch):
