@@ -196,6 +196,8 @@ class RunSettings(Group):
     """Seed of everything random but the distance matrix (ours)."""
     THREADS: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of TensorFlow; 0 = all cores (ours)."""
+    DEVICE: Literal["cpu", "gpu"] = "cpu"
+    """cpu, or gpu: TensorFlow's first GPU (ours)."""
 
 
 class PlaceSettings(Group):

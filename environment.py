@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 import data
 from config import Settings, stream
-from models import Moments, shared_foundation_model, tf, use_cpu
+from models import Moments, shared_foundation_model, tf, use_device
 
 
 def distance_matrix(settings: Settings) -> np.ndarray:
@@ -150,7 +150,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
         self.settings = settings or Settings()
-        self.threads = use_cpu(self.settings.THREADS)  # before a dataset is made with TensorFlow
+        # Before a dataset is made with TensorFlow.
+        self.threads = use_device(self.settings.THREADS, self.settings.DEVICE)
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)

@@ -16,7 +16,6 @@ from cli import available_cores, without_stderr
 from config import ConfigError, Settings
 from data import Dataset
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read at the import: TensorFlow looks for no GPU
 with without_stderr():  # its start-up notes
     import keras
     import tensorflow as tf
@@ -24,8 +23,30 @@ with without_stderr():  # its start-up notes
 # Adam's constants, as in Keras' default and the public code.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 
-# Images in a batch of the evaluation: 1,000 need 46 MB for the first convolution's output.
-_EVALUATION_BATCH = 1000
+# Images in a batch of the evaluation; what the layers need for 100 stays in a processor's cache.
+_EVALUATION_BATCH = 100
+
+
+class PooledConv2D(keras.layers.Conv2D):
+    """``Conv2D``, ``MaxPool2D(2)`` and ReLU in one, for few input channels (ours, for speed).
+
+    The four outputs that are pooled come from one convolution with stride 2, whose kernel holds the
+    layer's four times, shifted by a pixel. The result is that of the three layers but for rounding:
+    ReLU and the bias keep the order, so they may follow the maximum.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return (n, (height - k + 1) // 2, (width - k + 1) // 2, filters) float32."""
+        shifts = [(i, j) for i in (0, 1) for j in (0, 1)]
+        kernels = [tf.pad(self.kernel, [(i, 1 - i), (j, 1 - j), (0, 0), (0, 0)]) for i, j in shifts]
+        outputs = tf.nn.conv2d(inputs, tf.concat(kernels, -1), 2, "VALID")
+        shape = (-1, *outputs.shape[1:3], len(shifts), self.filters)
+        return tf.nn.relu(tf.reduce_max(tf.reshape(outputs, shape), 3) + self.bias)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return the shape of what ``call`` returns."""
+        n, height, width, filters = super().compute_output_shape(input_shape)
+        return n, height // 2, width // 2, filters
 
 
 def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
@@ -38,8 +59,7 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     return keras.Sequential(
         [
             keras.Input(input_shape),
-            layers.Conv2D(20, 5, activation="relu"),
-            layers.MaxPool2D(2),
+            PooledConv2D(20, 5),
             layers.Conv2D(50, 5, activation="relu"),
             layers.MaxPool2D(2),
             layers.Flatten(),
@@ -174,7 +194,7 @@ class FoundationModel:
     """
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
-        use_cpu(settings.THREADS)
+        use_device(settings.THREADS, settings.DEVICE)
         self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
         self.test_size = len(dataset.y_test)
         shape = (-1, *dataset.input_shape)
@@ -255,7 +275,7 @@ class QNetwork:
     """
 
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
-        use_cpu(settings.THREADS)
+        use_device(settings.THREADS, settings.DEVICE)
         networks = settings.Q_NETWORKS
         model = q_network(inputs, settings.HIDDEN_UNITS, actions, networks, settings.DUELING)
         self.network = FlatNetwork(model)
@@ -319,27 +339,41 @@ def _to_input(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
-def use_cpu(threads: int) -> int:
-    """Let TensorFlow compute on that many CPU threads, 0 for all cores; return the number.
+def use_device(threads: int = 0, device: str = "cpu") -> int:
+    """Let TensorFlow compute on so many CPU threads, 0 for all cores, and on a DEVICE.
 
     One operation runs at a time, because the networks are chains. A fixed schedule keeps the order
     of floating-point sums, so the same seed gives the same bits.
 
+    Returns:
+        The number of threads.
+
     Raises:
-        ConfigError: TensorFlow computes with another number in this process already.
+        ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
     """
-    wanted = threads or available_cores()
-    threading = tf.config.threading
+    wanted, config = threads or available_cores(), tf.config
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read when TensorFlow first looks for devices
+        with without_stderr():  # it reports that it finds none
+            gpus = config.list_physical_devices("GPU")[:0]
+    else:
+        gpus = config.list_physical_devices("GPU")[:1]
+        if not gpus:
+            seen = ", ".join(found.name for found in config.list_physical_devices())
+            raise ConfigError(f"DEVICE: got 'gpu', takes 'cpu' here: TensorFlow sees {seen}")
+        config.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
+        config.experimental.enable_op_determinism()
     try:
-        threading.set_intra_op_parallelism_threads(wanted)
-        threading.set_inter_op_parallelism_threads(1)
-        with without_stderr():  # it looks for CUDA even so, and reports that there is none
-            tf.config.list_logical_devices()
-    except RuntimeError as error:  # TensorFlow has started, by default (0) with all cores
-        used = threading.get_intra_op_parallelism_threads() or available_cores()
-        if wanted != used:
+        config.set_visible_devices(gpus, "GPU")
+        config.threading.set_intra_op_parallelism_threads(wanted)
+        config.threading.set_inter_op_parallelism_threads(1)
+        config.list_logical_devices()  # TensorFlow starts here
+    except RuntimeError as error:  # it has started before; 0 threads are all cores then
+        used = config.threading.get_intra_op_parallelism_threads() or available_cores()
+        if wanted != used or gpus != config.get_visible_devices("GPU"):
             raise ConfigError(
-                f"THREADS: got {threads}, takes {used} in this process, as TensorFlow has started"
+                f"THREADS, DEVICE: got {threads}, {device!r}, takes {used} threads and the device "
+                "with which TensorFlow has started in this process"
             ) from error
     return wanted
 

@@ -35,7 +35,7 @@ import main
 from cli import Parser, available_cores
 from config import NAMED_SETTINGS, PROJECT, Settings, absolute
 from environment import DecentralizedLearning
-from models import tf, use_cpu
+from models import tf, use_device
 from node import DQNAgent
 from records import Run, cpu_name
 
@@ -60,14 +60,14 @@ _load = cache(data.load)  # once in a process
 
 def multiply() -> dict[str, float]:
     """Return the seconds of a matrix product."""
-    use_cpu(0)
+    use_device()
     matrix = tf.random.normal((MATRIX, MATRIX))
     return {"seconds": timeit(lambda: tf.matmul(matrix, matrix).numpy(), number=1)}
 
 
 def play_reference() -> dict[str, float]:
     """Return the seconds of a round of tests/reference.py."""
-    use_cpu(0)
+    use_device()
     # Always the same node: Keras compiles a node's model in its first round.
     return {"seconds": timeit(lambda: _reference().round([0]), number=1)}
 

@@ -376,7 +376,7 @@ def compare(plan: Plan) -> int:
     from experiments.jobs import dask_client, load_dataset
 
     threads = plan.settings.THREADS or 1
-    models.use_cpu(threads)
+    models.use_device(threads, "cpu" if plan.cluster else plan.settings.DEVICE)
     dataset = load_dataset(plan.settings.DATASET, plan.settings.DATA_DIR)
     # The jobs take the data that was found, and do not search and warn again.
     settings = plan.settings.replace(DATASET=dataset.name, THREADS=threads)

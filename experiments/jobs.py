@@ -190,7 +190,7 @@ def run_job(job: Job) -> None:
             return
     method = METHODS[job.method]
     settings = job.settings.replace(REWARD_IMAGES=0)  # all test images judge a test
-    models.use_cpu(settings.THREADS)
+    models.use_device(settings.THREADS, settings.DEVICE)
     environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))
     sent_before = method.prepare(environment)
     policy = method.policy(environment) if method.policy else _learned_policy(job, environment)
@@ -211,7 +211,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     if job.trains:
         settings = job.settings.replace(NAME=job.training_folder.name)
-        with Run(settings, environment.dataset, models.use_cpu(settings.THREADS)) as run:
+        with Run(settings, environment.dataset, environment.threads) as run:
             if not run.finished:
                 main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
                 run.finish()

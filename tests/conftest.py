@@ -27,7 +27,7 @@ import environment
 import models
 
 # Before anything computes, as main.py does it: the number can't be changed later.
-models.use_cpu(0)
+models.use_device()
 
 # Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
 SMALL = {

@@ -22,7 +22,7 @@ def quick(monkeypatch, few):
 
 
 def start(folder, *arguments, **overrides):
-    settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_cpu(0), **overrides}
+    settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_device(), **overrides}
     for name in config.names_of("agent") & {"EPISODES", "REPLAY_SAMPLE"}:
         del settings[name]
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]

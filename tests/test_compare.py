@@ -34,7 +34,7 @@ def quick(monkeypatch, few):
 
 def flags(folder, *more, methods=METHODS, **overrides):
     """A small comparison in this process, with the threads that the tests have."""
-    settings = {**QUICK, "RESULTS_DIR": str(folder), "THREADS": models.use_cpu(0), **overrides}
+    settings = {**QUICK, "RESULTS_DIR": str(folder), "THREADS": models.use_device(), **overrides}
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     named = ["--methods", methods] if methods else []
     return ["--jobs", "1", "--test-episodes", "2", *named, *more, *sets]
@@ -342,7 +342,7 @@ def test_a_value_of_the_world_changes_every_method(tmp_path):
 def agent_flags(finished, folder, *more, methods="hl,random"):
     agent = str(finished / "agents" / "hl-seed1.npz")
     common = f"--agent {agent} --methods {methods} --test-episodes 2 --jobs 1"
-    sets = f"--set RESULTS_DIR={folder} --set THREADS={models.use_cpu(0)}"
+    sets = f"--set RESULTS_DIR={folder} --set THREADS={models.use_device()}"
     return [*common.split(), *sets.split(), *more]
 
 

@@ -24,7 +24,7 @@ from node import DQNAgent
 from records import Run, load_agent
 
 # Fast enough to learn something within a round, and a goal that some episodes reach.
-QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "THREADS": models.use_cpu(0)}
+QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "THREADS": models.use_device()}
 
 
 @pytest.fixture(autouse=True)
