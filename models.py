@@ -16,42 +16,23 @@ from cli import available_cores, without_stderr
 from config import ConfigError, Settings
 from data import Dataset
 
-with without_stderr():  # its start-up notes
+# Intel's kernels, which TensorFlow takes by itself on some processors only: twice as fast.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+with without_stderr():  # TensorFlow's start-up notes
     import keras
     import tensorflow as tf
 
 # Adam's constants, as in Keras' default and the public code.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 
-# Images in a batch of the evaluation; what the layers need for 100 stays in a processor's cache.
-_EVALUATION_BATCH = 100
-
-
-class PooledConv2D(keras.layers.Conv2D):
-    """``Conv2D``, ``MaxPool2D(2)`` and ReLU in one, for few input channels (ours, for speed).
-
-    The four outputs that are pooled come from one convolution with stride 2, whose kernel holds the
-    layer's four times, shifted by a pixel. The result is that of the three layers but for rounding:
-    ReLU and the bias keep the order, so they may follow the maximum.
-    """
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return (n, (height - k + 1) // 2, (width - k + 1) // 2, filters) float32."""
-        shifts = [(i, j) for i in (0, 1) for j in (0, 1)]
-        kernels = [tf.pad(self.kernel, [(i, 1 - i), (j, 1 - j), (0, 0), (0, 0)]) for i, j in shifts]
-        outputs = tf.nn.conv2d(inputs, tf.concat(kernels, -1), 2, "VALID")
-        shape = (-1, *outputs.shape[1:3], len(shifts), self.filters)
-        return tf.nn.relu(tf.reduce_max(tf.reshape(outputs, shape), 3) + self.bias)
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Return the shape of what ``call`` returns."""
-        n, height, width, filters = super().compute_output_shape(input_shape)
-        return n, height // 2, width // 2, filters
+# Images in a batch of the evaluation; what the layers need for 200 stays in a processor's cache.
+_EVALUATION_BATCH = 200
 
 
 def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
     """Return the local foundation model (public code); 33,580 weights for 28 x 28 x 1, 10 classes.
 
+    ReLU follows the pooling, where it has a quarter of the numbers; the result is the same.
     Departure: the last layer gives logits, and its softmax is part of the loss: the same function
     computed more exactly. It does not change which class is the greatest.
     """
@@ -59,9 +40,12 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     return keras.Sequential(
         [
             keras.Input(input_shape),
-            PooledConv2D(20, 5),
-            layers.Conv2D(50, 5, activation="relu"),
+            layers.Conv2D(20, 5),
             layers.MaxPool2D(2),
+            layers.ReLU(),
+            layers.Conv2D(50, 5),
+            layers.MaxPool2D(2),
+            layers.ReLU(),
             layers.Flatten(),
             layers.Dense(classes),
         ],

@@ -273,22 +273,3 @@ def test_threads_can_not_change_in_a_process():
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"DEVICE: got 'gpu', takes 'cpu' here: .*device:CPU:0"):
         models.use_device(device="gpu")
-
-
-@pytest.mark.parametrize("shape", [(16, 16, 1), (17, 18, 3)])
-def test_pooled_convolution_is_a_convolution_with_relu_and_pooling(shape):
-    images = tf.constant(np.random.default_rng(0).normal(size=(4, *shape)), tf.float32)
-    pooled = models.PooledConv2D(6, 5)
-    assert pooled.compute_output_shape((4, *shape)) == pooled(images).shape
-    pooled.bias.assign(np.linspace(-1, 1, 6))
-    with tf.GradientTape() as tape:
-        outputs = pooled(images)
-        gradients = tape.gradient(tf.reduce_sum(outputs**2), pooled.trainable_variables)
-    kernel, bias = pooled.trainable_variables
-    with tf.GradientTape() as tape:
-        convolved = tf.nn.relu(tf.nn.conv2d(images, kernel, 1, "VALID") + bias)
-        expected = tf.nn.max_pool2d(convolved, 2, 2, "VALID")
-        wanted = tape.gradient(tf.reduce_sum(expected**2), pooled.trainable_variables)
-    np.testing.assert_allclose(outputs, expected, atol=1e-5)
-    for gradient, other in zip(gradients, wanted, strict=True):
-        np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=1e-3)
