@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib
 import itertools
 import subprocess
@@ -98,6 +99,7 @@ def play(**overrides: Any) -> dict[str, float]:
         Seconds per round (``seconds``) and of its parts (``training``, ``evaluation``, ``agent``,
         ``checkpoint``), and ``memory``, the most that the process ever held, in MB.
     """
+    gc.collect()  # the timed methods below tie an earlier turn's agent to itself
     parts: defaultdict[str, float] = defaultdict(float)
 
     def clock(part: str, owner: Any, name: str) -> None:

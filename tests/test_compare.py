@@ -101,7 +101,7 @@ def test_files_of_a_comparison(finished):
     assert (table["state"] == "finished").all()
     assert (table["tensorflow"] != "").all()
     stored = json.loads((finished / "config.json").read_text())
-    assert set(stored["settings"]) == set(Settings().stored()) - {"SEED", "THREADS"}
+    assert set(stored["settings"]) == set(Settings().stored()) - {"SEED", "THREADS", "DEVICE"}
     del stored["settings"], stored["dataset"]
     assert stored == {
         "comparison": "paper",

@@ -29,7 +29,7 @@ def test_defaults_are_the_public_codes():
 
 def test_every_setting_is_declared_once_with_meaning_and_source():
     names = [name for group in config.GROUPS for name in group.model_fields]
-    assert len(names) == len(set(names)) == 47
+    assert len(names) == len(set(names)) == 48
     assert set(names) == set(Settings.model_fields)
     for name in names:
         meaning, source = config.meaning(name)
@@ -39,7 +39,7 @@ def test_every_setting_is_declared_once_with_meaning_and_source():
 
 def test_groups_tell_whose_a_setting_is():
     assert config.names_of("place") == {"NAME", "RESULTS_DIR", "DATA_DIR"}
-    assert config.names_of("run") == {"SEED", "THREADS"}
+    assert config.names_of("run") == {"SEED", "THREADS", "DEVICE"}
     assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of("agent")
     assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of("world")
     assert set(NAMED_SETTINGS["tuned"]) < config.names_of("agent")

@@ -280,8 +280,10 @@ def test_the_committed_agents_have_the_tuned_settings():
     for path in paths:
         weights, about = records.load_agent(path)
         assert np.isfinite(q.network.from_named_arrays(weights)).all()
-        stored = {**about["settings"], "SEED": 0, "THREADS": 0, "DATASET": "auto"}
-        assert stored == settings.stored()
+        stored = config.Settings(
+            **{**about["settings"], "SEED": 0, "THREADS": 0, "DATASET": "auto"}
+        )
+        assert stored == settings
 
 
 # --- Numbers ---------------------------------------------------------------------------------
