@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cli import available_cores, without_stderr
-from config import ConfigError, Settings
+from config import ConfigError, DQNSettings, Settings
 from data import Dataset
 
 # Intel's kernels, which TensorFlow takes by itself on some processors only: twice as fast.
@@ -243,6 +243,32 @@ class FoundationModel:
         return correct
 
 
+def q_targets(
+    q_values: tf.Tensor, next_values: tf.Tensor, sample: dict[str, tf.Tensor], settings: Settings
+) -> tf.Tensor:
+    """Return what the Q values are fitted to: (n, K, A) float32 (public code).
+
+    Each network's own values, but for the actions taken: r + discount^steps * max Q(s'), or r alone
+    at an episode's end. With NORMALIZE_TARGETS each network's (n, A) is divided by its Frobenius
+    norm (public code).
+
+    Args:
+        q_values: (n, K, A) float32, each network's at the observation.
+        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean.
+        sample: n transitions, the fields of ``ReplayBuffer``.
+        settings: for DISCOUNT and NORMALIZE_TARGETS.
+    """
+    future = tf.reduce_max(tf.reduce_mean(next_values, 1), 1)
+    discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float32)
+    future = tf.where(sample["terminals"], 0.0, discount * future)
+    returns = tf.cast(sample["rewards"], tf.float32) + future
+    taken = tf.reduce_any(tf.one_hot(sample["actions"], q_values.shape[-1], True, False), 1)
+    targets = tf.where(taken[:, None], returns[:, None, None], q_values)
+    if settings.NORMALIZE_TARGETS:
+        targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
+    return targets
+
+
 class QNetwork:
     """Q values of observations, and their fit to targets.
 
@@ -263,18 +289,24 @@ class QNetwork:
         networks = settings.Q_NETWORKS
         model = q_network(inputs, settings.HIDDEN_UNITS, actions, networks, settings.DUELING)
         self.network = FlatNetwork(model)
+        self._settings = settings
         self._shape = (-1, networks, actions)
-        self._batch_size = settings.Q_BATCH_SIZE
-        self._learning_rate = settings.Q_LEARNING_RATE
-        self._weight_decay = settings.Q_WEIGHT_DECAY
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
-        targets = tf.TensorSpec([None, networks, actions], tf.float32)
+        transitions = {
+            "observations": observations,
+            "actions": tf.TensorSpec([None, settings.NODES_PER_ROUND], tf.int32),
+            "rewards": tf.TensorSpec([None], tf.float64),
+            "next_observations": observations,
+            "terminals": tf.TensorSpec([None], tf.bool),
+            "steps": tf.TensorSpec([None], tf.int32),
+        }
+        draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
         # Traced here, once: many agents in one process, as in a comparison, are no retracing.
         values = tf.function(self.network.apply, [vector, observations])
         self._values = values.get_concrete_function()
-        self.fit = tf.function(self._fit, [vector, moments, observations, targets])
+        self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
         """Return (n, A) float32: the networks' mean Q values of (n, inputs) observations."""
@@ -285,10 +317,49 @@ class QNetwork:
         values = self._values(weights, tf.constant(observations, tf.float32))
         return values.numpy().reshape(self._shape)
 
-    def _fit(
+    def _train(
+        self,
+        weights: tf.Tensor,
+        moments: Moments,
+        target_weights: tf.Tensor,
+        transitions: dict[str, tf.Tensor],
+        draws: tf.Tensor,
+    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
+        """Fit to one sample after the other; compiled as ``train``.
+
+        Q(s') is that of the network before the sample's fit, or with TARGET_UPDATE > 0 that of the
+        target network (Mnih et al. 2015).
+
+        Args:
+            weights: (P,) float32.
+            moments: of the steps before.
+            target_weights: (P,) float32.
+            transitions: the fields of m transitions, as ``ReplayBuffer.draw`` returns them.
+            draws: (U, n) int32, the transitions of each sample.
+
+        Returns:
+            The new weights and moments, and the mean of ``fit``'s losses.
+        """
+        total = 0.0
+        for draw in draws:
+            sample = {name: tf.gather(field, draw) for name, field in transitions.items()}
+            bootstrap = target_weights if self._settings.TARGET_UPDATE else weights
+            q_values = self.network.apply(weights, sample["observations"])
+            next_values = self.network.apply(bootstrap, sample["next_observations"])
+            targets = q_targets(
+                tf.reshape(q_values, self._shape),
+                tf.reshape(next_values, self._shape),
+                sample,
+                self._settings,
+            )
+            weights, moments, loss = self.fit(weights, moments, sample["observations"], targets)
+            total += loss
+        return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
+
+    def fit(
         self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
-        """Pass over the samples in their order with Adam; compiled as ``fit``.
+        """Pass over the observations in their order with Adam.
 
         Args:
             weights: (P,) float32.
@@ -300,9 +371,9 @@ class QNetwork:
             The new weights and moments, and the mean squared error of all samples and actions,
             each batch's taken before its step (as Keras reports it).
         """
-        total = 0.0
-        for start in tf.range(0, tf.shape(observations)[0], self._batch_size):
-            stop = start + self._batch_size
+        settings, total = self._settings, 0.0
+        for start in tf.range(0, tf.shape(observations)[0], settings.Q_BATCH_SIZE):
+            stop = start + settings.Q_BATCH_SIZE
             batch = targets[start:stop]
             with tf.GradientTape() as tape:
                 tape.watch(weights)
@@ -312,9 +383,9 @@ class QNetwork:
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
             gradient = tape.gradient(losses, weights)
-            if self._weight_decay:  # decoupled from the gradient (Loshchilov and Hutter 2019)
-                weights -= self._learning_rate * self._weight_decay * weights
-            weights, moments = adam(weights, gradient, moments, self._learning_rate)
+            if settings.Q_WEIGHT_DECAY:  # decoupled from the gradient (Loshchilov and Hutter 2019)
+                weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
+            weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 
 
@@ -381,7 +452,6 @@ def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationM
 
 def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
     """Return the process's ``QNetwork`` for these sizes and settings."""
-    s = settings
-    network = (inputs, actions, s.HIDDEN_UNITS, s.Q_NETWORKS, s.DUELING)
-    key = (*network, s.Q_LEARNING_RATE, s.Q_WEIGHT_DECAY, s.Q_BATCH_SIZE)
+    used = settings.model_dump(include=set(DQNSettings.model_fields) | {"NODES_PER_ROUND"})
+    key = (inputs, actions, used)
     return _shared(QNetwork, key, inputs, actions, settings)

@@ -69,13 +69,22 @@ class ReplayBuffer:
         self._ring[self.added % self.capacity] = transition
         self.added += 1
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Return ``count`` distinct transitions in random order: (count,), with the ring's fields.
+    def draw(
+        self, samples: int, size: int, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Draw samples of distinct transitions, each in random order.
+
+        Returns:
+            The fields of all transitions that were drawn, (m, ...) each, and (samples, size) int32,
+            which of them make a sample. So a transition is copied once, however often it is drawn.
 
         Raises:
-            ValueError: fewer than ``count`` are stored.
+            ValueError: fewer than ``size`` are stored.
         """
-        return self._ring[rng.choice(len(self), count, replace=False)]
+        places = [rng.choice(len(self), size, replace=False) for _ in range(samples)]
+        drawn, draws = np.unique(places, return_inverse=True)
+        transitions = {name: self._ring[name][drawn] for name in self._ring.dtype.names or ()}
+        return transitions, draws.reshape(samples, size).astype(np.int32)
 
     def latest(self, count: int) -> np.ndarray:
         """Return the last ``count`` transitions (or all that there are), oldest first."""
@@ -200,37 +209,15 @@ class DQNAgent:
         settings = self.settings
         if len(self.replay) < settings.REPLAY_SAMPLE:
             return None
-        losses = []
-        for _ in range(settings.UPDATES_PER_EPISODE):
-            sample = self.replay.draw(settings.REPLAY_SAMPLE, self._draws)
-            self.weights, self.moments, loss = self.q.fit(
-                self.weights, self.moments, sample["observations"], self.targets(sample)
-            )
-            losses.append(float(loss))
+        transitions, draws = self.replay.draw(
+            settings.UPDATES_PER_EPISODE, settings.REPLAY_SAMPLE, self._draws
+        )
+        self.weights, self.moments, loss = self.q.train(
+            self.weights, self.moments, self.target_weights, transitions, draws
+        )
         if settings.TARGET_UPDATE == 0 or self.episode % settings.TARGET_UPDATE == 0:
             self.target_weights = self.weights
-        return float(np.mean(losses))
-
-    def targets(self, sample: np.ndarray) -> np.ndarray:
-        """Return what the Q values are fitted to: (n, K, actions) float32 (public code).
-
-        Each network's own values, but for the actions taken: r + discount^steps * max Q(s'), or r
-        alone at an episode's end. Q(s') is the mean of the K networks: the trained ones, or with
-        TARGET_UPDATE > 0 the target networks (Mnih et al. 2015). With NORMALIZE_TARGETS each
-        network's (n, actions) is divided by its Frobenius norm (public code).
-        """
-        settings = self.settings
-        targets = self.q.all_values(self.weights, sample["observations"]).astype(np.float64)
-        # Without a target network, Q(s') comes from the network as it is at this update.
-        bootstrap = self.target_weights if settings.TARGET_UPDATE else self.weights
-        future = self.q.values(bootstrap, sample["next_observations"]).max(axis=1)
-        discount = settings.DISCOUNT ** sample["steps"]
-        returns = sample["rewards"] + discount * future * ~sample["terminals"]
-        np.put_along_axis(targets, sample["actions"][:, None, :], returns[:, None, None], axis=2)
-        if settings.NORMALIZE_TARGETS:
-            for of_network in np.swapaxes(targets, 0, 1):
-                of_network /= np.linalg.norm(of_network) or 1.0
-        return targets.astype(np.float32)
+        return float(loss)
 
     def decay_epsilon(self) -> None:
         """End the episode: epsilon is multiplied by exp(-EPSILON_DECAY) (public code)."""

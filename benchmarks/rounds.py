@@ -183,16 +183,16 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
         lines.append(f"| {what} | {np.median(seconds):.4f} s | {compared} |")
 
     def add_rate(what: str, seconds: np.ndarray, flop: int) -> None:
-        rate = flop / np.median(seconds) / 1e9
         share = np.median(product / seconds) * flop / PRODUCT
-        add(what, seconds, f"{rate:.0f} GFLOP/s, {share:.0%} of the matrix product's")
+        add(what, seconds, f"{share:.0%} of the matrix product's rate")
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy"))
     machine = f"{available_cores()} cores of {cpu_name() or 'an unknown processor'}"
     lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
     lines += ["| what | measured | compared |", "| --- | --- | --- |"]
     product, one, tuned = values("product"), values("one"), values("tuned")
-    add_rate(f"matrix product, {MATRIX} x {MATRIX}, float32", product, PRODUCT)
+    rate = PRODUCT / np.median(product) / 1e9
+    add(f"matrix product, {MATRIX} x {MATRIX}, float32", product, f"{rate:.0f} GFLOP/s")
     add_rate(f"evaluation, {images} images", values("one", "evaluation"), FORWARD * images)
     add_rate("training, 500 images", values("one", "training"), (FORWARD + BACKWARD) * 500)
     add("round", one)

@@ -5,7 +5,9 @@ import gymnasium
 import numpy as np
 import pytest
 
+import models
 from config import Settings
+from models import tf
 from node import DQNAgent, ReplayBuffer
 
 # --- Replay buffer ---------------------------------------------------------------------------
@@ -22,7 +24,7 @@ def test_buffer_overwrites_the_oldest():
     assert len(buffer) == 4
     numbered(buffer, range(4, 13))
     assert len(buffer) == 5
-    drawn = buffer.draw(5, np.random.default_rng(0))
+    drawn, _ = buffer.draw(1, 5, np.random.default_rng(0))
     assert sorted(drawn["rewards"]) == [8, 9, 10, 11, 12]
     for i, reward in enumerate(drawn["rewards"]):
         assert drawn["observations"][i].tolist() == [reward, reward]
@@ -34,11 +36,15 @@ def test_buffer_overwrites_the_oldest():
 def test_buffer_draws_distinct_transitions():
     buffer = ReplayBuffer(100, 2)
     numbered(buffer, range(50))
-    draws = [buffer.draw(20, np.random.default_rng(s))["rewards"] for s in range(30)]
-    assert all(len(set(rewards)) == 20 for rewards in draws)
-    assert set(np.concatenate(draws)) == set(range(50))
+    transitions, draws = buffer.draw(30, 20, np.random.default_rng(0))
+    samples = transitions["rewards"][draws]
+    assert all(len(set(rewards)) == 20 for rewards in samples)
+    assert set(samples.ravel()) == set(range(50))
+    rng = np.random.default_rng(0)
+    for rewards in samples:  # in the order of the draw
+        assert rewards.tolist() == rng.choice(50, 20, replace=False).tolist()
     with pytest.raises(ValueError, match="larger"):
-        buffer.draw(51, np.random.default_rng(0))
+        buffer.draw(1, 51, np.random.default_rng(0))
 
 
 def test_buffer_latest():
@@ -64,8 +70,9 @@ def test_buffer_restored_from_its_latest(steps):
     for each in (buffer, copy):
         numbered(each, range(9000, 9003))
     assert len(copy) == len(buffer)
-    draws = [each.draw(len(each), np.random.default_rng(0)) for each in (buffer, copy)]
-    assert (draws[0] == draws[1]).all()
+    draws = [each.draw(2, len(each), np.random.default_rng(0)) for each in (buffer, copy)]
+    for name, field in draws[0][0].items():
+        assert (field[draws[0][1]] == draws[1][0][name][draws[1][1]]).all()
 
 
 @pytest.mark.parametrize(("size", "actions", "kept"), [(3, 1, 3), (2, 2, 3), (2, 1, 2)])
@@ -179,79 +186,84 @@ def test_equal_q_values_give_the_lower_number(monkeypatch):
 
 # --- Targets ---------------------------------------------------------------------------------
 
-# Q values of the network, of the network at the next observation, and of a target network there.
+# Q values of a network, and of the network or a target network at the next observation.
 Q_NOW = np.array([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]])
 Q_NEXT = np.array([[4.0, 1.0, 0.0], [9.0, 9.0, 9.0]])
-Q_TARGET = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
 SAMPLE = {
-    "observations": np.zeros((2, 4), np.float32),
-    "next_observations": np.ones((2, 4), np.float32),
-    "actions": np.array([[1], [2]]),
+    "actions": np.array([[1], [2]], np.int32),
     "rewards": np.array([-0.5, 0.75]),
     "terminals": np.array([False, True]),
-    "steps": np.array([1, 1]),
+    "steps": np.array([1, 1], np.int32),
 }
 
 
-def targets(sample=SAMPLE, **overrides):
-    agent = make_agent(**{"DISCOUNT": 0.9, "NORMALIZE_TARGETS": False, **overrides})
-    agent.weights, agent.target_weights = "online", "target"
-
-    def values(weights, observations):
-        if not observations.any():
-            assert weights == "online"
-            return Q_NOW[:, None].astype(np.float32)
-        return (Q_NEXT if weights == "online" else Q_TARGET)[:, None].astype(np.float32)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent.q, "all_values", values)
-        (of_network,) = np.swapaxes(agent.targets(sample), 0, 1)
-    return of_network
+def targets(sample=SAMPLE, now=(Q_NOW,), following=(Q_NEXT,), normalize=False):
+    settings = Settings(DISCOUNT=0.9, NORMALIZE_TARGETS=normalize)
+    values = [tf.constant(np.stack(networks, 1), tf.float32) for networks in (now, following)]
+    fields = {name: tf.constant(field) for name, field in sample.items()}
+    return np.swapaxes(models.q_targets(*values, fields, settings), 0, 1)
 
 
 def test_targets_by_hand():
     # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
-    expected = [[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]
+    expected = [[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]
     np.testing.assert_allclose(targets(), expected, rtol=1e-6)
 
 
 def test_normalised_targets_by_hand():
     # Squares: 1 + 9.61 + 9 + 0.25 + 1 + 0.5625 = 21.4225, root 4.628445.
-    expected = np.array([[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]) / 4.628445
-    np.testing.assert_allclose(targets(NORMALIZE_TARGETS=True), expected, rtol=1e-6)
-
-
-def test_targets_of_a_target_network_by_hand():
-    # -0.5 + 0.9 * 7
-    assert targets(TARGET_UPDATE=3)[0, 1] == pytest.approx(5.8)
+    expected = np.array([[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]) / 4.628445
+    np.testing.assert_allclose(targets(normalize=True), expected, rtol=1e-6)
 
 
 def test_targets_of_several_actions_by_hand():
-    sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]]))
-    expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
+    sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]], np.int32))
+    expected = [[[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]]
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
 def test_targets_of_several_steps_by_hand():
     # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
-    expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
-    sample = dict(SAMPLE, steps=np.array([3, 1]))
-    np.testing.assert_allclose(targets(sample, N_STEP=3), expected, rtol=1e-6)
+    expected = [[[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]]
+    sample = dict(SAMPLE, steps=np.array([3, 1], np.int32))
+    np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
-def test_targets_of_several_networks_by_hand(monkeypatch):
+def test_targets_of_several_networks_by_hand():
     """The networks' mean is the next state's value; each keeps its own at the other actions."""
-    agent = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=False, Q_NETWORKS=2)
-    now, following = np.stack([Q_NOW, -Q_NOW], 1), np.stack([Q_NEXT, Q_TARGET], 1)
-    monkeypatch.setattr(
-        agent.q, "all_values", lambda weights, x: (following if x.any() else now).astype(np.float32)
-    )
+    other = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
+    networks = {"now": (Q_NOW, -Q_NOW), "following": (Q_NEXT, other)}
     # Means of the next state: 2.125, 4, 0.5.
-    expected = [[[1, 3.1, 3], [-1, 3.1, -3]], [[0.5, -1, 0.75], [-0.5, 1, 0.75]]]
-    np.testing.assert_allclose(agent.targets(SAMPLE), expected, rtol=1e-6)
+    expected = [[[1, 3.1, 3], [0.5, -1, 0.75]], [[-1, 3.1, -3], [-0.5, 1, 0.75]]]
+    np.testing.assert_allclose(targets(**networks), expected, rtol=1e-6)
     # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
-    scaled = make_agent(DISCOUNT=0.9, NORMALIZE_TARGETS=True, Q_NETWORKS=2)
-    np.testing.assert_allclose(scaled.targets(SAMPLE), np.array(expected) / 4.628445, rtol=1e-6)
+    scaled = targets(**networks, normalize=True)
+    np.testing.assert_allclose(scaled, np.array(expected) / 4.628445, rtol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_training_is_one_fit_after_another(updates):
+    """With a target network its values are those before all fits, else those before each fit."""
+    agent = make_agent(TARGET_UPDATE=updates, REPLAY_SAMPLE=6, Q_BATCH_SIZE=4)
+    rng = np.random.default_rng(0)
+    for step in range(9):
+        now, following = rng.normal(size=(2, 4)).astype(np.float32)
+        agent.replay.add(now, [step % 3], rng.normal(), following, step % 4 == 3)
+    q, weights, moments, losses = agent.q, agent.weights, agent.moments, []
+    transitions, draws = agent.replay.draw(3, 6, rng)
+    trained, _, loss = q.train(weights, moments, agent.target_weights, transitions, draws)
+    for draw in draws:
+        sample = {name: tf.constant(field[draw]) for name, field in transitions.items()}
+        bootstrap = agent.target_weights if updates else weights
+        values = [
+            tf.constant(q.all_values(w, sample[name]))
+            for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
+        ]
+        wanted = models.q_targets(*values, sample, agent.settings)
+        weights, moments, lost = q.fit(weights, moments, sample["observations"], wanted)
+        losses.append(float(lost))
+    np.testing.assert_allclose(trained, weights, atol=1e-6)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def remembered(**overrides):
