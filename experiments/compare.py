@@ -75,7 +75,7 @@ _ABLATIONS = {
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name in METHODS if name != "tuned"),
+        tuple(name for name in METHODS if name not in ("tuned", "best_walk", "walk_search")),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",

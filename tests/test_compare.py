@@ -582,7 +582,11 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
         assert len({job.folder for job in made}) == len(made)
         assert len(made) == 2 * len(comparison.methods) * len(comparison.variants)
         assert not any("/" in variant for variant in comparison.variants)  # a folder's name
-    assert set(compare.COMPARISONS["paper"].methods) == set(methods.METHODS) - {"tuned"}
+    assert set(compare.COMPARISONS["paper"].methods) == set(methods.METHODS) - {
+        "tuned",
+        "best_walk",
+        "walk_search",
+    }
 
 
 def test_values_are_split_at_commas_outside_parentheses():

@@ -146,7 +146,13 @@ def test_fedavg_averages_all_nodes_models(few):
 def test_what_methods_change_of_the_settings():
     settings = small_settings(NUM_NODES=7)
     changed = {name: method.overrides(settings) for name, method in METHODS.items()}
-    expected = {"tuned": NAMED_SETTINGS["tuned"], "fedavg": {"NODES_PER_ROUND": 7}}
+    tuned = NAMED_SETTINGS["tuned"]
+    rewards = ("REWARD_BASE", "REWARD_CEILING", "REWARD_PROGRESS", "MISS_PENALTY")
+    expected = {
+        "tuned": tuned,
+        "fedavg": {"NODES_PER_ROUND": 7},
+        "walk_search": {name: tuned[name] for name in rewards},
+    }
     assert {name: own for name, own in changed.items() if own} == expected
     assert [name for name, method in METHODS.items() if not method.policy] == ["hl", "tuned"]
     assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
