@@ -291,6 +291,7 @@ def load_digits(settings: Settings) -> Dataset:
 
 def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return each (n, 28, 28) image under a small random affine map about its middle."""
+    import tensorflow as tf
     from keras import ops
 
     n, middle = len(images), (images.shape[1] - 1) / 2
@@ -302,9 +303,10 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     c = middle - a * middle - b * middle + shift[0]
     f = middle - d * middle - a * middle + shift[1]
     maps = np.stack([a, b, c, d, a, f, np.zeros(n), np.zeros(n)], axis=1).astype(np.float32)
-    moved = ops.image.affine_transform(
-        images[..., None], maps, interpolation="bilinear", fill_mode="constant"
-    )
+    with tf.device("CPU"):  # the same digits whatever DEVICE is
+        moved = ops.image.affine_transform(
+            images[..., None], maps, interpolation="bilinear", fill_mode="constant"
+        )
     return np.clip(ops.convert_to_numpy(moved)[..., 0], 0, 1)
 
 

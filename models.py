@@ -16,7 +16,7 @@ from cli import available_cores, without_stderr
 from config import ConfigError, DQNSettings, Settings
 from data import Dataset
 
-# Intel's kernels, which TensorFlow takes by itself on some processors only: twice as fast.
+# Intel's kernels, which TensorFlow takes by itself on some processors only; docs/performance.md.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 with without_stderr():  # TensorFlow's start-up notes
     import keras
@@ -25,7 +25,7 @@ with without_stderr():  # TensorFlow's start-up notes
 # Adam's constants, as in Keras' default and the public code.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 
-# Images in a batch of the evaluation; what the layers need for 200 stays in a processor's cache.
+# Images in a batch of the evaluation. It changes memory alone: 200 need 9 MB for the first layer.
 _EVALUATION_BATCH = 200
 
 
@@ -258,15 +258,15 @@ def q_targets(
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and NORMALIZE_TARGETS.
     """
-    future = tf.reduce_max(tf.reduce_mean(next_values, 1), 1)
-    discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float32)
-    future = tf.where(sample["terminals"], 0.0, discount * future)
-    returns = tf.cast(sample["rewards"], tf.float32) + future
+    future = tf.cast(tf.reduce_max(tf.reduce_mean(next_values, 1), 1), tf.float64)
+    discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
+    goes_on = tf.cast(~sample["terminals"], tf.float64)
+    returns = sample["rewards"] + discount * future * goes_on
     taken = tf.reduce_any(tf.one_hot(sample["actions"], q_values.shape[-1], True, False), 1)
-    targets = tf.where(taken[:, None], returns[:, None, None], q_values)
+    targets = tf.where(taken[:, None], returns[:, None, None], tf.cast(q_values, tf.float64))
     if settings.NORMALIZE_TARGETS:
         targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
-    return targets
+    return tf.cast(targets, tf.float32)
 
 
 class QNetwork:
@@ -303,7 +303,7 @@ class QNetwork:
             "steps": tf.TensorSpec([None], tf.int32),
         }
         draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
-        # Traced here, once: many agents in one process, as in a comparison, are no retracing.
+        # Traced once here, so that many agents in one process cause no retracing.
         values = tf.function(self.network.apply, [vector, observations])
         self._values = values.get_concrete_function()
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
@@ -406,26 +406,25 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
     Raises:
         ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
     """
-    wanted, config = threads or available_cores(), tf.config
+    wanted, tensorflow = threads or available_cores(), tf.config
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read when TensorFlow first looks for devices
-        with without_stderr():  # it reports that it finds none
-            gpus = config.list_physical_devices("GPU")[:0]
-    else:
-        gpus = config.list_physical_devices("GPU")[:1]
-        if not gpus:
-            seen = ", ".join(found.name for found in config.list_physical_devices())
-            raise ConfigError(f"DEVICE: got 'gpu', takes 'cpu' here: TensorFlow sees {seen}")
-        config.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
-        config.experimental.enable_op_determinism()
+    with without_stderr():  # it reports in its own words that it finds none
+        gpus = tensorflow.list_physical_devices("GPU")[: int(device == "gpu")]
+    if device == "gpu" and not gpus:
+        seen = ", ".join(found.name for found in tensorflow.list_physical_devices())
+        raise ConfigError(f"DEVICE: got 'gpu', takes 'cpu' here: TensorFlow sees {seen}")
     try:
-        config.set_visible_devices(gpus, "GPU")
-        config.threading.set_intra_op_parallelism_threads(wanted)
-        config.threading.set_inter_op_parallelism_threads(1)
-        config.list_logical_devices()  # TensorFlow starts here
+        tensorflow.set_visible_devices(gpus, "GPU")
+        if gpus:
+            tensorflow.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
+            tensorflow.experimental.enable_op_determinism()
+        tensorflow.threading.set_intra_op_parallelism_threads(wanted)
+        tensorflow.threading.set_inter_op_parallelism_threads(1)
+        tensorflow.list_logical_devices()  # TensorFlow starts here
     except RuntimeError as error:  # it has started before; 0 threads are all cores then
-        used = config.threading.get_intra_op_parallelism_threads() or available_cores()
-        if wanted != used or gpus != config.get_visible_devices("GPU"):
+        used = tensorflow.threading.get_intra_op_parallelism_threads() or available_cores()
+        if wanted != used or gpus != tensorflow.get_visible_devices("GPU"):
             raise ConfigError(
                 f"THREADS, DEVICE: got {threads}, {device!r}, takes {used} threads and the device "
                 "with which TensorFlow has started in this process"

@@ -219,6 +219,7 @@ def circumstances(threads: int) -> Json:
             "cpu": cpu_name(),
             "cpus": os.cpu_count(),
             "threads": threads,
+            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS"),
         },
     }
 
@@ -364,8 +365,12 @@ class Run:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
             self._state = read_arrays(self._checkpoint_path)
-            self._sizes = json.loads(str(self._state.pop("files")))
-            self.episodes_finished = int(self._state["episode"]) - 1
+            try:
+                self._sizes = dict(json.loads(str(self._state.pop("files"))))
+                self.episodes_finished = int(self._state["episode"]) - 1
+            except (ValueError, KeyError, TypeError) as error:
+                cause = f"{self._checkpoint_path}: damaged ({reason(error)})"
+                raise RunError(f"{cause}; {_ADVICE}") from error
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
@@ -387,7 +392,7 @@ class Run:
                     parts.append(np.load(file, allow_pickle=False))
             agent.load_state(self._state, np.concatenate(parts)[-agent.replay.capacity :])
         except Exception as error:  # NumPy raises many types
-            path = self._checkpoint_path
+            path = f"{self._checkpoint_path} or {_TRANSITIONS}"
             raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
@@ -451,6 +456,7 @@ class Run:
 
 def _comparable(config: Json) -> Json:
     """Return what of a run's ``config.json`` must stay the same when the run is continued."""
+    config["state"], config["sessions"]  # they are needed later
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
     return {**config["settings"], "DATASET": None, "data": data}

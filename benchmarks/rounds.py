@@ -117,6 +117,7 @@ def play(**overrides: Any) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         fixed = {"EPISODES": 1, "EPSILON": 0.4, "GOAL_ACCURACY": 1.0, "RESULTS_DIR": folder}
         settings = Settings(**overrides, **fixed)
+        use_device(settings.THREADS)  # before data is loaded, which may start TensorFlow
         environment = DecentralizedLearning(settings, _load(Settings(DATASET=settings.DATASET)))
         # A copy, for later turns share the original.
         environment.foundation = foundation = copy.copy(environment.foundation)

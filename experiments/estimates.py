@@ -139,8 +139,8 @@ def bootstrap(
     mean = float(statistic(*values))
     if len(values[0]) < 2:
         return mean, None, None
-    draws = _draws(*values[0].shape)
-    resampled = statistic(*(v.take(draws) for v in values))
+    draws = np.array_split(_draws(*values[0].shape), 20)  # in parts, which take less memory
+    resampled = np.concatenate([statistic(*(v.take(part) for v in values)) for part in draws])
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")

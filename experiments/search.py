@@ -1,8 +1,8 @@
-"""A rival that learns a fixed walk: the cross-entropy method over walks, without observations.
+"""A baseline that learns a fixed walk: the cross-entropy method over walks, without observations.
 
 A walk is a list of stays: a node, and how many rounds the model stays there. The last two repeat
 until the episode ends. Each generation draws walks, plays each for one training episode, and moves
-the probabilities of nodes and lengths towards those of the best walks (Rubinstein 1999).
+the probabilities of nodes and lengths towards those of the best walks, the elite (Rubinstein 1999).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Walk = list[tuple[int, int]]  # stays: node, and rounds there
 _STAYS = 6  # of a walk
 _LONGEST = 12  # rounds of a stay
 _GENERATION = 20  # walks, each played once
-_BEST = 5  # of them that count
-_RATE = 0.7  # step of the probabilities towards those of the best walks
+_ELITE = 4  # one in so many walks counts
+_RATE = 0.7  # step of the probabilities towards the elite's, for a whole generation
 
 
 def search_walk(
@@ -38,21 +38,22 @@ def search_walk(
         episodes: how many are played.
         rng: draws the walks.
     """
-    chances = [np.full((_STAYS, size), 1 / size) for size in (nodes, _LONGEST)]
+    probabilities = [np.full((_STAYS, size), 1 / size) for size in (nodes, _LONGEST)]
     for first in range(1, episodes + 1, _GENERATION):
         played = []
         for episode in range(first, min(first + _GENERATION, episodes + 1)):
-            drawn = [[rng.choice(len(p), p=p) for p in chance] for chance in chances]
-            played.append((play(_walk(drawn), episode), drawn))
+            drawn = [[rng.choice(len(row), p=row) for row in table] for table in probabilities]
+            played.append((play(_stays(drawn), episode), drawn))
         played.sort(key=lambda result: -result[0])
-        for which, chance in enumerate(chances):
-            best = np.array([drawn[which] for _, drawn in played[:_BEST]])
-            shares = (best[:, :, None] == np.arange(chance.shape[1])).mean(axis=0)
-            chance += _RATE * (shares - chance)
-    return _walk([chance.argmax(axis=1).tolist() for chance in chances])
+        elite = [drawn for _, drawn in played[: max(1, len(played) // _ELITE)]]
+        for which, table in enumerate(probabilities):
+            chosen = np.array([drawn[which] for drawn in elite])
+            shares = (chosen[:, :, None] == np.arange(table.shape[1])).mean(axis=0)
+            table += _RATE * len(played) / _GENERATION * (shares - table)
+    return _stays([table.argmax(axis=1).tolist() for table in probabilities])
 
 
-def _walk(drawn: list[list[int]]) -> Walk:
+def _stays(drawn: list[list[int]]) -> Walk:
     return [(int(node), 1 + int(more)) for node, more in zip(*drawn, strict=True)]
 
 
@@ -73,8 +74,8 @@ def follow_walk(walk: Walk) -> Callable[..., int]:
 def search_policy(environment: DecentralizedLearning) -> Callable[..., int]:
     """Search a walk in the EPISODES that train a DQN with the same SEED; return its policy.
 
-    The rewards are the environment's. REWARD_IMAGES is that of ``tuned``. A search that was cut off
-    starts anew.
+    The rewards are the environment's, summed without discount. REWARD_IMAGES is that of ``tuned``.
+    A search that was cut off starts anew.
     """
     from environment import DecentralizedLearning, rollout
 

@@ -147,11 +147,11 @@ def test_what_methods_change_of_the_settings():
     settings = small_settings(NUM_NODES=7)
     changed = {name: method.overrides(settings) for name, method in METHODS.items()}
     tuned = NAMED_SETTINGS["tuned"]
-    rewards = ("REWARD_BASE", "REWARD_CEILING", "REWARD_PROGRESS", "MISS_PENALTY")
+    rewards = {"REWARD_BASE": 1e100, "REWARD_CEILING": 1.0, "MISS_PENALTY": 15.0}
     expected = {
         "tuned": tuned,
         "fedavg": {"NODES_PER_ROUND": 7},
-        "walk_search": {name: tuned[name] for name in rewards},
+        "walk_search": {**rewards, "REWARD_PROGRESS": 0.0},
     }
     assert {name: own for name, own in changed.items() if own} == expected
     assert [name for name, method in METHODS.items() if not method.policy] == ["hl", "tuned"]

@@ -505,6 +505,8 @@ def test_a_folder_that_is_no_run_is_left(tmp_path, few):
         ("checkpoint.npz", lambda b: b"", "damaged"),
         ("checkpoint.npz", None, "missing"),
         ("config.json", lambda b: b[:100], "damaged"),
+        ("config.json", lambda b: b.replace(b'"state"', b'"x"'), "damaged"),
+        ("config.json", lambda b: b.replace(b'"sessions"', b'"x"'), "damaged"),
         ("config.json", lambda b: b"[]", "damaged"),
         ("config.json", lambda b: b.replace(b'"settings"', b'"settings": [], "x"'), "damaged"),
         ("rounds.csv", lambda b: b[:100], "shorter"),
