@@ -377,7 +377,8 @@ def test_a_checkpoint_that_the_agent_refuses(tmp_path, stopped_run, capsys, spoi
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert start(tmp_path)[0] == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(rf"main.py: {folder}/checkpoint.npz or transitions.npy: damaged .*--name.*\n", error)
+    named = rf"main.py: {folder}/checkpoint.npz or transitions.npy: damaged .*--name.*\n"
+    assert re.fullmatch(named, error)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
