@@ -8,7 +8,7 @@ the probabilities of nodes and lengths towards those of the best walks, the elit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,16 +57,20 @@ def _stays(drawn: list[list[int]]) -> Walk:
     return [(int(node), 1 + int(more)) for node, more in zip(*drawn, strict=True)]
 
 
-def follow_walk(walk: Walk) -> Callable[..., int]:
-    """Return the policy that follows a walk from round 2 on."""
-    stays = itertools.chain(walk, itertools.cycle(walk[-2:]))
-    nodes = (node for node, length in stays for _ in range(length))
-    chosen: list[int] = []  # in rounds 2, 3, ...
+def walk_nodes(walk: Walk) -> Iterator[int]:
+    """Yield who trains in rounds 2, 3, ... of a walk, without end."""
+    for node, length in itertools.chain(walk, itertools.cycle(walk[-2:])):
+        yield from [node] * length
+
+
+def follow(nodes: Iterator[int]) -> Callable[..., int]:
+    """Return the policy that lets these nodes train in rounds 2, 3, ... of each episode."""
+    known: list[int] = []
 
     def policy(observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
-        while len(chosen) < info["round"]:
-            chosen.append(next(nodes))
-        return chosen[info["round"] - 1]
+        while len(known) < info["round"]:
+            known.append(next(nodes))
+        return known[info["round"] - 1]
 
     return policy
 
@@ -84,9 +88,9 @@ def search_policy(environment: DecentralizedLearning) -> Callable[..., int]:
     training = DecentralizedLearning(settings, environment.dataset)
 
     def play(walk: Walk, episode: int) -> float:
-        policy, seed = follow_walk(walk), episode_seed(settings.SEED, episode)
+        policy, seed = follow(walk_nodes(walk)), episode_seed(settings.SEED, episode)
         rounds = rollout(training, lambda *seen: (policy(*seen), "walk"), seed)
         return float(np.sum([round_.reward for round_ in rounds]))
 
     rng = stream(settings.SEED, "exploration")
-    return follow_walk(search_walk(play, settings.NUM_NODES, settings.EPISODES, rng))
+    return follow(walk_nodes(search_walk(play, settings.NUM_NODES, settings.EPISODES, rng)))
