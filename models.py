@@ -406,25 +406,25 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
     Raises:
         ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
     """
-    wanted, tensorflow = threads or available_cores(), tf.config
+    wanted = threads or available_cores()
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read when TensorFlow first looks for devices
     with without_stderr():  # it reports in its own words that it finds none
-        gpus = tensorflow.list_physical_devices("GPU")[: int(device == "gpu")]
+        gpus = tf.config.list_physical_devices("GPU")[: int(device == "gpu")]
     if device == "gpu" and not gpus:
-        seen = ", ".join(found.name for found in tensorflow.list_physical_devices())
+        seen = ", ".join(found.name for found in tf.config.list_physical_devices())
         raise ConfigError(f"DEVICE: got 'gpu', takes 'cpu' here: TensorFlow sees {seen}")
     try:
-        tensorflow.set_visible_devices(gpus, "GPU")
+        tf.config.set_visible_devices(gpus, "GPU")
         if gpus:
-            tensorflow.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
-            tensorflow.experimental.enable_op_determinism()
-        tensorflow.threading.set_intra_op_parallelism_threads(wanted)
-        tensorflow.threading.set_inter_op_parallelism_threads(1)
-        tensorflow.list_logical_devices()  # TensorFlow starts here
+            tf.config.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
+            tf.config.experimental.enable_op_determinism()
+        tf.config.threading.set_intra_op_parallelism_threads(wanted)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.list_logical_devices()  # TensorFlow starts here
     except RuntimeError as error:  # it has started before; 0 threads are all cores then
-        used = tensorflow.threading.get_intra_op_parallelism_threads() or available_cores()
-        if wanted != used or gpus != tensorflow.get_visible_devices("GPU"):
+        used = tf.config.threading.get_intra_op_parallelism_threads() or available_cores()
+        if wanted != used or gpus != tf.config.get_visible_devices("GPU"):
             raise ConfigError(
                 f"THREADS, DEVICE: got {threads}, {device!r}, takes {used} threads and the device "
                 "with which TensorFlow has started in this process"

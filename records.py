@@ -180,7 +180,7 @@ def read_arrays(path: Path) -> Arrays:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
+        raise RunError(f"{path}: damaged ({reason(error)})") from error
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
@@ -196,11 +196,10 @@ def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset
 def load_agent(path: Path) -> tuple[Arrays, Json]:
     """Return ``save_agent``'s arrays, and ``settings`` and ``dataset``; UserError if it can't."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
+        arrays = read_arrays(path)
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
-    except Exception as error:  # as in read_arrays
+    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
         cause = reason(error)
         raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
@@ -364,10 +363,12 @@ class Run:
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
-            self._state = read_arrays(self._checkpoint_path)
             try:
+                self._state = read_arrays(self._checkpoint_path)
                 self._sizes = dict(json.loads(str(self._state.pop("files"))))
                 self.episodes_finished = int(self._state["episode"]) - 1
+            except RunError as error:
+                raise RunError(f"{error}; {_ADVICE}") from error
             except (ValueError, KeyError, TypeError) as error:
                 cause = f"{self._checkpoint_path}: damaged ({reason(error)})"
                 raise RunError(f"{cause}; {_ADVICE}") from error

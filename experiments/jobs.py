@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import pickle
 import sys
 import time
 import traceback
@@ -339,15 +338,22 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
         return
     from distributed import wait
 
-    # Dask sends this function by value and a job as bytes: a worker may not know the project yet.
-    def call(pickled: bytes, project: str = str(PROJECT)) -> dict[str, Any]:
+    # Dask sends this function by value and a job as plain values: a worker may not know the project
+    # yet.
+    def call(fields: dict[str, Any], project: str = str(PROJECT)) -> dict[str, Any]:
         if project not in sys.path:
             sys.path.insert(0, project)
-        from experiments.jobs import attempt as attempt_here
+        from config import Settings as SettingsHere
+        from experiments import jobs as here
 
-        return attempt_here(pickle.loads(pickled))
+        job = here.Job(**{**fields, "settings": SettingsHere(**fields["settings"])})
+        return here.attempt(job)
 
-    waiting = {client.submit(call, pickle.dumps(job), pure=False): job for job in jobs}
+    plain = [{**vars(job), "settings": job.settings.model_dump()} for job in jobs]
+    waiting = {
+        client.submit(call, fields, pure=False): job
+        for job, fields in zip(jobs, plain, strict=True)
+    }
     while waiting:
         with contextlib.suppress(asyncio.TimeoutError):
             wait(list(waiting), timeout=2, return_when="FIRST_COMPLETED")

@@ -38,6 +38,7 @@ class Method:
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
     several: bool = False  # whether the policy can choose several nodes per round
+    least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
 
 def check_method(name: str, settings: Settings, named: set[str]) -> None:
@@ -50,8 +51,9 @@ def check_method(name: str, settings: Settings, named: set[str]) -> None:
     advice = f"with the method {name}, which --methods can leave out"
     if settings.NODES_PER_ROUND > 1 and not METHODS[name].several:
         raise ConfigError(f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 {advice}")
-    if name in ("fixed_walk", "best_walk") and settings.NUM_NODES < 6:
-        raise ConfigError(f"NUM_NODES: got {settings.NUM_NODES}, takes at least 6 {advice}")
+    nodes, least = settings.NUM_NODES, METHODS[name].least_nodes
+    if nodes < least:
+        raise ConfigError(f"NUM_NODES: got {nodes}, takes at least {least} {advice}")
     for setting, value in METHODS[name].overrides(settings).items():
         got = getattr(settings, setting)
         if setting in named and got != value:
@@ -81,8 +83,7 @@ def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int 
 
     def policy_of(environment: DecentralizedLearning) -> Policy:
         nodes = tour(environment.distances, environment.settings.STARTER_NODE)
-        again = itertools.cycle(np.repeat(nodes, rounds_per_node).tolist())
-        return search.follow(itertools.islice(again, 1, None))  # round 1 is the starter's
+        return search.walk_policy([], np.repeat(nodes, rounds_per_node).tolist())
 
     return policy_of
 
@@ -203,12 +204,14 @@ METHODS: dict[str, Method] = {
     # initialisations that the search did not use.
     "fixed_walk": Method(
         "a walk found by a search on MNIST",
-        lambda _: search.follow(itertools.chain([0] * 4, itertools.cycle([5, 5, 5, 1, 1, 0, 0]))),
+        lambda _: search.walk_policy([0] * 5, [5, 5, 5, 1, 1, 0, 0]),
+        least_nodes=6,
     ),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST, a bound",
-        lambda _: search.follow(itertools.chain([5] * 9, itertools.cycle([1, 1, 5]))),
+        lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
+        least_nodes=6,
     ),
     "walk_search": Method(
         "a fixed walk, searched in as many episodes as train a DQN",

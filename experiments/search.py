@@ -1,14 +1,14 @@
-"""A baseline that learns a fixed walk: the cross-entropy method over walks, without observations.
+"""Fixed walks: a policy that follows one, and a baseline that learns one without observations.
 
-A walk is a list of stays: a node, and how many rounds the model stays there. The last two repeat
-until the episode ends. Each generation draws walks, plays each for one training episode, and moves
-the probabilities of nodes and lengths towards those of the best walks, the elite (Rubinstein 1999).
+The search is the cross-entropy method (Rubinstein 1999). Its walks are lists of stays: a node, and
+how many rounds the model stays there. The last two repeat until the episode ends. Each generation
+draws walks, plays each for one training episode, and moves the probabilities of nodes and lengths
+towards those of the best walks, the elite.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,22 +57,25 @@ def _stays(drawn: list[list[int]]) -> Walk:
     return [(int(node), 1 + int(more)) for node, more in zip(*drawn, strict=True)]
 
 
-def walk_nodes(walk: Walk) -> Iterator[int]:
-    """Yield who trains in rounds 2, 3, ... of a walk, without end."""
-    for node, length in itertools.chain(walk, itertools.cycle(walk[-2:])):
-        yield from [node] * length
+def walk_policy(first: list[int], cycle: list[int]) -> Callable[..., int]:
+    """Return a policy that follows a fixed walk: the nodes of rounds 1, 2, ..., then a cycle.
 
-
-def follow(nodes: Iterator[int]) -> Callable[..., int]:
-    """Return the policy that lets these nodes train in rounds 2, 3, ... of each episode."""
-    known: list[int] = []
+    Who trains round 1 is up to ``Method.first_nodes``, whatever the walk says.
+    """
 
     def policy(observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
-        while len(known) < info["round"]:
-            known.append(next(nodes))
-        return known[info["round"] - 1]
+        past = info["round"]
+        return first[past] if past < len(first) else cycle[(past - len(first)) % len(cycle)]
 
     return policy
+
+
+def follow(walk: Walk) -> Callable[..., int]:
+    """Return the policy that follows a searched walk from round 2 on."""
+    nodes = [node for node, length in walk for _ in range(length)]
+    repeated = sum(length for _, length in walk[-2:])
+    starter = nodes[0]  # stands for round 1, which the policy does not choose
+    return walk_policy([starter, *nodes[:-repeated]], nodes[-repeated:])
 
 
 def search_policy(environment: DecentralizedLearning) -> Callable[..., int]:
@@ -88,9 +91,9 @@ def search_policy(environment: DecentralizedLearning) -> Callable[..., int]:
     training = DecentralizedLearning(settings, environment.dataset)
 
     def play(walk: Walk, episode: int) -> float:
-        policy, seed = follow(walk_nodes(walk)), episode_seed(settings.SEED, episode)
+        policy, seed = follow(walk), episode_seed(settings.SEED, episode)
         rounds = rollout(training, lambda *seen: (policy(*seen), "walk"), seed)
         return float(np.sum([round_.reward for round_ in rounds]))
 
     rng = stream(settings.SEED, "exploration")
-    return follow(walk_nodes(search_walk(play, settings.NUM_NODES, settings.EPISODES, rng)))
+    return follow(search_walk(play, settings.NUM_NODES, settings.EPISODES, rng))

@@ -15,7 +15,7 @@ def nodes_of(policy, rounds):
 
 
 def test_the_last_two_stays_repeat():
-    policy = search.follow(search.walk_nodes([(7, 2), (4, 3), (1, 1)]))
+    policy = search.follow([(7, 2), (4, 3), (1, 1)])
     expected = [7, 7, 4, 4, 4, 1, 4, 4, 4, 1, 4, 4]
     assert nodes_of(policy, 13) == expected
     assert nodes_of(policy, 4) == expected[:3]  # another episode
