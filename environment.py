@@ -104,12 +104,33 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     return scores
 
 
+class DistinctNodes(spaces.MultiDiscrete):
+    """Actions of several nodes a round: k distinct nodes of N, as an int64 array of shape (k,)."""
+
+    def __init__(self, nodes: int, per_round: int) -> None:
+        super().__init__([nodes] * per_round)
+        self._nodes, self._per_round = nodes, per_round
+
+    def __repr__(self) -> str:
+        return f"DistinctNodes({self._nodes}, {self._per_round})"
+
+    def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
+        """Draw k nodes without replacement; masks are not supported."""
+        if mask is not None or probability is not None:
+            raise ValueError("DistinctNodes samples without a mask")
+        return self.np_random.permutation(self._nodes)[: self._per_round]
+
+    def contains(self, x: Any) -> bool:
+        """Return whether x is an array of k distinct nodes."""
+        return super().contains(x) and len(set(np.asarray(x).tolist())) == self._per_round
+
+
 class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     """N nodes that train one foundation model in turn (public code).
 
     Actions: the node that trains next, in [0, N). The current node is allowed, and free. With
-    NODES_PER_ROUND = k > 1 an array of k nodes, the first of which passes the averaged model on;
-    ``step`` refuses equal ones, which the action space's samples may have.
+    NODES_PER_ROUND = k > 1 an array of k distinct nodes, the first of which passes the averaged
+    model on.
 
     Observations: see ``observe``. Rewards: ``reward`` and, from round 2 on, ``progress_reward``
     (ours, 0 by default), less MISS_PENALTY (ours) in a last round that misses the goal.
@@ -157,7 +178,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.distances = distance_matrix(self.settings)
         self.foundation = shared_foundation_model(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
-        self.action_space = spaces.Discrete(n) if k == 1 else spaces.MultiDiscrete([n] * k)
+        self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
         self.observation_size = n * self.settings.components if self.settings.sees_weights else n
         self.observation_size *= 2 if self.settings.OBSERVATION == "both" else 1
         greatest = np.finfo(np.float32).max  # Gymnasium warns of infinite bounds
