@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -305,10 +306,11 @@ def undisturbed(tmp_path_factory, digits):
     return results(folder)
 
 
-def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
+def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
     undisturbed, tmp_path, digits, monkeypatch, capsys
 ):
     folder = tmp_path / "paper-digits" / "jobs" / "training-hl-seed0"
+    arguments = outside(tmp_path, "--jobs", "2")
 
     def goes_on(session):
         rounds = folder / "rounds.csv"
@@ -317,29 +319,36 @@ def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
         config = json.loads((folder / "config.json").read_text())
         return (config["state"], len(config["sessions"])) == ("running", session)
 
-    with (tmp_path / "errors").open("w") as errors:
-        parent = subprocess.Popen(
-            command(*outside(tmp_path, "--jobs", "2"), script="experiments.compare"),
-            cwd=jobs.PROJECT,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+    first = subprocess.Popen(
+        command(*arguments, script="experiments.compare"),
+        cwd=jobs.PROJECT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_until(lambda: goes_on(1))
-    worker = holder_of(folder)
-    assert worker != parent.pid
-    os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: goes_on(2))
-    assert len(session_of(parent.pid)) >= 3
-    assert "distributed" not in (tmp_path / "errors").read_text()
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: not session_of(parent.pid), seconds=30)
+    assert len(session_of(first.pid)) >= 3
+    first.kill()
+    first.wait()
+    wait_until(lambda: not session_of(first.pid), seconds=30)
 
-    # The same command continues, here in this process.
+    # The same command continues. A worker is killed in the middle.
+    killed = []
+
+    def kill_worker():
+        wait_until(lambda: goes_on(2))
+        killed.append(holder_of(folder))
+        os.kill(killed[0], signal.SIGKILL)
+
     stand_in(monkeypatch, digits)
-    assert compare.main(outside(tmp_path, "--jobs", "1")) == 0
-    assert "finished, 0 failed\n" in capsys.readouterr().out
+    killer = threading.Thread(target=kill_worker)
+    killer.start()
+    assert compare.main(arguments) == 0
+    killer.join()
+    assert killed[0] != os.getpid()
+    out, errors = capsys.readouterr()
+    assert "finished, 0 failed\n" in out
+    assert "distributed" not in errors
     assert results(tmp_path) == undisturbed
     assert len(json.loads((folder / "config.json").read_text())["sessions"]) == 3
 
