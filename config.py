@@ -116,18 +116,12 @@ class ModelSettings(Group):
 
 
 class RewardSettings(Group):
-    """Reward: r = REWARD_BASE ** (accuracy - GOAL_ACCURACY) - distance - 1"""
+    """Reward"""
 
+    REWARD: Literal["power", "progress"] = "power"
+    """power: h ** (accuracy - goal) - distance - 1; progress: docs/tuned.md (public code)."""
     REWARD_BASE: Positive = 32.0
-    """h, base of the accuracy term (public code)."""
-    REWARD_CEILING: NotNegative = 0.0
-    """Upper bound of the accuracy term; 0 = none (ours)."""
-    REWARD_PROGRESS: NotNegative = 0.0
-    """Points per accuracy gained towards the goal in the round (ours)."""
-    MISS_PENALTY: NotNegative = 0.0
-    """Penalty for missing the goal, in the last round (ours)."""
-    REWARD_IMAGES: CountOrZero = 0
-    """Test images that judge a round; 0 = all (ours)."""
+    """h, base of the power reward (public code)."""
 
 
 class ObservationSettings(Group):
@@ -137,12 +131,6 @@ class ObservationSettings(Group):
     """What the DQN sees of the nodes' weights (public code)."""
     PCA_COMPONENTS: CountOrZero = 0
     """Principal components kept, at most NUM_NODES; 0 = NUM_NODES (public code)."""
-    PCA_SIGNS: Literal["loading", "holder"] = "loading"
-    """Sign: scikit-learn's rule, or positive at the last node (public code)."""
-    BROADCAST_SCALE: Positive = 1.0
-    """Factor of the broadcast scores (ours)."""
-    LOCAL_SCALE: Positive = 1.0
-    """Factor of the local scores (ours)."""
 
 
 class DQNSettings(Group):
@@ -152,18 +140,14 @@ class DQNSettings(Group):
     """Episodes that train the DQN (public code)."""
     HIDDEN_UNITS: Counts = (500, 200)
     """Units of the Q-network's hidden layers (public code)."""
-    Q_NETWORKS: Count = 1
-    """Q-networks trained on the same targets; their mean decides (ours)."""
-    DUELING: bool = False
-    """Separate heads for the state's value and the actions' advantages (ours)."""
     Q_LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in the Q-network's training (public code)."""
-    Q_WEIGHT_DECAY: NotNegative = 0.0
-    """Decoupled weight decay of the Q-network (ours)."""
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
-    """Rewards summed before the next state's value (ours)."""
+    """Most rewards summed before the next state's value (ours)."""
+    ROUNDS_PER_CHOICE: Count = 1
+    """Rounds that a choice of nodes lasts (ours)."""
     REPLAY_CAPACITY: Count = 50_000
     """Transitions that the replay buffer holds (public code)."""
     REPLAY_SAMPLE: Count = 128
@@ -216,29 +200,18 @@ class PlaceSettings(Group):
 NAMED_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tuned": {
-        "REWARD_BASE": 1e100,
-        "REWARD_CEILING": 1.0,
-        "REWARD_PROGRESS": 10.0,
-        "MISS_PENALTY": 15.0,
-        "REWARD_IMAGES": 2000,
+        "REWARD": "progress",
         "OBSERVATION": "both",
         "PCA_COMPONENTS": 1,
-        "PCA_SIGNS": "holder",
-        "BROADCAST_SCALE": 4.0,
-        "LOCAL_SCALE": 0.4,
-        "HIDDEN_UNITS": (64, 64),
-        "Q_NETWORKS": 5,
-        "DUELING": True,
-        "Q_WEIGHT_DECAY": 0.4,
-        "DISCOUNT": 0.96,
-        "N_STEP": 6,
-        "REPLAY_SAMPLE": 256,
-        "Q_BATCH_SIZE": 256,
+        "DISCOUNT": 0.97,
+        "N_STEP": 12,
+        "ROUNDS_PER_CHOICE": 2,
+        "Q_BATCH_SIZE": 128,
         "UPDATES_PER_EPISODE": 150,
         "NORMALIZE_TARGETS": False,
         "TARGET_UPDATE": 1,
-        "EPSILON_DECAY": 0.06,
-        "EXPLORATION_PERSIST": 0.8,
+        "EPSILON_DECAY": 0.05,
+        "EXPLORATION_PERSIST": 0.75,
     },
 }
 
@@ -375,7 +348,7 @@ STREAMS = {
     "test": 7,  # one seed per test episode: initialisations that no training episode has
     "policy": 8,  # choices of a policy that draws them, in test episodes
     "validation": 10,  # one seed per validation episode, which settings are chosen by
-    "judging": 11,  # test images that judge a round, with REWARD_IMAGES
+    "judging": 11,  # test images that judge a round, with REWARD = progress
     "audit": 12,  # trees and resamples of an audit
 }
 

@@ -18,6 +18,8 @@ import data
 from config import Settings, stream
 from models import Moments, shared_foundation_model, tf, use_device
 
+_JUDGES = 1000  # test images, see DecentralizedLearning._judged
+
 
 def distance_matrix(settings: Settings) -> np.ndarray:
     """Return (N, N) float64: the communication distance of each two nodes, no unit (public code).
@@ -32,33 +34,30 @@ def distance_matrix(settings: Settings) -> np.ndarray:
     return distances
 
 
-def reward(accuracy: float, distance: float, settings: Settings) -> float:
-    """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code).
-
-    REWARD_CEILING (ours) bounds the power: a large h would reward any excess over the goal far more
-    than the one point that each round below it costs.
-    """
-    progress = settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY)
-    if settings.REWARD_CEILING:
-        progress = min(progress, settings.REWARD_CEILING)
-    return progress - distance - 1
+def power_reward(accuracy: float, distance: float, settings: Settings) -> float:
+    """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code)."""
+    return settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY) - distance - 1
 
 
-def progress_reward(accuracy: float, before: float, settings: Settings) -> float:
-    """Return what REWARD_PROGRESS adds to a round's reward (ours).
+def progress_reward(
+    accuracy: float, before: float, distance: float, missed: bool, settings: Settings
+) -> float:
+    """Return the reward of a round that pays for progress and charges for time (ours).
 
-    Potential-based shaping (Ng, Harada and Russell 1999): DISCOUNT times the potential after the
-    round, less the potential before it. The potential is REWARD_PROGRESS * min(accuracy - goal, 0).
-    So progress pays at once, and the best walk to the goal stays the best. At the round limit the
-    potential is kept, as if more rounds followed.
+    A round costs its distance, and one point unless it reaches the goal; missing the goal costs 15.
+    Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
+    after the round, less the potential before it. The potential is 10 * min(accuracy - goal, 0).
+    So progress pays at once, and the best walk to the goal stays the best.
 
     Args:
         accuracy: after the round, in [0, 1].
-        before: after the round before it.
-        settings: for REWARD_PROGRESS, GOAL_ACCURACY and DISCOUNT.
+        before: after the round before it, or 0.
+        distance: of the round.
+        missed: whether the round was the last, and the goal is missed.
+        settings: for GOAL_ACCURACY and DISCOUNT.
     """
     after, before = (min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before))
-    return settings.REWARD_PROGRESS * (settings.DISCOUNT * after - before)
+    return 10 * (settings.DISCOUNT * after - before) - distance - (after < 0) - 15 * missed
 
 
 def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
@@ -132,8 +131,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     NODES_PER_ROUND = k > 1 an array of k distinct nodes, the first of which passes the averaged
     model on.
 
-    Observations: see ``observe``. Rewards: ``reward`` and, from round 2 on, ``progress_reward``
-    (ours, 0 by default), less MISS_PENALTY (ours) in a last round that misses the goal.
+    Observations: see ``observe``. Rewards: ``power_reward``, or with REWARD = ``progress`` (ours)
+    ``progress_reward``.
 
     An episode terminates when the accuracy on the whole test set is at least GOAL_ACCURACY, and is
     truncated after MAX_ROUNDS rounds.
@@ -254,15 +253,15 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         distance = float(self.distances[self._holder, nodes[0]])
         self._holder = nodes[0]
         self._cost += distance
-        accuracy = self._judged()
-        value = reward(accuracy, distance, settings)
-        if self._round > 1:
-            value += progress_reward(accuracy, self._accuracy, settings)
+        before, accuracy = self._accuracy, self._judged()
         self._accuracy = accuracy
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
-        if truncated:
-            value -= settings.MISS_PENALTY
+        value = (
+            power_reward(accuracy, distance, settings)
+            if settings.REWARD == "power"
+            else progress_reward(accuracy, before, distance, truncated, settings)
+        )
         self._over = terminated or truncated
         info = {
             "round": self._round,
@@ -277,20 +276,19 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
 
     def _judged(self) -> float:
-        """Return the accuracy that the round counts with.
+        """Return the accuracy that the round counts with: of all test images (public code).
 
-        With REWARD_IMAGES (ours) so many test images, drawn anew, judge the round, unless they come
-        within three standard errors of the goal: then the whole test set does.
+        With REWARD = ``progress`` (ours) 1,000 images, drawn anew, judge a round, which is quicker.
+        If their accuracy is within three standard errors of the goal, or above, all images do.
         """
-        count, size = self.settings.REWARD_IMAGES, self.foundation.test_size
-        if 0 < count < size:
-            judges = self._judging.choice(size, count, replace=False)
+        size, goal = self.foundation.test_size, self.settings.GOAL_ACCURACY
+        if self.settings.REWARD == "progress" and size > _JUDGES:
+            judges = self._judging.choice(size, _JUDGES, replace=False)
             accuracy = self.foundation.evaluate(self._model, judges)
-            goal = self.settings.GOAL_ACCURACY
-            error = math.sqrt(goal * (1 - goal) / count * (size - count) / (size - 1))
+            error = math.sqrt(goal * (1 - goal) / _JUDGES * (size - _JUDGES) / (size - 1))
             if accuracy < goal - 3 * error:
                 return accuracy
-        return self.foundation.evaluate(self._model, None)
+        return self.foundation.evaluate(self._model)
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
         shard = self.shards[node]
@@ -307,14 +305,14 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         ``broadcast`` (public code): the first C PCA scores of every node's weights, node by node.
         Every node gets each round's new model, and the PCA sees the nodes just before that: only
         the nodes that trained differ. ``local`` (the paper's figures): the same when each node
-        keeps the model that it last trained. ``both`` (ours): the former, then the latter.
-        ``last_node`` (ours): 1 for the nodes that trained last, 0 for the others. ``zeros`` (ours):
-        nothing. The last two are controls: they show how much the weights help.
+        keeps the model that it last trained. ``last_node`` (ours): 1 for the nodes that trained
+        last, 0 for the others. ``zeros`` (ours): nothing. The last two are controls: they show how
+        much the weights help.
 
-        A component's sign has no meaning of its own. By scikit-learn's rule (public code) it flips
-        from round to round. With PCA_SIGNS = ``holder`` (ours) the last node's score is never
-        negative. BROADCAST_SCALE and LOCAL_SCALE (ours) multiply the scores: late rounds move the
-        model little compared with how far the nodes' models lie apart.
+        ``both`` (ours): broadcast, then local scores. A component's sign has no meaning of its own,
+        and by scikit-learn's rule (public code) it flips from round to round. Here the last node's
+        score is never negative. The scores are multiplied by 4 and 0.4, which gives both kinds the
+        same spread: a round moves the model little compared with how far the models lie apart.
 
         Returns:
             Float32: (N * C,), for ``both`` (2 * N * C,), for ``last_node`` and ``zeros`` (N,).
@@ -322,26 +320,27 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         Raises:
             KeyError: another word.
         """
+        n, components = self.settings.NUM_NODES, self.settings.components
         if kind == "both":
-            return np.concatenate([self.observe("broadcast"), self.observe("local")])
-        n = self.settings.NUM_NODES
+            parts = []
+            for part, scale in (("broadcast", 4), ("local", 0.4)):
+                scores = positive_at(self._holder, self.observe(part).reshape(n, components))
+                parts.append(np.float32(scale) * scores.ravel())
+            return np.concatenate(parts)
         if kind in ("last_node", "zeros"):
             seen = np.zeros(n, np.float32)
             seen[list(self._trained)] = kind == "last_node"
             return seen
-        differing, rest, scale = {
-            "broadcast": (self._trained, self._received, self.settings.BROADCAST_SCALE),
-            "local": (self._own, self._initial, self.settings.LOCAL_SCALE),
+        differing, rest = {
+            "broadcast": (self._trained, self._received),
+            "local": (self._own, self._initial),
         }[kind]
         models = [model.numpy() for model in differing.values()]
         owners = np.full(n, len(models))
         owners[list(differing)] = np.arange(len(models))
         if len(models) < n:
             models.append(rest.numpy())
-        scores = pca_scores(np.stack(models), owners, self.settings.components)
-        if self.settings.PCA_SIGNS == "holder":
-            scores = positive_at(self._holder, scores)
-        return np.float32(scale) * scores.ravel()
+        return pca_scores(np.stack(models), owners, components).ravel()
 
 
 # --- Episodes --------------------------------------------------------------------------------

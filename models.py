@@ -53,31 +53,14 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     )
 
 
-def q_network(
-    inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1, dueling: bool = False
-) -> keras.Model:
+def q_network(inputs: int, hidden: tuple[int, ...], actions: int) -> keras.Model:
     """Return the DQN's network: dense ReLU layers, a linear Q value per action (public code).
 
-    Several ``networks`` (ours) share nothing but the input; their outputs are concatenated. With
-    ``dueling`` (ours; Wang et al. 2016) a Q value is the state's value plus the action's advantage,
-    less the mean of all actions' advantages. ``hidden`` is the units of each hidden layer.
-
-    Returns:
-        A network from (n, inputs) to (n, networks * actions) float32.
+    It maps (n, inputs) to (n, actions) float32; ``hidden`` is the units of each hidden layer.
     """
-    observation = keras.Input((inputs,))
-    outputs = []
-    for _ in range(networks):
-        x = observation
-        for units in hidden:
-            x = keras.layers.Dense(units, activation="relu")(x)
-        values = keras.layers.Dense(actions)(x)
-        if dueling:
-            values = values - keras.ops.mean(values, axis=1, keepdims=True)
-            values = values + keras.layers.Dense(1)(x)
-        outputs.append(values)
-    together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
-    return keras.Model(observation, together, name="q_network")
+    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
+    output = keras.layers.Dense(actions)
+    return keras.Sequential([keras.Input((inputs,)), *layers, output], name="q_network")
 
 
 class Moments(NamedTuple):
@@ -246,34 +229,30 @@ class FoundationModel:
 def q_targets(
     q_values: tf.Tensor, next_values: tf.Tensor, sample: dict[str, tf.Tensor], settings: Settings
 ) -> tf.Tensor:
-    """Return what the Q values are fitted to: (n, K, A) float32 (public code).
+    """Return what the Q values are fitted to: (n, A) float32 (public code).
 
-    Each network's own values, but for the actions taken: r + discount^steps * max Q(s'), or r alone
-    at an episode's end. With NORMALIZE_TARGETS each network's (n, A) is divided by its Frobenius
-    norm (public code).
+    The values themselves, but for the actions taken: r + discount^steps * max Q(s'), or r alone at
+    an episode's end. With NORMALIZE_TARGETS all is divided by its Frobenius norm (public code).
 
     Args:
-        q_values: (n, K, A) float32, each network's at the observation.
-        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean.
+        q_values: (n, A) float32, at the observation.
+        next_values: (n, A) float32, at the next one.
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and NORMALIZE_TARGETS.
     """
-    future = tf.cast(tf.reduce_max(tf.reduce_mean(next_values, 1), 1), tf.float64)
+    future = tf.cast(tf.reduce_max(next_values, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
     taken = tf.reduce_any(tf.one_hot(sample["actions"], q_values.shape[-1], True, False), 1)
-    targets = tf.where(taken[:, None], returns[:, None, None], tf.cast(q_values, tf.float64))
+    targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
     if settings.NORMALIZE_TARGETS:
-        targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
+        targets = tf.math.divide_no_nan(targets, tf.norm(targets))
     return tf.cast(targets, tf.float32)
 
 
 class QNetwork:
     """Q values of observations, and their fit to targets.
-
-    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
-    same samples. Their mean decides, which is less noisy (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.
@@ -286,11 +265,8 @@ class QNetwork:
 
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
         use_device(settings.THREADS, settings.DEVICE)
-        networks = settings.Q_NETWORKS
-        model = q_network(inputs, settings.HIDDEN_UNITS, actions, networks, settings.DUELING)
-        self.network = FlatNetwork(model)
+        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions))
         self._settings = settings
-        self._shape = (-1, networks, actions)
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
@@ -309,13 +285,8 @@ class QNetwork:
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """Return (n, A) float32: the networks' mean Q values of (n, inputs) observations."""
-        return self.all_values(weights, observations).mean(axis=1)
-
-    def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
-        values = self._values(weights, tf.constant(observations, tf.float32))
-        return values.numpy().reshape(self._shape)
+        """Return (n, A) float32: the Q values of (n, inputs) observations."""
+        return self._values(weights, tf.constant(observations, tf.float32)).numpy()
 
     def _train(
         self,
@@ -346,12 +317,7 @@ class QNetwork:
             bootstrap = target_weights if self._settings.TARGET_UPDATE else weights
             q_values = self.network.apply(weights, sample["observations"])
             next_values = self.network.apply(bootstrap, sample["next_observations"])
-            targets = q_targets(
-                tf.reshape(q_values, self._shape),
-                tf.reshape(next_values, self._shape),
-                sample,
-                self._settings,
-            )
+            targets = q_targets(q_values, next_values, sample, self._settings)
             weights, moments, loss = self.fit(weights, moments, sample["observations"], targets)
             total += loss
         return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
@@ -365,7 +331,7 @@ class QNetwork:
             weights: (P,) float32.
             moments: of the steps before.
             observations: (n, inputs) float32.
-            targets: (n, K, A) float32.
+            targets: (n, A) float32.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
@@ -378,13 +344,9 @@ class QNetwork:
             with tf.GradientTape() as tape:
                 tape.watch(weights)
                 outputs = self.network.apply(weights, observations[start:stop])
-                loss = tf.reduce_mean(tf.square(tf.reshape(outputs, self._shape) - batch))
-                # Each network's gradient is the one that it would have alone.
-                losses = loss * self._shape[1]
+                loss = tf.reduce_mean(tf.square(outputs - batch))
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
-            gradient = tape.gradient(losses, weights)
-            if settings.Q_WEIGHT_DECAY:  # decoupled from the gradient (Loshchilov and Hutter 2019)
-                weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
+            gradient = tape.gradient(loss, weights)
             weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 

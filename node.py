@@ -7,6 +7,7 @@ observation and discrete actions.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -142,30 +143,48 @@ class DQNAgent:
         self._draws = stream(self.settings.SEED, "replay", episode)
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
-        self._last_random: list[int] = []  # the last choice, if it was not greedy
+        self._choice: list[int] = []  # the last one
+        self._explores = False  # whether it was random
+        self._stored = 0  # transitions of this episode
+        self._steps_left = 0  # that it lasts
 
     def act(self, observation: np.ndarray) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
 
-        Epsilon-greedy (public code). With probability EXPLORATION_PERSIST a step that follows a
-        random or repeated choice repeats it, whatever epsilon is (ours; after Dabney et al. 2021).
-        What is learned at a node shows after several rounds there, and independent random choices
-        hardly ever stay that long.
+        Epsilon-greedy (public code). A choice lasts ROUNDS_PER_CHOICE steps. With probability
+        EXPLORATION_PERSIST a choice that follows a random one repeats it, whatever epsilon is.
+        Both are ours (after Dabney et al. 2021): what is learned at a node shows after several
+        rounds there, and independent random choices hardly ever stay that long.
         """
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return self._choice, "repeated"
+        self._steps_left = self.settings.ROUNDS_PER_CHOICE
         persist, chance = self.settings.EXPLORATION_PERSIST, self._exploration.random
-        if persist and self._last_random and chance() < persist:
-            return self._last_random, "repeated"
-        if chance() >= self.epsilon:
-            self._last_random = []
-            return self.best_actions(observation), "greedy"
+        if persist and self._explores and chance() < persist:
+            return self._choice, "repeated"
+        self._explores = bool(chance() < self.epsilon)
+        if not self._explores:
+            self._choice = self.best_actions(observation)
+            return self._choice, "greedy"
         order = self._exploration.permutation(self.actions)
-        self._last_random = order[: self.actions_per_step].tolist()
-        return self._last_random, "random"
+        self._choice = order[: self.actions_per_step].tolist()
+        return self._choice, "random"
 
     def best_actions(self, observation: np.ndarray) -> list[int]:
         """Return the k actions of greatest Q value, best first; of equal ones the lower number."""
         q_values = self.q.values(self.weights, observation[None])[0]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
+
+    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
+        """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
+
+        Args:
+            observation: (D,) float32.
+            info: ``round`` and ``node`` of the last round, as the environment gives them.
+        """
+        due = (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE == 0
+        return self.best_actions(observation) if due else info["node"]
 
     def remember(
         self,
@@ -174,12 +193,14 @@ class DQNAgent:
         reward: float,
         next_observation: np.ndarray,
         done: bool,
+        chosen_by: str = "greedy",
     ) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
-        The stored reward is their discounted sum, of fewer at the episode's end; the next
-        observation is that after the last of them. N_STEP = 1 stores the step itself (public code).
-        An episode that the round limit truncates ends like one that reached the goal (public code).
+        The stored reward is their discounted sum, of fewer at the episode's end and before a random
+        choice, which says nothing of the choices before it (Watkins 1989); the next observation is
+        that after the last of them. N_STEP = 1 stores the step itself (public code). An episode
+        that the round limit truncates ends like one that reached the goal (public code).
 
         Args:
             observation: (D,) float32, before the step.
@@ -187,14 +208,30 @@ class DQNAgent:
             reward: of the step.
             next_observation: (D,) float32, after it.
             done: whether the episode ended with it.
+            chosen_by: what ``act`` returned.
         """
-        discount = self.settings.DISCOUNT
+        if chosen_by == "random":
+            self._store(observation, False, 0)
         self._recent.append((observation, actions, reward))
-        while self._recent and (done or len(self._recent) == self.settings.N_STEP):
+        self._store(next_observation, done, 0 if done else self.settings.N_STEP - 1)
+
+    def _store(self, next_observation: np.ndarray, done: bool, waiting: int) -> None:
+        """Store the oldest recent steps, but for so many that wait, as the first of a choice.
+
+        Only a step from which on the same actions lasted for a whole choice shows what it is worth.
+        """
+        lasting = self.settings.ROUNDS_PER_CHOICE
+        while len(self._recent) > waiting:
             steps = len(self._recent)
-            total = sum(discount**i * r for i, (_, _, r) in enumerate(self._recent))
-            first, chosen, _ = self._recent.pop(0)
-            self.replay.add(first, chosen, total, next_observation, done, steps)
+            first, chosen, _ = self._recent[0]
+            same = all(actions == chosen for _, actions, _ in self._recent[:lasting])
+            if same and (done or steps >= lasting):
+                discount, total = self.settings.DISCOUNT, 0.0
+                for i, (_, _, reward) in enumerate(self._recent):
+                    total += discount**i * reward
+                self.replay.add(first, chosen, total, next_observation, done, steps)
+                self._stored += 1
+            self._recent.pop(0)
 
     def train(self) -> float | None:
         """Train the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
@@ -223,6 +260,18 @@ class DQNAgent:
         """End the episode: epsilon is multiplied by exp(-EPSILON_DECAY) (public code)."""
         self.epsilon *= math.exp(-self.settings.EPSILON_DECAY)
         self._enter_episode(self.episode + 1)
+
+    def new_transitions(self) -> np.ndarray:
+        """Return the transitions that the episode added, oldest first."""
+        return self.replay.latest(self._stored)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what ``agent.npz`` holds: the Q-network's weights, by layer."""
+        return self.q.network.named_arrays(self.weights)
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over the weights of what ``arrays`` returned; ValueError if they do not fit."""
+        self.weights = self.q.network.from_named_arrays(arrays)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what training continues from between two episodes, without the transitions."""

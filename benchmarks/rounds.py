@@ -26,7 +26,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -131,8 +130,7 @@ def play(**overrides: Any) -> dict[str, float]:
             clock("agent", agent, "act")
             clock("agent", agent, "train")
             clock("checkpoint", run, "checkpoint")
-            with patch("node.DQNAgent", lambda *_: agent):
-                main.train(environment, run, quiet=True)
+            main.train(environment, run, agent, quiet=True)
         episode = pd.read_csv(run.folder / "episodes.csv").iloc[0]
     parts["seconds"] = episode["seconds"] + parts["checkpoint"]
     memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
@@ -141,7 +139,7 @@ def play(**overrides: Any) -> dict[str, float]:
 
 # With N nodes only the time beside training and evaluation counts, so few images will do.
 SIZES = (10, 100, 1000)
-FEW = {"REWARD_IMAGES": 100, "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
+FEW = {"REWARD": "progress", "SAMPLES_PER_NODE": 32, "OBSERVATION": "local", "PCA_COMPONENTS": 10}
 TUNED = {**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 18, "THREADS": 1}  # it needs 17 rounds
 
 # What takes turns, by kind. The calls of one kind run side by side.

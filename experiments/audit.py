@@ -43,10 +43,7 @@ REPEAT = 0.6
 _RECORDING: dict[str, Any] = {
     "OBSERVATION": "zeros",  # the cheapest; what is recorded is observed besides
     "PCA_COMPONENTS": 0,
-    "PCA_SIGNS": "loading",
-    "BROADCAST_SCALE": 1.0,
-    "LOCAL_SCALE": 1.0,
-    "REWARD_IMAGES": 0,
+    "REWARD": "power",
 }
 
 _WALKS = 60
@@ -64,10 +61,10 @@ OBSERVATIONS = {
     "last_node_moved": "last_node, and how far the model moved",
     "broadcast": "broadcast",
     "local": "local",
-    "local_holder": "local, PCA_SIGNS=holder",
-    "both": "both",
-    "first_both_loading": "both, PCA_COMPONENTS=1",
-    "first_both": "both, PCA_COMPONENTS=1, PCA_SIGNS=holder",
+    "local_holder": "local, signed by the last node",
+    "both": "broadcast and local",
+    "first_both_loading": "broadcast and local, PCA_COMPONENTS=1",
+    "first_both": "both, PCA_COMPONENTS=1",
     "last_node_round": "not observed: last node and round",
     "history": "not observed: visits of all nodes and round",
 }

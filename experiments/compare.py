@@ -50,32 +50,10 @@ class Comparison:
     variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
 
 
-# What the ablation takes out of the tuned settings. Settings that make no sense alone go together.
-_ABLATIONS = {
-    "nothing": (),
-    "observation": ("OBSERVATION", "PCA_COMPONENTS", "PCA_SIGNS", "BROADCAST_SCALE", "LOCAL_SCALE"),
-    "step-reward": ("REWARD_BASE", "REWARD_CEILING"),
-    "progress-reward": ("REWARD_PROGRESS",),
-    "persistent-exploration": ("EXPLORATION_PERSIST",),
-    "updates": ("REPLAY_SAMPLE", "Q_BATCH_SIZE", "UPDATES_PER_EPISODE"),
-    "targets-not-normalized": ("NORMALIZE_TARGETS",),
-    "target-network": ("TARGET_UPDATE",),
-    "steps": ("N_STEP",),
-    "discount": ("DISCOUNT",),
-    "epsilon-decay": ("EPSILON_DECAY",),
-    "miss-penalty": ("MISS_PENALTY",),
-    "scales": ("BROADCAST_SCALE", "LOCAL_SCALE"),
-    "q-networks": ("Q_NETWORKS",),
-    "dueling": ("DUELING",),
-    "weight-decay": ("Q_WEIGHT_DECAY",),
-    "hidden-units": ("HIDDEN_UNITS",),
-    "reward-images": ("REWARD_IMAGES",),
-}
-
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name in METHODS if name not in ("tuned", "best_walk", "walk_search")),
+        tuple(name for name in METHODS if name not in ("tuned", "walk_search")),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",
@@ -91,19 +69,17 @@ COMPARISONS: dict[str, Comparison] = {
         ("hl",),
         "OBSERVATION",
         {
-            "broadcast": {"OBSERVATION": "broadcast"},
-            # With "holder", the signs of local scores would show who trained last.
-            "local": {"OBSERVATION": "local", "PCA_SIGNS": "loading"},
-            **{name: {"OBSERVATION": name} for name in ("both", "last_node", "zeros")},
+            name: {"OBSERVATION": name}
+            for name in ("broadcast", "local", "both", "last_node", "zeros")
         },
     ),
     "ablation": Comparison(
-        "the tuned settings, and the same without each change",
+        "the tuned settings, and the same without each of them",
         ("hl",),
         "taken back",
         {
-            change: {k: v for k, v in NAMED_SETTINGS["tuned"].items() if k not in names}
-            for change, names in _ABLATIONS.items()
+            left_out: {k: v for k, v in NAMED_SETTINGS["tuned"].items() if k != left_out}
+            for left_out in ("nothing", *NAMED_SETTINGS["tuned"])
         },
     ),
 }

@@ -30,7 +30,6 @@ from config import PROJECT, Settings, UserError, episode_seed, reason, stream
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
-from node import DQNAgent
 from records import CsvTable, Run, circumstances, load_agent, locked, read_table
 
 
@@ -188,7 +187,8 @@ def run_job(job: Job) -> None:
         if job.key in finished_jobs(job.folder, job.test_episodes):
             return
     method = METHODS[job.method]
-    settings = job.settings.replace(REWARD_IMAGES=0)  # all test images judge a test
+    # All test images judge a test, and its rewards are the paper's, whatever the method.
+    settings = job.settings.replace(REWARD="power")
     models.use_device(settings.THREADS, settings.DEVICE)
     environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))
     sent_before = method.prepare(environment)
@@ -206,20 +206,21 @@ def run_job(job: Job) -> None:
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
-    """Return the DQN's greedy policy: trained as by main.py unless it was given, then frozen."""
+    """Return an agent's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
+    settings = job.settings.replace(NAME=job.training_folder.name)
+    agent = METHODS[job.method].agent(environment.observation_size, settings)
     if job.trains:
-        settings = job.settings.replace(NAME=job.training_folder.name)
+        training = DecentralizedLearning(settings, environment.dataset)
         with Run(settings, environment.dataset, environment.threads) as run:
             if not run.finished:
-                main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
+                main.train(training, run, agent, quiet=True)
                 run.finish()
-    agent = DQNAgent(environment.observation_size, environment.settings)
     try:
-        agent.weights = agent.q.network.from_named_arrays(load_agent(path)[0])
+        agent.load(load_agent(path)[0])
     except ValueError as error:
         raise UserError(f"{path}: does not fit the settings ({error})") from error
-    return lambda observation, info, rng: agent.best_actions(observation)
+    return lambda observation, info, rng: agent.greedy(observation, info)
 
 
 def _test_episode(

@@ -536,7 +536,7 @@ def test_wrong_arguments(arguments, words, capsys):
     ("more", "words"),
     [
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got it beside --agent"),
-        (["--set", "REWARD_IMAGES=9"], "REWARD_IMAGES: got it beside --agent"),
+        (["--set", "N_STEP=9"], "N_STEP: got it beside --agent"),
         (["--set", "NUM_NODES=6"], "NUM_NODES: got it beside --agent"),
         (["--vary", "EPISODES=1,2"], "EPISODES: got it beside --agent"),
         (["--agent", "{agent}"], "two agents with seed 1"),

@@ -8,14 +8,15 @@ from gymnasium.utils.env_checker import check_env
 from sklearn.decomposition import PCA
 
 import data
+import environment
 from config import Settings
 from environment import (
     DecentralizedLearning,
     distance_matrix,
     pca_scores,
     positive_at,
+    power_reward,
     progress_reward,
-    reward,
     rollout,
 )
 
@@ -55,47 +56,34 @@ def test_distances_follow_their_own_seed_and_scale():
     ],
 )
 def test_reward_by_hand(accuracy, distance, expected):
-    assert reward(accuracy, distance, Settings()) == pytest.approx(expected, abs=1e-12)
+    assert power_reward(accuracy, distance, Settings()) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "ceiling", "expected"),
+    ("accuracy", "before", "missed", "expected"),
     [
-        (1.0, 0, 10 - 1.25),  # 100^0.5
-        (1.0, 1, 1 - 1.25),
-        (0.5, 1, 1 - 1.25),
-        (0.25, 1, 0.31623 - 1.25),  # 100^-0.25
+        (0.7, 0.3, False, 10 * (0.9 * -0.1 + 0.5) - 1.25),
+        (0.3, 0.7, False, 10 * (0.9 * -0.5 + 0.1) - 1.25),
+        (0.3, 0.7, True, 10 * (0.9 * -0.5 + 0.1) - 1.25 - 15),
+        (0.9, 0.7, False, 10 * 0.1 - 0.25),  # from the goal on, the potential is 0
+        (0.8, 0.0, False, 10 * 0.8 - 0.25),
     ],
 )
-def test_a_ceiling_bounds_the_accuracy_term(accuracy, ceiling, expected):
-    settings = Settings(REWARD_BASE=100, GOAL_ACCURACY=0.5, REWARD_CEILING=ceiling)
-    assert reward(accuracy, 0.25, settings) == pytest.approx(expected, abs=1e-5)
+def test_progress_reward_by_hand(accuracy, before, missed, expected):
+    settings = Settings(DISCOUNT=0.9, GOAL_ACCURACY=0.8)
+    value = progress_reward(accuracy, before, 0.25, missed, settings)
+    assert value == pytest.approx(expected, abs=1e-12)
 
 
-def test_progress_by_hand():
-    """Potentials -10 * 0.5, -10 * 0.1 and, from the goal on, 0; discount 0.9."""
-    settings = Settings(REWARD_PROGRESS=10, DISCOUNT=0.9, GOAL_ACCURACY=0.8)
-    assert progress_reward(0.7, 0.3, settings) == pytest.approx(-0.9 + 5)
-    assert progress_reward(0.3, 0.7, settings) == pytest.approx(-4.5 + 1)
-    assert progress_reward(0.9, 0.7, settings) == pytest.approx(1)
-    assert progress_reward(0.9, 0.8, settings) == progress_reward(0.3, 0.7, Settings()) == 0
-
-
-def test_progress_of_an_episode_sums_up_to_its_potentials(few):
-    """The discounted sum from round 2 on is the last potential less the first."""
-    settings = small_settings(REWARD_PROGRESS=10, DISCOUNT=0.5)
-    env, plain = (DecentralizedLearning(s, few) for s in (settings, small_settings()))
-    rewards, accuracies = [], []
-    for environment in (env, plain):
-        _, first = environment.reset(seed=0)
-        infos = [first, *(environment.step(node)[4] for node in (1, 1, 3, 2))]
-        rewards.append(np.array([info["reward"] for info in infos]))
-        accuracies.append([info["accuracy"] for info in infos])
-    assert accuracies[0] == accuracies[1]
-    added = rewards[0] - rewards[1]
-    assert added[0] == 0
-    last, start = (10 * min(a - 0.8, 0) for a in (accuracies[0][-1], accuracies[0][0]))
-    assert (added[1:] * 0.5 ** np.arange(4)).sum() == pytest.approx(last * 0.5**4 - start)
+def test_progress_rewards_of_an_episode(few, monkeypatch):
+    env = DecentralizedLearning(small_settings(REWARD="progress", DISCOUNT=0.5, MAX_ROUNDS=3), few)
+    accuracies = iter([0.2, 0.5, 0.7])
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights: next(accuracies))
+    rewards = [env.reset(seed=0)[1]["reward"], *(env.step(node)[1] for node in (1, 1))]
+    way = env.distances[0, 1]
+    # The potentials are -8 before round 1, then -6, -3, -1; the last round misses the goal.
+    expected = [-3 + 8 - 1, -1.5 + 6 - 1 - way, -0.5 + 3 - 1 - 15]
+    assert rewards == pytest.approx(expected, abs=1e-12)
 
 
 # --- PCA -------------------------------------------------------------------------------------
@@ -212,7 +200,7 @@ def test_spaces_and_info(few):
         assert info["node"] == action
         assert info["distance"] == distance
         assert info["communication_cost"] == pytest.approx(first + cost, abs=1e-15)
-        assert value == info["reward"] == reward(info["accuracy"], distance, env.settings)
+        assert value == info["reward"] == power_reward(info["accuracy"], distance, env.settings)
         # Whole images of a whole test set.
         assert info["accuracy"] * 359 == pytest.approx(round(info["accuracy"] * 359), abs=1e-9)
 
@@ -229,7 +217,7 @@ def test_an_episode_ends_at_the_limit(few):
 def test_an_episode_ends_at_the_goal(few, monkeypatch):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=3), few)
     accuracies = iter([0.59, 0.6])
-    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights: next(accuracies))
     assert env.reset(seed=0)[1]["goal_reached"] is False
     _, _, terminated, truncated, info = env.step(0)
     assert (terminated, truncated, info["goal_reached"]) == (True, False, True)
@@ -239,7 +227,8 @@ def test_an_episode_ends_at_the_goal(few, monkeypatch):
 
 def test_images_that_judge_a_round(few, monkeypatch):
     """Drawn anew for each round, by the episode's seed, and enough to tell models apart."""
-    env = DecentralizedLearning(small_settings(REWARD_IMAGES=50, LEARNING_RATE=0.01), few)
+    monkeypatch.setattr(environment, "_JUDGES", 50)
+    env = DecentralizedLearning(small_settings(REWARD="progress", LEARNING_RATE=0.01), few)
     whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few)
     seen, evaluate = [], env.foundation.evaluate
 
@@ -268,10 +257,11 @@ def test_images_that_judge_a_round(few, monkeypatch):
 
 @pytest.mark.parametrize(("count", "judges"), [(358, 358), (359, None), (2000, None)])
 def test_no_more_images_judge_than_there_are(few, count, judges, monkeypatch):
-    env = DecentralizedLearning(small_settings(REWARD_IMAGES=count, MAX_ROUNDS=3), few)
+    monkeypatch.setattr(environment, "_JUDGES", count)
+    env = DecentralizedLearning(small_settings(REWARD="progress", MAX_ROUNDS=3), few)
     seen = []
     monkeypatch.setattr(
-        env.foundation, "evaluate", lambda weights, images: seen.append(images) or 0.1
+        env.foundation, "evaluate", lambda weights, images=None: seen.append(images) or 0.1
     )
     env.reset(seed=0)
     env.step(1)
@@ -283,17 +273,20 @@ def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch):
 
     Of 359 images 50 have a standard error of 0.0643 at 0.6: sqrt(0.24 / 50 * 309 / 358).
     """
-    settings = small_settings(REWARD_IMAGES=50, GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
+    settings = small_settings(REWARD="progress", GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
+    monkeypatch.setattr(environment, "_JUDGES", 50)
     env = DecentralizedLearning(settings, few)
     some, every = iter([0.406, 0.408, 0.64, 0.58]), iter([0.42, 0.59, 0.61])
     monkeypatch.setattr(
-        env.foundation, "evaluate", lambda weights, images: next(every if images is None else some)
+        env.foundation,
+        "evaluate",
+        lambda weights, images=None: next(every if images is None else some),
     )
     assert env.reset(seed=0)[1]["accuracy"] == 0.406
     assert env.step(0)[4]["accuracy"] == 0.42
     _, value, terminated, _, info = env.step(0)
     assert (info["accuracy"], terminated) == (0.59, False)
-    assert value == reward(0.59, 0.0, settings)
+    assert value == progress_reward(0.59, 0.42, 0.0, False, settings)
     info = env.step(0)[4]
     assert (info["accuracy"], info["goal_reached"]) == (0.61, True)
 
@@ -301,21 +294,9 @@ def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch):
 def test_reaching_the_goal_in_the_last_round_is_no_truncation(few, monkeypatch):
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=2), few)
     accuracies = iter([0.1, 0.9])
-    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
+    monkeypatch.setattr(env.foundation, "evaluate", lambda weights: next(accuracies))
     env.reset(seed=0)
     assert env.step(0)[2:4] == (True, False)
-
-
-@pytest.mark.parametrize(("last", "missed"), [(0.59, 7), (0.6, 0)])
-def test_missing_the_goal_costs_its_penalty_in_the_last_round(few, last, missed, monkeypatch):
-    settings = small_settings(MISS_PENALTY=7, GOAL_ACCURACY=0.6, MAX_ROUNDS=3)
-    env = DecentralizedLearning(settings, few)
-    accuracies = iter([0.1, 0.2, last])
-    monkeypatch.setattr(env.foundation, "evaluate", lambda weights, images: next(accuracies))
-    env.reset(seed=0)
-    assert env.step(0)[1] == reward(0.2, 0.0, settings)
-    _, value, _, _, info = env.step(0)
-    assert value == info["reward"] == reward(last, 0.0, settings) - missed
 
 
 def test_the_starter_may_reach_an_easy_goal(few):
@@ -429,41 +410,17 @@ def test_round_1_takes_distinct_nodes(few, nodes):
 # --- Observations ----------------------------------------------------------------------------
 
 
-def test_both_observations_side_by_side(few):
-    seen = {}
-    for kind in ("broadcast", "local", "both"):
-        env = DecentralizedLearning(small_settings(OBSERVATION=kind), few)
-        seen[kind] = [env.reset(seed=3)[0], *(env.step(node)[0] for node in (1, 1, 0))]
-        assert all(o.shape == env.observation_space.shape for o in seen[kind])
-    assert seen["both"][0].shape == (32,)
-    expected = np.concatenate([seen["broadcast"], seen["local"]], axis=1)
-    np.testing.assert_array_equal(seen["both"], expected)
-
-
 def test_any_kind_can_be_observed_whatever_the_agent_sees(few):
-    blind = DecentralizedLearning(small_settings(OBSERVATION="zeros", BROADCAST_SCALE=4), few)
+    blind = DecentralizedLearning(small_settings(OBSERVATION="zeros", PCA_COMPONENTS=2), few)
     blind.reset(seed=3)
     blind.step(1)
     for kind in ("broadcast", "local", "both", "last_node", "zeros"):
-        settings = small_settings(OBSERVATION=kind, BROADCAST_SCALE=4)
+        settings = small_settings(OBSERVATION=kind, PCA_COMPONENTS=2)
         env = DecentralizedLearning(settings, few)
         env.reset(seed=3)
         np.testing.assert_array_equal(blind.observe(kind), env.step(1)[0])
     with pytest.raises(KeyError, match="fixed"):
         blind.observe("fixed")
-
-
-def test_scaled_scores(few):
-    plain, scaled = (
-        DecentralizedLearning(small_settings(OBSERVATION="both", **scales), few)
-        for scales in ({}, {"BROADCAST_SCALE": 4, "LOCAL_SCALE": 0.5})
-    )
-    for env in (plain, scaled):
-        env.reset(seed=3)
-    seen = plain.step(1)[0]
-    assert seen[:16].any()
-    assert seen[16:].any()
-    np.testing.assert_array_equal(scaled.step(1)[0], seen * np.repeat([4, 0.5], 16))
 
 
 def test_signs_by_hand():
@@ -473,25 +430,28 @@ def test_signs_by_hand():
     assert positive_at(1, scores).dtype == np.float32
 
 
-@pytest.mark.parametrize("observation", ["broadcast", "local"])
-def test_scores_of_the_last_node_are_not_negative(few, observation):
-    """Only the signs of whole components differ from scikit-learn's rule."""
-    theirs, ours = (
-        DecentralizedLearning(
-            small_settings(OBSERVATION=observation, PCA_SIGNS=signs, MAX_ROUNDS=9), few
-        )
-        for signs in ("loading", "holder")
-    )
+def test_both_observations_side_by_side(few):
+    """Scaled, and with the last node's scores positive: else the signs are scikit-learn's."""
+    kinds = ("broadcast", "local", "both")
+    envs = {
+        kind: DecentralizedLearning(small_settings(OBSERVATION=kind, MAX_ROUNDS=9), few)
+        for kind in kinds
+    }
     turned = []
     for node in (0, 1, 1, 2, 3, 0):
-        scores = [
-            (env.step(node) if turned else env.reset(seed=4))[0].reshape(4, 4)
-            for env in (theirs, ours)
-        ]
-        turned.append(np.where(scores[0][node] < 0, -1, 1))
-        np.testing.assert_array_equal(scores[1], turned[-1] * scores[0])
-        assert (scores[1][node] >= 0).all()
+        seen = {}
+        for kind, env in envs.items():
+            seen[kind] = (env.step(node) if turned else env.reset(seed=4))[0]
+            assert seen[kind].shape == env.observation_space.shape
+        assert seen["both"].shape == (32,)
+        for kind, scale, both in zip(kinds, (4, 0.4), np.split(seen["both"], 2), strict=False):
+            scores = seen[kind].reshape(4, 4)
+            turned.append(np.where(scores[node] < 0, -1, 1))
+            expected = np.float32(scale) * (turned[-1] * scores).astype("f4")
+            np.testing.assert_array_equal(both.reshape(4, 4), expected)
+            assert (both.reshape(4, 4)[node] >= 0).all()
     assert (np.array(turned) < 0).any()
+    assert (np.array(turned) > 0).any()
 
 
 def test_observations_without_weights(few):

@@ -18,7 +18,7 @@ import main
 import models
 from config import Settings, UserError, episode_seed, stream
 from environment import DecentralizedLearning, distance_matrix
-from experiments import compare, figures, jobs, methods
+from experiments import compare, figures, jobs, methods, search
 from experiments.jobs import Job
 from experiments.methods import METHODS
 from node import DQNAgent
@@ -131,7 +131,9 @@ def test_the_test_of_a_trained_agent_step_by_step(done, few):
 def test_training_is_that_of_main(done, tmp_path, few):
     settings = Settings(**QUICK, SEED=1, RESULTS_DIR=str(tmp_path), NAME="training-hl-seed1")
     with Run(settings, few, settings.THREADS) as run:
-        main.train(DecentralizedLearning(settings, few), run, quiet=True)
+        environment = DecentralizedLearning(settings, few)
+        agent = DQNAgent(environment.observation_size, settings)
+        main.train(environment, run, agent, quiet=True)
     trained = done["hl"].training_folder
     assert (run.folder / "rounds.csv").read_bytes() == (trained / "rounds.csv").read_bytes()
     own, there = (load_agent(folder / "agent.npz")[0] for folder in (run.folder, trained))
@@ -175,10 +177,14 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
     assert accuracies["test"] != accuracies["validation"]
 
 
-def test_all_images_judge_a_test(tmp_path):
+def test_a_test_has_the_papers_rewards_and_all_images_judge_it(tmp_path, monkeypatch):
     """With the goal 1 a share has no standard error: the few judge whatever is not perfect."""
-    job = job_of(tmp_path, "hl", REWARD_IMAGES=100, GOAL_ACCURACY=1.0, EPISODES=2)
+    monkeypatch.setattr("environment._JUDGES", 100)
+    job = job_of(tmp_path, "hl", REWARD="progress", GOAL_ACCURACY=1.0, EPISODES=2)
     jobs.run_job(job)
+    for episode, rounds in tables(job)[1].groupby("episode"):
+        paid = 32 ** (rounds["accuracy"] - 1) - rounds["distance"] - 1
+        assert tables(job)[0]["episode_reward"][episode - 1] == pytest.approx(paid.sum())
 
     def are_shares_of(accuracies, count):
         return np.allclose(accuracies * count, (accuracies * count).round())
@@ -201,6 +207,29 @@ def test_an_interrupted_job_continues(done, tmp_path, monkeypatch, stop_at):
     assert job.episodes_finished() == 6
     for training in (False, True):
         assert same(tables(job, training), tables(done["hl"], training))
+
+
+@pytest.mark.parametrize("stop_at", [0, 7])
+def test_a_searched_walk_is_recorded_and_continues(tmp_path, monkeypatch, stop_at):
+    job = job_of(tmp_path, "walk_search", EPISODES=3)
+    whole = job_of(tmp_path / "whole", "walk_search", EPISODES=3)
+    jobs.run_job(whole)
+    if stop_at:
+        with monkeypatch.context() as patch:
+            interrupt_step(patch, stop_at)
+            with pytest.raises(KeyboardInterrupt):
+                jobs.run_job(job)
+    jobs.run_job(job)
+    for training in (False, True):
+        assert same(tables(job, training), tables(whole, training))
+    probabilities = load_agent(job.training_folder / "agent.npz")[0]
+    nodes = search.nodes_of(
+        np.array([probabilities["nodes"].argmax(1), probabilities["lengths"].argmax(1) + 1]), 4
+    )
+    episodes, rounds = tables(job)
+    for _, walk in rounds.groupby("episode"):
+        assert walk["node"].astype(int).tolist() == [0, *nodes][: len(walk)]
+    assert not episodes["observation_megabytes"].any()
 
 
 # --- Many jobs -------------------------------------------------------------------------------

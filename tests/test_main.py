@@ -27,7 +27,7 @@ import main
 import plot
 import records
 from config import Settings, episode_seed
-from environment import DecentralizedLearning, reward
+from environment import DecentralizedLearning, power_reward
 from node import DQNAgent
 
 TESTS = PROJECT / "tests"
@@ -96,7 +96,9 @@ def test_tables_agree_with_each_other_and_with_the_definitions(finished):
         expected = [0.0, *(distances[a, b] for a, b in itertools.pairwise(nodes))]
         np.testing.assert_allclose(walk["distance"], expected, rtol=1e-12)
         for r in walk.itertuples():
-            assert r.reward == pytest.approx(reward(r.accuracy, r.distance, settings), abs=1e-12)
+            assert r.reward == pytest.approx(
+                power_reward(r.accuracy, r.distance, settings), abs=1e-12
+            )
         assert row.communication_cost == pytest.approx(sum(expected), rel=1e-12)
         assert row.episode_reward == pytest.approx(walk["reward"].sum(), rel=1e-12)
         assert row.final_accuracy == walk["accuracy"].iloc[-1]
@@ -219,14 +221,11 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys, finished, n
 
 OPTIONS = {
     "OBSERVATION": "both",
-    "PCA_SIGNS": "holder",
-    "Q_NETWORKS": 2,
-    "DUELING": True,
-    "Q_WEIGHT_DECAY": 0.1,
     "N_STEP": 3,
+    "ROUNDS_PER_CHOICE": 2,
     "TARGET_UPDATE": 2,
     "EXPLORATION_PERSIST": 0.5,
-    "REWARD_IMAGES": 50,
+    "REWARD": "progress",
 }
 
 

@@ -36,12 +36,6 @@ def tour_length(distances, tour):
     return float(sum(distances[a, b] for a, b in zip(tour, [*tour[1:], tour[0]], strict=True)))
 
 
-def test_the_searched_walk():
-    # Node 0 for five rounds, then 5 5 5 1 1 0 0 again and again.
-    expected = [0, 0, 0, 0, 0, 5, 5, 5, 1, 1, 0, 0, 5, 5, 5, 1, 1, 0, 0, 5]
-    assert walk("fixed_walk", 20) == expected
-
-
 def test_staying_and_turns():
     assert walk("stay", 5) == [0] * 5
     assert walk("round_robin", 12, STARTER_NODE=7) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -147,14 +141,14 @@ def test_what_methods_change_of_the_settings():
     settings = small_settings(NUM_NODES=7)
     changed = {name: method.overrides(settings) for name, method in METHODS.items()}
     tuned = NAMED_SETTINGS["tuned"]
-    rewards = {"REWARD_BASE": 1e100, "REWARD_CEILING": 1.0, "MISS_PENALTY": 15.0}
     expected = {
         "tuned": tuned,
         "fedavg": {"NODES_PER_ROUND": 7},
-        "walk_search": {**rewards, "REWARD_PROGRESS": 0.0},
+        "walk_search": {"REWARD": "progress", "DISCOUNT": 0.97, "OBSERVATION": "zeros"},
     }
     assert {name: own for name, own in changed.items() if own} == expected
-    assert [name for name, method in METHODS.items() if not method.policy] == ["hl", "tuned"]
+    trained = [name for name, method in METHODS.items() if not method.policy]
+    assert trained == ["hl", "tuned", "walk_search"]
     assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
 
 
@@ -163,7 +157,7 @@ def test_what_methods_change_of_the_settings():
     [
         ("rnadom", {}, ("--methods", "'rnadom'", "hl, tuned, random")),
         ("nearest", {"NODES_PER_ROUND": 2}, ("NODES_PER_ROUND", "got 2", "takes 1", "nearest")),
-        ("fixed_walk", {}, ("NUM_NODES", "got 4", "at least 6", "fixed_walk")),
+        ("best_walk", {}, ("NUM_NODES", "got 4", "at least 6", "best_walk")),
     ],
 )
 def test_methods_that_cannot_run(name, overrides, words):

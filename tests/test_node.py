@@ -136,8 +136,8 @@ def test_exploration_that_persists_at_small_epsilon(monkeypatch):
     agent = make_agent(NUM_NODES=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
     monkeypatch.setattr(
         agent.q,
-        "all_values",
-        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
+        "values",
+        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None],
     )
     chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
     kinds = [kind for _, kind in chosen]
@@ -166,6 +166,26 @@ def test_exploration_that_persists_ends_with_the_episode(per_step):
     assert agent.act(observation)[1] == "greedy"
 
 
+def test_a_choice_lasts_its_rounds():
+    agent = make_agent(NUM_NODES=10, EPSILON=0.5, ROUNDS_PER_CHOICE=3)
+    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(300)]
+    for first in range(0, 300, 3):
+        nodes, kinds = zip(*chosen[first : first + 3], strict=True)
+        assert nodes[0] == nodes[1] == nodes[2]
+        assert kinds[0] in ("random", "greedy")
+        assert kinds[1:] == ("repeated", "repeated")
+    # 50 of 100 choices are random, with a standard deviation of 5.
+    assert abs([kind for _, kind in chosen].count("random") - 50) < 5 * 5
+
+
+def test_the_frozen_policy_chooses_every_few_rounds():
+    agent = make_agent(ROUNDS_PER_CHOICE=3)
+    observation = np.ones(4, np.float32)
+    best = agent.best_actions(observation)
+    chosen = [agent.greedy(observation, {"round": past, "node": 7}) for past in range(1, 8)]
+    assert chosen == [best, 7, 7, best, 7, 7, best]
+
+
 def test_several_actions():
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
@@ -179,7 +199,7 @@ def test_several_actions():
 def test_equal_q_values_give_the_lower_number(monkeypatch):
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=2)
     monkeypatch.setattr(
-        agent.q, "all_values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
+        agent.q, "values", lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
     )
     assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
 
@@ -197,48 +217,36 @@ SAMPLE = {
 }
 
 
-def targets(sample=SAMPLE, now=(Q_NOW,), following=(Q_NEXT,), normalize=False):
+def targets(sample=SAMPLE, normalize=False):
     settings = Settings(DISCOUNT=0.9, NORMALIZE_TARGETS=normalize)
-    values = [tf.constant(np.stack(networks, 1), tf.float32) for networks in (now, following)]
+    values = [tf.constant(q_values, tf.float32) for q_values in (Q_NOW, Q_NEXT)]
     fields = {name: tf.constant(field) for name, field in sample.items()}
-    return np.swapaxes(models.q_targets(*values, fields, settings), 0, 1)
+    return models.q_targets(*values, fields, settings)
 
 
 def test_targets_by_hand():
     # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
-    expected = [[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]
+    expected = [[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]
     np.testing.assert_allclose(targets(), expected, rtol=1e-6)
 
 
 def test_normalised_targets_by_hand():
     # Squares: 1 + 9.61 + 9 + 0.25 + 1 + 0.5625 = 21.4225, root 4.628445.
-    expected = np.array([[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]) / 4.628445
+    expected = np.array([[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]) / 4.628445
     np.testing.assert_allclose(targets(normalize=True), expected, rtol=1e-6)
 
 
 def test_targets_of_several_actions_by_hand():
     sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]], np.int32))
-    expected = [[[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]]
+    expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
 def test_targets_of_several_steps_by_hand():
     # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
-    expected = [[[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]]
+    expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
     sample = dict(SAMPLE, steps=np.array([3, 1], np.int32))
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
-
-
-def test_targets_of_several_networks_by_hand():
-    """The networks' mean is the next state's value; each keeps its own at the other actions."""
-    other = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
-    networks = {"now": (Q_NOW, -Q_NOW), "following": (Q_NEXT, other)}
-    # Means of the next state: 2.125, 4, 0.5.
-    expected = [[[1, 3.1, 3], [0.5, -1, 0.75]], [[-1, 3.1, -3], [-0.5, 1, 0.75]]]
-    np.testing.assert_allclose(targets(**networks), expected, rtol=1e-6)
-    # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
-    scaled = targets(**networks, normalize=True)
-    np.testing.assert_allclose(scaled, np.array(expected) / 4.628445, rtol=1e-6)
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -256,7 +264,7 @@ def test_training_is_one_fit_after_another(updates):
         sample = {name: tf.constant(field[draw]) for name, field in transitions.items()}
         bootstrap = agent.target_weights if updates else weights
         values = [
-            tf.constant(q.all_values(w, sample[name]))
+            tf.constant(q.values(w, sample[name]))
             for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
         ]
         wanted = models.q_targets(*values, sample, agent.settings)
@@ -266,11 +274,16 @@ def test_training_is_one_fit_after_another(updates):
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def remembered(**overrides):
-    """Rewards 1, 2, 3, 4, 5 in an episode of five steps, and the first two of another."""
+def remembered(actions=(1, 2, 0, 1, 2), random=(), **overrides):
+    """Rewards 1, 2, 3, 4, 5 in an episode of five steps, and the first two of another.
+
+    The steps ``random`` have random choices.
+    """
     agent = make_agent(**{"DISCOUNT": 0.5, **overrides})
     for step in (1, 2, 3, 4, 5, 1, 2):
-        agent.remember(np.full(4, step), [step % 3], float(step), np.full(4, step + 1), step == 5)
+        chosen_by = "random" if step in random else "greedy"
+        seen, following = np.full(4, step), np.full(4, step + 1)
+        agent.remember(seen, [actions[step - 1]], float(step), following, step == 5, chosen_by)
     return [
         (
             t["observations"][0],
@@ -295,6 +308,25 @@ def test_returns_of_several_steps_by_hand():
         (4, 1, 6.5, 6, True, 2),
         (5, 2, 5, 6, True, 1),
     ]
+
+
+def test_returns_end_before_a_random_choice():
+    assert remembered(N_STEP=3, random=(3,)) == [
+        (1, 1, 2, 3, False, 2),  # 1 + 2 / 2
+        (2, 2, 2, 3, False, 1),
+        (3, 0, 6.25, 6, True, 3),
+        (4, 1, 6.5, 6, True, 2),
+        (5, 2, 5, 6, True, 1),
+    ]
+
+
+def test_a_choice_of_two_rounds_is_stored_where_it_lasted():
+    """Steps 2, 4: the next step has another action. Step 5 ends the episode."""
+    kept = {1: (1, 1, 2.75, 4, False, 3), 3: (3, 0, 6.25, 6, True, 3), 5: (5, 2, 5, 6, True, 1)}
+    assert remembered((1, 1, 0, 0, 2), N_STEP=3, ROUNDS_PER_CHOICE=2) == list(kept.values())
+    # A random choice of the same action is a new choice: step 2 did not last before it.
+    found = remembered((1, 1, 1, 1, 2), random=(3,), N_STEP=3, ROUNDS_PER_CHOICE=2)
+    assert found == [(1, 1, 2, 3, False, 2), (3, 1, 6.25, 6, True, 3), kept[5]]
 
 
 def test_waiting_steps_end_with_the_episode():
@@ -415,10 +447,7 @@ class Corridor(gymnasium.Env):
 # values are lower than the best policy's.
 TOGETHER = {
     "N_STEP": 3,
-    "Q_NETWORKS": 2,
-    "DUELING": True,
     "TARGET_UPDATE": 1,
-    "Q_WEIGHT_DECAY": 0.01,
     "EXPLORATION_PERSIST": 0.5,
 }
 
@@ -445,10 +474,10 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         observation, _ = env.reset(seed=episode if episode == 0 else None)
         done = False
         while not done:
-            actions, _ = agent.act(observation)
+            actions, chosen_by = agent.act(observation)
             following, reward, terminated, truncated, _ = env.step(actions[0])
             done = terminated or truncated
-            agent.remember(observation, actions, reward, following, done)
+            agent.remember(observation, actions, reward, following, done, chosen_by)
             observation = following
         agent.train()
         agent.decay_epsilon()
