@@ -129,8 +129,6 @@ class ObservationSettings(Group):
 
     OBSERVATION: Literal["broadcast", "local", "both", "last_node", "zeros"] = "broadcast"
     """What the DQN sees of the nodes' weights (public code)."""
-    PCA_COMPONENTS: CountOrZero = 0
-    """Principal components kept, at most NUM_NODES; 0 = NUM_NODES (public code)."""
 
 
 class DQNSettings(Group):
@@ -142,6 +140,8 @@ class DQNSettings(Group):
     """Units of the Q-network's hidden layers (public code)."""
     Q_LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in the Q-network's training (public code)."""
+    Q_WEIGHT_DECAY: NotNegative = 0.0
+    """Decoupled weight decay of the Q-network (ours)."""
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
@@ -202,7 +202,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
     "tuned": {
         "REWARD": "progress",
         "OBSERVATION": "both",
-        "PCA_COMPONENTS": 1,
+        "Q_WEIGHT_DECAY": 0.4,
         "DISCOUNT": 0.97,
         "N_STEP": 12,
         "ROUNDS_PER_CHOICE": 2,
@@ -243,7 +243,6 @@ class Settings(
         for name, high, other in (
             ("STARTER_NODE", n - 1, f"NUM_NODES - 1 = {n - 1}"),
             ("NODES_PER_ROUND", n, f"NUM_NODES = {n}"),
-            ("PCA_COMPONENTS", n, f"NUM_NODES = {n}"),
             ("REPLAY_SAMPLE", self.REPLAY_CAPACITY, f"REPLAY_CAPACITY = {self.REPLAY_CAPACITY}"),
         ):
             if getattr(self, name) > high:
@@ -252,11 +251,6 @@ class Settings(
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed, validated as a whole."""
         return Settings(**{**self.model_dump(), **changes})
-
-    @property
-    def components(self) -> int:
-        """Principal components in the observation."""
-        return self.PCA_COMPONENTS or self.NUM_NODES
 
     @property
     def sees_weights(self) -> bool:

@@ -178,8 +178,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.foundation = shared_foundation_model(self.dataset, self.settings)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
-        self.observation_size = n * self.settings.components if self.settings.sees_weights else n
-        self.observation_size *= 2 if self.settings.OBSERVATION == "both" else 1
+        sizes = {"broadcast": n * n, "local": n * n, "both": 2 * n, "last_node": n, "zeros": n}
+        self.observation_size = sizes[self.settings.OBSERVATION]
         greatest = np.finfo(np.float32).max  # Gymnasium warns of infinite bounds
         self.observation_space = spaces.Box(-greatest, greatest, (self.observation_size,))
         self._over = True
@@ -302,45 +302,49 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
     def observe(self, kind: str) -> np.ndarray:
         """Return what one of the values of OBSERVATION shows of the nodes after the last round.
 
-        ``broadcast`` (public code): the first C PCA scores of every node's weights, node by node.
-        Every node gets each round's new model, and the PCA sees the nodes just before that: only
-        the nodes that trained differ. ``local`` (the paper's figures): the same when each node
-        keeps the model that it last trained. ``last_node`` (ours): 1 for the nodes that trained
-        last, 0 for the others. ``zeros`` (ours): nothing. The last two are controls: they show how
-        much the weights help.
+        ``broadcast`` (public code): the N PCA scores of every node's weights, node by node. Every
+        node gets each round's new model, and the PCA sees the nodes just before that: only the
+        nodes that trained differ. ``local`` (the paper's figures): the same when each node keeps
+        the model that it last trained. ``last_node`` (ours): 1 for the nodes that trained last, 0
+        for the others. ``zeros`` (ours): nothing. The last two are controls: they show how much the
+        weights help.
 
-        ``both`` (ours): broadcast, then local scores. A component's sign has no meaning of its own,
-        and by scikit-learn's rule (public code) it flips from round to round. Here the last node's
-        score is never negative. The scores are multiplied by 4 and 0.4, which gives both kinds the
-        same spread: a round moves the model little compared with how far the models lie apart.
+        ``both`` (ours): the first broadcast score of each node, then the first local ones. A
+        component's sign has no meaning of its own, and by scikit-learn's rule (public code) it
+        flips from round to round. Here the last node's score is never negative. The scores are
+        multiplied by 4 and 0.4, which gives both kinds the same spread: a round moves the model
+        little compared with how far the models lie apart.
 
         Returns:
-            Float32: (N * C,), for ``both`` (2 * N * C,), for ``last_node`` and ``zeros`` (N,).
+            Float32: (N * N,), for ``both`` (2 * N,), for ``last_node`` and ``zeros`` (N,).
 
         Raises:
             KeyError: another word.
         """
-        n, components = self.settings.NUM_NODES, self.settings.components
+        n = self.settings.NUM_NODES
         if kind == "both":
-            parts = []
-            for part, scale in (("broadcast", 4), ("local", 0.4)):
-                scores = positive_at(self._holder, self.observe(part).reshape(n, components))
-                parts.append(np.float32(scale) * scores.ravel())
-            return np.concatenate(parts)
+            broadcast, local = (
+                positive_at(self._holder, self._scores(part, 1)) for part in ("broadcast", "local")
+            )
+            return np.concatenate([np.float32(4) * broadcast, np.float32(0.4) * local]).ravel()
         if kind in ("last_node", "zeros"):
             seen = np.zeros(n, np.float32)
             seen[list(self._trained)] = kind == "last_node"
             return seen
+        return self._scores(kind, n).ravel()
+
+    def _scores(self, kind: str, components: int) -> np.ndarray:
+        """Return (N, components) float32 PCA scores, ``broadcast`` or ``local``."""
         differing, rest = {
             "broadcast": (self._trained, self._received),
             "local": (self._own, self._initial),
         }[kind]
         models = [model.numpy() for model in differing.values()]
-        owners = np.full(n, len(models))
+        owners = np.full(self.settings.NUM_NODES, len(models))
         owners[list(differing)] = np.arange(len(models))
-        if len(models) < n:
+        if len(models) < len(owners):
             models.append(rest.numpy())
-        return pca_scores(np.stack(models), owners, components).ravel()
+        return pca_scores(np.stack(models), owners, components)
 
 
 # --- Episodes --------------------------------------------------------------------------------

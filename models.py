@@ -347,6 +347,8 @@ class QNetwork:
                 loss = tf.reduce_mean(tf.square(outputs - batch))
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
             gradient = tape.gradient(loss, weights)
+            if settings.Q_WEIGHT_DECAY:  # decoupled from the gradient (Loshchilov and Hutter 2019)
+                weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
             weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
         return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
 

@@ -42,7 +42,6 @@ REPEAT = 0.6
 # Agent's settings of a recording, whatever config.py says.
 _RECORDING: dict[str, Any] = {
     "OBSERVATION": "zeros",  # the cheapest; what is recorded is observed besides
-    "PCA_COMPONENTS": 0,
     "REWARD": "power",
 }
 
@@ -63,8 +62,8 @@ OBSERVATIONS = {
     "local": "local",
     "local_holder": "local, signed by the last node",
     "both": "broadcast and local",
-    "first_both_loading": "broadcast and local, PCA_COMPONENTS=1",
-    "first_both": "both, PCA_COMPONENTS=1",
+    "first_both_loading": "first scores of broadcast and local",
+    "first_both": "both: the same, signed by the last node",
     "last_node_round": "not observed: last node and round",
     "history": "not observed: visits of all nodes and round",
 }
@@ -108,7 +107,7 @@ def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
 
     Returns:
         For R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and the observations
-        ``broadcast`` and ``local`` (R, N * C) float32.
+        ``broadcast`` and ``local`` (R, N * N) float32.
     """
     from environment import rollout
 

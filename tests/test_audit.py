@@ -10,7 +10,7 @@ import data
 import models
 import plot
 from config import episode_seed
-from environment import DecentralizedLearning
+from environment import DecentralizedLearning, positive_at
 from experiments import audit
 from records import read_arrays, write_arrays
 
@@ -91,18 +91,22 @@ def test_what_a_walk_records(few):
     walk = audit.record_walk(DecentralizedLearning(settings, few), 3)
     assert walk["nodes"].shape == walk["accuracies"].shape == (5,)
     observed = audit.observations(walk, 4, settings.MAX_ROUNDS)
-    for kind in ("broadcast", "local"):
-        for signs in ("loading", "holder"):
-            env = DecentralizedLearning(small_settings(OBSERVATION=kind, PCA_SIGNS=signs), few)
-            seen = [env.reset(seed=episode_seed(0, 3))[0]]
-            seen += [env.step(node)[0] for node in walk["nodes"][1:]]
-            if signs == "loading":
-                np.testing.assert_array_equal(observed[kind], seen)
-            elif kind == "local":
-                np.testing.assert_array_equal(observed["local_holder"], seen)
+    for kind in ("broadcast", "local", "both"):
+        env = DecentralizedLearning(small_settings(OBSERVATION=kind), few)
+        seen = [env.reset(seed=episode_seed(0, 3))[0]]
+        seen = np.array([*seen, *(env.step(node)[0] for node in walk["nodes"][1:])])
+        if kind == "both":
+            scaled = observed["first_both"] * np.repeat(np.float32([4, 0.4]), 4)
+            np.testing.assert_array_equal(seen, scaled)
+        else:
             half = slice(4) if kind == "broadcast" else slice(4, 8)
-            name = "first_both" if signs == "holder" else "first_both_loading"
-            np.testing.assert_array_equal(observed[name][:, half], np.array(seen)[:, ::4])
+            np.testing.assert_array_equal(seen, observed[kind])
+            np.testing.assert_array_equal(seen[:, ::4], observed["first_both_loading"][:, half])
+    signed = [
+        positive_at(node, scores.reshape(4, 4)).ravel()
+        for node, scores in zip(walk["nodes"], observed["local"], strict=True)
+    ]
+    np.testing.assert_array_equal(observed["local_holder"], signed)
     # The starter has moved the fresh model; of four rows one differs by it, centred 3/4 of it.
     env = DecentralizedLearning(small_settings(), few)
     env.reset(seed=episode_seed(0, 3))
@@ -293,10 +297,9 @@ def test_settings_of_an_audit():
         (["--walks", "0"], "--walks: got '0', takes an integer >= 1"),
         (["--settings", "tuned"], "takes none"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
-        (["--set", "PCA_SIGNS=holder"], "PCA_SIGNS: got 'holder', takes none"),
+        (["--set", "REWARD=progress"], "REWARD: got 'progress', takes none"),
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),
         (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1"),
-        (["--set", "PCA_COMPONENTS=11"], "PCA_COMPONENTS: got 11, takes none"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(arguments, words, capsys):

@@ -19,7 +19,7 @@ def test_defaults_are_the_public_codes():
     assert (s.DISTANCE_SCALE, s.DISTANCE_SEED) == (0.1, 0)
     assert s.REWARD_BASE == 32
     assert (s.LEARNING_RATE, s.BATCH_SIZE, s.LOCAL_EPOCHS) == (1e-3, 32, 1)
-    assert (s.OBSERVATION, s.components) == ("broadcast", 10)
+    assert s.OBSERVATION == "broadcast"
     assert (s.HIDDEN_UNITS, s.Q_LEARNING_RATE, s.DISCOUNT) == ((500, 200), 1e-3, 0.9)
     assert (s.REPLAY_CAPACITY, s.REPLAY_SAMPLE, s.Q_BATCH_SIZE) == (50_000, 128, 16)
     assert (s.NORMALIZE_TARGETS, s.UPDATES_PER_EPISODE) == (True, 1)
@@ -98,7 +98,6 @@ def test_refuses_values(name, value, takes):
     [
         {"STARTER_NODE": 10},
         {"NODES_PER_ROUND": 11},
-        {"PCA_COMPONENTS": 11},
         {"REPLAY_SAMPLE": 129, "REPLAY_CAPACITY": 128},
     ],
 )

@@ -150,6 +150,7 @@ def test_one_compiled_q_network_serves_its_settings():
         "TARGET_UPDATE": 1,
         "REPLAY_SAMPLE": 9,
         "Q_LEARNING_RATE": 0.1,
+        "Q_WEIGHT_DECAY": 0.1,
         "Q_BATCH_SIZE": 9,
     }
     latest = one
@@ -184,6 +185,18 @@ def test_q_fit_is_keras_fit():
     history = twin.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
     assert float(loss) == pytest.approx(history.history["loss"][0], rel=1e-5)
+
+
+def test_weight_decay_by_hand():
+    """With its own values as targets the gradient is 0, and decay alone is left."""
+    settings = small_settings(
+        HIDDEN_UNITS=(5,), Q_BATCH_SIZE=16, Q_LEARNING_RATE=0.01, Q_WEIGHT_DECAY=0.5
+    )
+    q = QNetwork(6, 3, settings)
+    weights = q.network.initial_weights(stream(0, "network"))
+    x = np.zeros((16, 6), "f4")
+    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 3), "f4"))
+    np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
 
 
 def test_weights_by_layer_and_back():

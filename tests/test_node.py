@@ -448,6 +448,7 @@ class Corridor(gymnasium.Env):
 TOGETHER = {
     "N_STEP": 3,
     "TARGET_UPDATE": 1,
+    "Q_WEIGHT_DECAY": 0.01,
     "EXPLORATION_PERSIST": 0.5,
 }
 
