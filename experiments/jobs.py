@@ -41,6 +41,7 @@ class Job:
     settings: Settings  # with the method's overrides; RESULTS_DIR is the variant's folder
     variant: str  # value of what the comparison varies; "" if nothing varies
     test_episodes: int
+    first_episode: int = 1  # number of the first test episode
     agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
     kind: str = "test"  # the stream of the episodes' seeds, test or validation
 
@@ -200,7 +201,7 @@ def run_job(job: Job) -> None:
             path.unlink(missing_ok=True)
             tables[name] = CsvTable(path, TABLES[name])
             stack.callback(tables[name].close)
-        for episode in range(1, job.test_episodes + 1):
+        for episode in range(job.first_episode, job.first_episode + job.test_episodes):
             row = _test_episode(job, environment, policy, episode, sent_before, tables["rounds"])
             tables["episodes"].add(row)
 

@@ -1,5 +1,6 @@
 """Jobs: what a test records, and many jobs in processes that fail, die and are killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -162,6 +163,13 @@ def test_several_nodes_per_round(tmp_path):
         rounds = tables(job)[1]
         assert rounds["node"][1].count("+") == 1
         assert rounds["method"].unique().tolist() == [method]
+
+
+def test_later_test_episodes(tmp_path, done):
+    job = dataclasses.replace(job_of(tmp_path, "random", 1, episodes=1), first_episode=2)
+    jobs.run_job(job)
+    for own, both in zip(tables(job), tables(done["random"]), strict=True):
+        assert own.equals(both[both["episode"] == 2].reset_index(drop=True))
 
 
 def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
