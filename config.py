@@ -205,13 +205,13 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
         "Q_WEIGHT_DECAY": 0.4,
         "DISCOUNT": 0.97,
         "N_STEP": 12,
-        "ROUNDS_PER_CHOICE": 2,
+        "ROUNDS_PER_CHOICE": 3,
         "Q_BATCH_SIZE": 128,
         "UPDATES_PER_EPISODE": 150,
         "NORMALIZE_TARGETS": False,
         "TARGET_UPDATE": 1,
         "EPSILON_DECAY": 0.05,
-        "EXPLORATION_PERSIST": 0.75,
+        "EXPLORATION_PERSIST": 0.6,
     },
 }
 

@@ -124,7 +124,9 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
             print(f"{run.folder} is finished already; for another run choose a --name")
         else:
             if run.episodes_finished:
-                print(f"continuing {run.folder} after episode {run.episodes_finished}")
+                print(f"continuing {run.folder} after episode {run.episodes_finished}", flush=True)
+            else:
+                print(f"{dataset.name}: {settings.EPISODES} episodes into {run.folder}", flush=True)
             agent = DQNAgent(environment.observation_size, settings)
             train(environment, run, agent)
             plot.draw_run(run.folder)
