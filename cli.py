@@ -167,7 +167,7 @@ def dataset_of_experiments() -> dict[str, str]:
 
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun: 1 seed, 2 seeds."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def available_cores() -> int:

@@ -28,8 +28,7 @@ from config import UserError
 DOUBLE = 7.0  # width of a figure over two columns, inches
 
 # Figures are drawn at the size at which they are printed: no text is below 7 pt.
-# Any: Matplotlib's versions type the keys differently.
-STYLE: Any = {
+_STYLE: Any = {  # Matplotlib's versions type the keys differently
     "font.size": 8,
     "figure.titlesize": 8,
     "axes.titlesize": 8,
@@ -50,6 +49,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "homogeneous-learning",  # the same tables give the same file
 }
+matplotlib.rcParams.update(_STYLE)
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLACK, GREY = "#000000", "#767676"
@@ -65,24 +65,16 @@ FORMATS: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Da
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure, whole or not at all, in the format that the path's suffix names.
-
-    What draws it is decorated with ``@matplotlib.rc_context(STYLE)`` and does not use pyplot.
-    """
+    """Write a figure, whole or not at all, in the format that the path's suffix names."""
     name = path.suffix[1:]
-    with matplotlib.rc_context(STYLE), records.replacing(path) as file:
+    with records.replacing(path) as file:
         figure.savefig(file, format=name, metadata=FORMATS[name])
 
 
-def data_note(dataset: str) -> str:
-    """Return the dataset's name for a figure's title; the stand-in for MNIST is named as such."""
-    return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
-
-
-def set_title(figure: Figure, episodes: pd.DataFrame, text: str, *notes: str) -> None:
+def set_title(figure: Figure, table: pd.DataFrame, text: str, *notes: str) -> None:
     """Set a figure's title: what it shows, of which data, and more notes."""
-    note = data_note(episodes["dataset"].iloc[0])
-    figure.suptitle(f"{text} (data: {'; '.join([note, *notes])})")
+    datasets = table["dataset"].replace("digits", "bundled digits, NOT MNIST").unique()
+    figure.suptitle(f"{text} (data: {'; '.join([*datasets, *notes])})")
 
 
 def label_at_right(axis: Axes, y: float, text: str, x: float = 1.01) -> None:
@@ -108,9 +100,7 @@ Tables = dict[str, pd.DataFrame]
 
 
 def read_run(folder: Path) -> Tables:
-    """Return the tables ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's folder.
-
-    Rounds of an episode that is not finished are left out.
+    """Return ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's finished episodes.
 
     Raises:
         UserError: the folder holds no run, no finished episode, or a table is missing or damaged.
@@ -128,8 +118,7 @@ def read_run(folder: Path) -> Tables:
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     finished = tables["rounds"]["episode"].isin(tables["episodes"]["episode"])
-    tables["rounds"] = tables["rounds"][finished]
-    return tables
+    return {**tables, "rounds": tables["rounds"][finished]}
 
 
 def summary(folder: Path) -> str:
@@ -147,7 +136,7 @@ def summary(folder: Path) -> str:
             f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
     lines += [
-        f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]} in "
+        f"{cli.counted(len(episodes), 'episode')} on {episodes['dataset'].iloc[0]} in "
         f"{episodes['seconds'].sum() / 60:.1f} min: {sum(episodes['goal_reached'] == 0)} missed "
         f"the goal (counted with {episodes['max_rounds'].iloc[0]} rounds), "
         f"{episodes['diverged'].sum()} diverged",
@@ -216,43 +205,58 @@ def draw_run(folder: Path, format_: str = "png") -> None:
         save_figure(folder / f"{name}.{format_}", draw(tables))
 
 
-def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
-    """Return a panel per quantity of ``_CURVES``, one above the other, over the episodes."""
-    figure = Figure(figsize=(DOUBLE, height), layout="constrained")
-    axes = list(figure.subplots(len(_CURVES), 1, sharex=True))
-    for axis, label in zip(axes, _CURVES.values(), strict=True):
+def _draw_curves(draw: Callable[[Axes, str], None]) -> Figure:
+    """Draw each quantity of ``_CURVES`` over the episodes, in a panel of its own."""
+    figure = Figure(figsize=(DOUBLE, 5.2), layout="constrained")
+    axes = figure.subplots(len(_CURVES), 1, sharex=True)
+    for axis, (column, label) in zip(axes, _CURVES.items(), strict=True):
+        draw(axis, column)
         axis.set_ylabel(label)
+    for axis in axes[1:]:
+        axis.set_ylim(bottom=0)
     axes[-1].set_xlabel("episode")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
-    return figure, axes
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_learning(tables: Tables) -> Figure:
     """Draw reward, rounds and communication cost over the episodes, with moving averages."""
-    episodes = tables["episodes"]
-    figure, axes = _curve_panels(height=5.2)
-    axes[0].set_xlim(0, episodes["episode"].max() + 1)
+    episodes, published = tables["episodes"], published_levels(tables)
+    x, limit = episodes["episode"], episodes["max_rounds"].iloc[0]
     reached = episodes["goal_reached"] == 1
-    for axis, column in zip(axes, _CURVES, strict=True):
-        x, y = episodes["episode"], episodes[column]
+
+    def draw(axis: Axes, column: str) -> None:
+        y = episodes[column]
         axis.plot(x[reached], y[reached], "o", color=SKY, mew=0, label="goal reached")
         axis.plot(x[~reached], y[~reached], "x", color=RED, label="goal missed")
         label = f"mean of the last {WINDOW} episodes"
         axis.plot(x, moving_average(y), color=BLACK, label=label)
-    limit = episodes["max_rounds"].iloc[0]
-    axes[1].axhline(limit, color=GREY, lw=0.8, ls=":")
-    label_at_right(axes[1], limit, f"limit: {limit}")
-    for column, level in published_levels(tables).items():
-        axis = axes[list(_CURVES).index(column)]
-        axis.axhline(level, color=BLACK, lw=0.8, ls="--", label="published")
-        reduction = f"\N{MINUS SIGN}{PUBLISHED[column]:.1%}"
-        label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
-    for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    set_title(figure, tables["episodes"], "Training of the DQN")
+        if column == "rounds":
+            axis.axhline(limit, color=GREY, lw=0.8, ls=":")
+            label_at_right(axis, limit, f"limit: {limit}")
+        if column in published:
+            axis.axhline(published[column], color=BLACK, lw=0.8, ls="--", label="published")
+            text = f"published:\n\N{MINUS SIGN}{PUBLISHED[column]:.1%} of\nepisodes 1 to 10"
+            label_at_right(axis, published[column], text)
+
+    figure = _draw_curves(draw)
+    figure.axes[0].set_xlim(0, x.max() + 1)
+    set_title(figure, episodes, "Training of the DQN")
+    return figure
+
+
+def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
+    """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
+
+    def draw(axis: Axes, column: str) -> None:
+        for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
+            y = moving_average(table[column])
+            axis.plot(table["episode"], y, line, color=color, label=label)
+
+    figure = _draw_curves(draw)
+    set_title(figure, pd.concat(runs.values()), f"Training, mean of the last {WINDOW} episodes")
     return figure
 
 
@@ -267,7 +271,6 @@ def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
     return parts
 
 
-@matplotlib.rc_context(STYLE)
 def draw_accuracy(tables: Tables) -> Figure:
     """Draw accuracy over the rounds of the first and last episodes; ended ones keep their last."""
     parts = _first_and_last(tables)
@@ -311,7 +314,6 @@ def _cell_text(value: float, digits: int) -> str:
     return text if text.strip(".0") else ""
 
 
-@matplotlib.rc_context(STYLE)
 def draw_transitions(tables: Tables) -> Figure:
     """Draw which node transfers the model to which, in the first and last episodes."""
     parts = _first_and_last(tables)
@@ -329,7 +331,6 @@ def draw_transitions(tables: Tables) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_data(tables: Tables) -> Figure:
     """Draw how many images of which class each node holds, beside the nodes' distances."""
     shards = tables["shards"].astype({"node": int})
@@ -348,25 +349,6 @@ def draw_data(tables: Tables) -> Figure:
     right.set(xlabel="node", ylabel="node")
     figure.colorbar(image, ax=right, label="communication distance (no unit)", aspect=30, pad=0.02)
     set_title(figure, tables["episodes"], "Shards and distances")
-    return figure
-
-
-# --- Overlay of several runs -----------------------------------------------------------------
-
-
-@matplotlib.rc_context(STYLE)
-def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
-    """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
-    figure, axes = _curve_panels(height=5.4)
-    for axis, column in zip(axes, _CURVES, strict=True):
-        for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
-            x, y = table["episode"], moving_average(table[column])
-            axis.plot(x, y, line, color=color, label=label)
-    for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    notes = dict.fromkeys(data_note(table["dataset"].iloc[0]) for table in runs.values())
-    figure.suptitle(f"Training, mean of the last {WINDOW} episodes (data: {'; '.join(notes)})")
     return figure
 
 

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -217,7 +216,6 @@ def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.Dat
 # --- Figure and report -----------------------------------------------------------------------
 
 
-@matplotlib.rc_context(plot.STYLE)
 def draw_audit(table: pd.DataFrame) -> Figure:
     """Draw R2 of each observation with its interval, one mark per target."""
     figure = Figure(figsize=(plot.DOUBLE, 3.4), layout="constrained")

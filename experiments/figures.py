@@ -6,11 +6,9 @@ Usage: ``python3 -m experiments.figures results/<comparison> [...]``
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,7 +20,7 @@ import cli
 import plot
 import records
 from experiments import estimates
-from plot import BLACK, BLUE, DOUBLE, GREY, PUBLISHED, STYLE
+from plot import BLACK, BLUE, DOUBLE, GREY, PUBLISHED
 
 # What estimates.read_comparison returns, "estimates", and in all tables the column "label".
 Tables = dict[str, Any]
@@ -51,25 +49,23 @@ _NODE_COLORS = (
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     """Estimate a comparison, write ``estimates.csv``, and draw its figures in one of plot.FORMATS.
 
-    Raises:
-        UserError: as ``estimates.read_comparison``.
-        OSError: a file can't be written.
+    Returns its tables; raises as ``estimates.read_comparison``.
     """
     tables = estimates.read_comparison(folder)
     tables["estimates"] = estimates.estimate(tables)
     records.write_table(folder / "estimates.csv", tables["estimates"])
     add_labels(tables)
-    figures: dict[str, Callable[[Tables], Figure]] = {}
-    if tables["config"]["parameter"]:
-        figures["variants"] = draw_rows
-    else:
-        figures |= {"methods": draw_rows, "walks": draw_walks}
-        if (tables["estimates"]["quantity"] == "rounds_reduction").any():
-            figures["headline"] = draw_headline
-    if 0 < tables["training"]["label"].nunique() <= _MOST_LINES:
-        figures["training"] = draw_training
-    for name, draw in figures.items():
-        plot.save_figure(folder / f"{name}.{format_}", draw(tables))
+    varies = bool(tables["config"]["parameter"])
+    compared = (tables["estimates"]["quantity"] == "rounds_reduction").any()
+    for name, draw, wanted in (
+        ("variants", draw_rows, varies),
+        ("methods", draw_rows, not varies),
+        ("walks", draw_walks, not varies),
+        ("headline", draw_headline, not varies and compared),
+        ("training", draw_training, 0 < tables["training"]["label"].nunique() <= _MOST_LINES),
+    ):
+        if wanted:
+            plot.save_figure(folder / f"{name}.{format_}", draw(tables))
     return tables
 
 
@@ -130,10 +126,7 @@ def _add_marks(
     most: float = np.inf,
     form: str = "{:.1f}",
 ) -> None:
-    """Mark a mean with its interval in the row of each label, or write it if it is above ``most``.
-
-    Labels that ``rows`` lacks are skipped.
-    """
+    """Mark each label's mean with its interval, or write the mean if it is above ``most``."""
     learned, goal = learned_labels(tables), _rows(tables["estimates"], "goal_reached")["mean"]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
@@ -163,7 +156,6 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
-@matplotlib.rc_context(STYLE)
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
@@ -189,7 +181,6 @@ def draw_headline(tables: Tables) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_rows(tables: Tables) -> Figure:
     """Draw rounds, cost and success, a row per label: a point per seed, mean and interval."""
     table, config, episodes = tables["estimates"], tables["config"], tables["episodes"]
@@ -228,11 +219,10 @@ def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
     return of_seed.loc[(of_seed["rounds"] - rows["rounds"].mean()).abs().idxmin()]
 
 
-@matplotlib.rc_context(STYLE)
 def draw_walks(tables: Tables) -> Figure:
     """Draw a test episode of random and of each learned method, or else of the first method.
 
-    Of several nodes in a round the first is shown, which transfers the model.
+    Of several nodes in a round it shows the first, which transfers the model.
     """
     episodes, rounds = tables["episodes"], tables["rounds"]
     names = list(episodes["label"].unique())
@@ -256,7 +246,8 @@ def draw_walks(tables: Tables) -> Figure:
             axis.plot(*end, "*", ms=10, color=plot.ORANGE, mec=BLACK, mew=0.6, zorder=3)
         axis.set_title(
             f"{name}: goal {'reached' if episode['goal_reached'] else 'missed'} after "
-            f"{episode['rounds']} rounds, communication cost {episode['communication_cost']:.2f} "
+            f"{cli.counted(episode['rounds'], 'round')}, "
+            f"communication cost {episode['communication_cost']:.2f} "
             f"(seed {episode['seed']}, test episode {episode['episode']})",
             loc="left",
         )
@@ -266,20 +257,17 @@ def draw_walks(tables: Tables) -> Figure:
         axis.grid(False)
     axes[-1].set_xlabel("round")
     axes[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    plot.set_title(
-        figure, tables["episodes"], "Node that trains in each round, and the accuracy after it"
-    )
+    plot.set_title(figure, episodes, "Node that trains in each round, and the accuracy after it")
     return figure
 
 
 # --- Training --------------------------------------------------------------------------------
 
 
-@matplotlib.rc_context(STYLE)
 def draw_training(tables: Tables) -> Figure:
     """Draw rounds and cost over the trainings of the DQNs, a line per label.
 
-    A 95 % band (Student's t) is drawn from five seeds on, and random's mean in the tests.
+    From five seeds on with a 95 % band (Student's t), and with random's mean in the tests.
     """
     training, rounds = tables["training"], tables["rounds"]
     window = min(plot.WINDOW, max(1, training["episode"].max() // 3))
@@ -291,14 +279,14 @@ def draw_training(tables: Tables) -> Figure:
     by_label = training.groupby("label", sort=False)
     for axis, column in zip(axes, PUBLISHED, strict=True):
         for (label, rows), (color, line) in zip(by_label, plot.LINE_STYLES, strict=False):
-            each = rows.pivot(index="episode", columns="seed", values=column)
-            each = each.rolling(window).mean()
+            each = rows.pivot(index="episode", columns="seed", values=column).rolling(window).mean()
             mean, count = each.mean(axis=1), each.shape[1]
             axis.plot(mean, line, color=color, marker="o", markevery=[-1], label=label)
             if count >= plot.FEWEST:
                 half = stats.t.ppf(0.975, count - 1) * each.sem(axis=1)
-                ends = mean - half, mean + half
-                axis.fill_between(each.index, *ends, color=color, alpha=0.2, lw=0)
+                axis.fill_between(
+                    each.index, mean - half, mean + half, color=color, alpha=0.2, lw=0
+                )
         level = _rows(tables["estimates"], column)["mean"].get("random")
         if level is not None and comparable:
             axis.axhline(level, color=GREY, lw=1, ls=":", label="random (test episodes)")
@@ -306,9 +294,7 @@ def draw_training(tables: Tables) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _add_legend(figure)
     seeds = _counted(training.groupby("label")["seed"].nunique(), "seed")
-    plot.set_title(
-        figure, tables["episodes"], f"Training, moving average with window {window}", seeds
-    )
+    plot.set_title(figure, training, f"Training, moving average with window {window}", seeds)
     return figure
 
 
@@ -346,8 +332,8 @@ def report(folder: Path, tables: Tables) -> str:
         "",
         "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
         "that misses the goal counts with the limit of rounds.",
-        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged: {episodes['diverged'].sum()} "
-        f"test episodes, {tables['training']['diverged'].sum()} of training.",
+        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged episodes: {episodes['diverged'].sum()} "
+        f"in tests, {tables['training']['diverged'].sum()} in training.",
         *(failed["label"] + " seed " + failed["seed"].astype(str) + ": " + failed["error"]),
     ]
     change = changes(table)
@@ -372,12 +358,10 @@ def report(folder: Path, tables: Tables) -> str:
 def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     """Return a Markdown table of estimates with their intervals, a row per variant and method.
 
-    A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants,
-    empty if nothing varies.
+    A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants.
     """
-    first = [varied, "method", "seeds x episodes"] if varied else ["method", "seeds x episodes"]
-    lines = ["| " + " | ".join([*first, *columns]) + " |"]
-    lines.append("|---" * (len(first) + len(columns)) + "|")
+    heads = [*filter(None, [varied]), "method", "seeds x episodes", *columns]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     forms = dict(columns.values())
     chosen = table[table["quantity"].isin(forms)]
     for (variant, method), rows in chosen.groupby(["variant", "method"], sort=False):
@@ -387,9 +371,9 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
             mean, *ends = (forms[row.quantity].format(x).replace("%", " %") for x in numbers)
             interval = f" [{', '.join(ends)}]" if ends else ""
             cells[row.quantity] = mean + getattr(row, "mark", "") + interval
-        name = [variant, method] if varied else [method]
         size = f"{row.seeds} x {row.episodes // row.seeds}"
-        lines.append("| " + " | ".join([*name, size, *cells.values()]) + " |")
+        texts = [*[variant] * bool(varied), method, size, *cells.values()]
+        lines.append(f"| {' | '.join(texts)} |")
     return lines
 
 
@@ -406,10 +390,7 @@ def _draw_all(folders: list[Path], format_: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the comparisons named on the command line and return the exit status.
-
-    It is 2 if a folder holds no comparison, and 1 if a file can't be written or a job has failed.
-    """
+    """Draw the comparisons of a command line; return the exit status, 1 if a job has failed."""
     parser = cli.Parser(
         "experiments.figures",
         "Draw the figures of comparisons again, from their CSVs, and print their reports.",
