@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -381,10 +382,13 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
         "dashboard_address": None,
         "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
         "silence_logs": logging.CRITICAL,
-        "preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
     }
+    # Workers inherit that Ctrl-C is ignored: this process ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
     except (OSError, ValueError, asyncio.TimeoutError) as error:
         where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
         raise UserError(f"{where} ({_line(error)})") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
