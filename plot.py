@@ -352,9 +352,6 @@ def draw_data(tables: Tables) -> Figure:
     return figure
 
 
-# --- Command ---------------------------------------------------------------------------------
-
-
 def _draw_all(folders: list[Path], format_: str) -> int:
     runs = {folder.resolve(): read_run(folder)["episodes"] for folder in folders}
     for folder in folders:

@@ -351,9 +351,6 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
 
-# --- The command -----------------------------------------------------------------------------
-
-
 def compare(plan: Plan) -> int:
     """Run what is left of a comparison and report it; return 1 if a job failed, else 0.
 

@@ -43,9 +43,6 @@ _NODE_COLORS = (
 )
 
 
-# --- All figures -----------------------------------------------------------------------------
-
-
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     """Estimate a comparison, write ``estimates.csv``, and draw its figures in one of plot.FORMATS.
 
@@ -113,9 +110,6 @@ def _add_legend(figure: Figure) -> None:
     rows = -(-len(handles) // 4)
     columns = -(-len(handles) // rows)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
-
-
-# --- Methods, and values of a setting --------------------------------------------------------
 
 
 def _add_marks(
@@ -209,9 +203,6 @@ def draw_rows(tables: Tables) -> Figure:
     return figure
 
 
-# --- Episodes --------------------------------------------------------------------------------
-
-
 def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
     """Return the first row of the lowest seed whose rounds are closest to the label's mean."""
     rows = episodes[episodes["label"] == label]
@@ -259,9 +250,6 @@ def draw_walks(tables: Tables) -> Figure:
     axes[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
     plot.set_title(figure, episodes, "Node that trains in each round, and the accuracy after it")
     return figure
-
-
-# --- Training --------------------------------------------------------------------------------
 
 
 def draw_training(tables: Tables) -> Figure:
@@ -375,9 +363,6 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
         texts = [*[variant] * bool(varied), method, size, *cells.values()]
         lines.append(f"| {' | '.join(texts)} |")
     return lines
-
-
-# --- Command ---------------------------------------------------------------------------------
 
 
 def _draw_all(folders: list[Path], format_: str) -> int:
