@@ -63,7 +63,7 @@ def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     help_ = "any setting; repeatable"
-    add("--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help=help_)
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
     named = list(NAMED_SETTINGS)
     help_ = f"{' or '.join(named)}, the agent's; before --set"
     add("--settings", choices=named, default="paper", metavar="NAME", help=help_)
@@ -80,18 +80,17 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"got {text!r}, takes NAME=VALUE")
-    return name.strip(), value.strip()
-
-
 def overrides_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line names one by one; a short flag beats ``--set``."""
+    texts = {}
+    for text in parsed.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: got {text!r}, takes NAME=VALUE")
+        texts[name.strip()] = value.strip()
     known = Settings.model_fields
-    short = {k: v for k, v in vars(parsed).items() if k in known and v is not None}
-    return {name: value_of(name, text) for name, text in {**dict(parsed.set), **short}.items()}
+    texts |= {k: v for k, v in vars(parsed).items() if k in known and v is not None}
+    return {name: value_of(name, text) for name, text in texts.items()}
 
 
 def value_of(name: str, text: str) -> Any:

@@ -117,8 +117,8 @@ def read_run(folder: Path) -> Tables:
     tables = {n: records.read_table(folder / f"{n}.csv", c) for n, c in columns.items()}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
-    finished = tables["rounds"]["episode"].isin(tables["episodes"]["episode"])
-    return {**tables, "rounds": tables["rounds"][finished]}
+    rounds = tables["rounds"]
+    return {**tables, "rounds": rounds[rounds["episode"].isin(tables["episodes"]["episode"])]}
 
 
 def summary(folder: Path) -> str:

@@ -84,10 +84,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
-    for name in sorted(names_of("agent") & set(values)):
-        parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     try:
+        values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
+        for name in sorted(names_of("agent") & set(values)):
+            parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
         settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
     except ConfigError as error:
         parser.error(str(error))
@@ -169,8 +169,8 @@ def r2_interval(
 ) -> tuple[float, float, float]:
     """Return R2, the share of the values' variance that is predicted, and its 95 % interval.
 
-    The interval is a percentile bootstrap over walks, which ``rng`` draws. All arrays are (n,), of
-    float64 values and predictions, and the int walks that they belong to.
+    The interval is a percentile bootstrap over walks, which ``rng`` draws. All arrays are (n,):
+    float64 values and predictions, and the numbers of their walks.
     """
     numbers, index = np.unique(walks, return_inverse=True)
     terms = ((values - predictions) ** 2, values**2, values, np.ones(len(values)))
