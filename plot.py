@@ -25,8 +25,6 @@ import cli
 import records
 from config import UserError
 
-DOUBLE = 7.0  # width of a figure over two columns, inches
-
 # Figures are drawn at the size at which they are printed: no text is below 7 pt.
 _STYLE: Any = {  # Matplotlib's versions type the keys differently
     "font.size": 8,
@@ -69,6 +67,12 @@ def save_figure(path: Path, figure: Figure) -> None:
     name = path.suffix[1:]
     with records.replacing(path) as file:
         figure.savefig(file, format=name, metadata=FORMATS[name])
+
+
+def panels(height: float, rows: int, columns: int, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure over two columns of print, of a height in inches, and its panels."""
+    figure = Figure(figsize=(7, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
 def set_title(figure: Figure, table: pd.DataFrame, text: str, *notes: str) -> None:
@@ -207,8 +211,7 @@ def draw_run(folder: Path, format_: str = "png") -> None:
 
 def _draw_curves(draw: Callable[[Axes, str], None]) -> Figure:
     """Draw each quantity of ``_CURVES`` over the episodes, in a panel of its own."""
-    figure = Figure(figsize=(DOUBLE, 5.2), layout="constrained")
-    axes = figure.subplots(len(_CURVES), 1, sharex=True)
+    figure, axes = panels(5.2, len(_CURVES), 1, sharex=True)
     for axis, (column, label) in zip(axes, _CURVES.items(), strict=True):
         draw(axis, column)
         axis.set_ylabel(label)
@@ -274,8 +277,7 @@ def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
 def draw_accuracy(tables: Tables) -> Figure:
     """Draw accuracy over the rounds of the first and last episodes; ended ones keep their last."""
     parts = _first_and_last(tables)
-    figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
-    axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    figure, axes = panels(2.8, 1, len(parts), sharex=True, sharey=True)
     goal = tables["episodes"]["goal_accuracy"].iloc[0]
     limit = tables["episodes"]["max_rounds"].iloc[0]
     for axis, (title, rounds) in zip(axes, parts, strict=True):
@@ -320,13 +322,12 @@ def draw_transitions(tables: Tables) -> Figure:
     count = 1 + tables["shards"]["node"].astype(int).max()
     matrices = [transition_shares(rounds, count) for _, rounds in parts]
     top = max(shares.max() for shares in matrices) or 1.0
-    figure = Figure(figsize=(DOUBLE, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    figure, axes = panels(3.4, 1, len(parts), sharey=True)
     for axis, (title, _), shares in zip(axes, parts, matrices, strict=True):
         image = _heatmap(axis, shares, top, 2)
         axis.set(title=title, xlabel="next node")
     axes[0].set_ylabel("current node")
-    figure.colorbar(image, ax=list(axes), label="share of the current node's transfers", aspect=30)
+    figure.colorbar(image, ax=axes, label="share of the current node's transfers", aspect=30)
     set_title(figure, tables["episodes"], "Transfers of the model")
     return figure
 
@@ -339,8 +340,7 @@ def draw_data(tables: Tables) -> Figure:
     distances = np.zeros((len(images), len(images)))
     distances[pairs[:, 0], pairs[:, 1]] = tables["distances"]["distance"]
     distances += distances.T
-    figure = Figure(figsize=(DOUBLE, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(3.2, 1, 2)
     image = _heatmap(left, images, images.max(), 0)
     left.set(xlabel="class", ylabel="node")
     figure.colorbar(image, ax=left, label="training images", aspect=30, pad=0.02)

@@ -211,8 +211,7 @@ def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.Dat
 
 def draw_audit(table: pd.DataFrame) -> Figure:
     """Draw R2 of each observation with its interval, one mark per target."""
-    figure = Figure(figsize=(plot.DOUBLE, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = plot.panels(3.4, 1, 1)
     places = np.arange(len(OBSERVATIONS))
     marks = (("accuracy", "o", plot.BLACK, -0.15), ("next_accuracy", "s", plot.BLUE, 0.15))
     for target, marker, color, offset in marks:

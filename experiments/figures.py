@@ -20,12 +20,11 @@ import cli
 import plot
 import records
 from experiments import estimates
-from plot import BLACK, BLUE, DOUBLE, GREY, PUBLISHED
+from plot import BLACK, BLUE, GREY, PUBLISHED
 
 # What estimates.read_comparison returns, "estimates", and in all tables the column "label".
 Tables = dict[str, Any]
 
-_MOST_PANELS = 9
 _MOST_LINES = 8  # in one panel
 _MOST_CHANGE = 60.0  # percent; larger changes are written as text
 _MOST_COST = 3.0  # times random's; larger costs are written as text
@@ -156,8 +155,7 @@ def draw_headline(tables: Tables) -> Figure:
     rounds = _rows(change, "rounds_reduction")["mean"]
     rounds = pd.concat([rounds, pd.Series({"random": 0.0, paper: -PUBLISHED["rounds"]})])
     labels = list(rounds.sort_values(kind="stable").index)
-    figure = Figure(figsize=(DOUBLE, 0.2 * len(labels) + 1.15), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure, axes = plot.panels(0.2 * len(labels) + 1.15, 1, 2, sharex=True, sharey=True)
     for axis, (column, reduction) in zip(axes, PUBLISHED.items(), strict=True):
         axis.axvline(0, color=BLACK, lw=1)
         rows = 100 * _rows(change, f"{column}_reduction")[["mean", "low", "high"]]
@@ -179,8 +177,7 @@ def draw_rows(tables: Tables) -> Figure:
     """Draw rounds, cost and success, a row per label: a point per seed, mean and interval."""
     table, config, episodes = tables["estimates"], tables["config"], tables["episodes"]
     labels = list(_rows(table, "rounds")["mean"].sort_values(kind="stable").index)
-    figure = Figure(figsize=(DOUBLE, 0.22 * len(labels) + 1.15), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    figure, axes = plot.panels(0.22 * len(labels) + 1.15, 1, 3, sharey=True)
     limit = episodes["max_rounds"].max()
     axes[0].axvline(limit, color=BLACK, lw=0.8, ls=":", label=f"limit, {limit} rounds")
     for axis, (column, text) in zip(axes, _AXES.items(), strict=True):
@@ -218,10 +215,9 @@ def draw_walks(tables: Tables) -> Figure:
     episodes, rounds = tables["episodes"], tables["rounds"]
     names = list(episodes["label"].unique())
     chosen = [name for name in ("random", *learned_labels(tables)) if name in names] or names[:1]
-    chosen = chosen[:_MOST_PANELS]
+    chosen = chosen[:9]  # more panels are too many
     limit, goal = episodes["max_rounds"].iloc[0], episodes["goal_accuracy"].iloc[0]
-    figure = Figure(figsize=(DOUBLE, 1.05 * len(chosen) + 0.6), layout="constrained")
-    axes = figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure, axes = plot.panels(1.05 * len(chosen) + 0.6, len(chosen), 1, sharex=True, sharey=True)
     for axis, name in zip(axes, chosen, strict=True):
         episode = typical_episode(episodes, name)
         key = ["label", "seed", "episode"]
@@ -235,9 +231,9 @@ def draw_walks(tables: Tables) -> Figure:
         if episode["goal_reached"]:
             end = walk[["round", "accuracy"]].iloc[-1]
             axis.plot(*end, "*", ms=10, color=plot.ORANGE, mec=BLACK, mew=0.6, zorder=3)
+        goal_reached = "reached" if episode["goal_reached"] else "missed"
         axis.set_title(
-            f"{name}: goal {'reached' if episode['goal_reached'] else 'missed'} after "
-            f"{cli.counted(episode['rounds'], 'round')}, "
+            f"{name}: goal {goal_reached} after {cli.counted(episode['rounds'], 'round')}, "
             f"communication cost {episode['communication_cost']:.2f} "
             f"(seed {episode['seed']}, test episode {episode['episode']})",
             loc="left",
@@ -262,8 +258,7 @@ def draw_training(tables: Tables) -> Figure:
     # A training with several nodes per round counts its cost otherwise than a test.
     nodes = rounds.loc[rounds["label"].isin(training["label"]), "node"]
     comparable = not nodes.str.contains("+", regex=False).any()
-    figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
+    figure, axes = plot.panels(2.8, 1, 2, sharex=True)
     by_label = training.groupby("label", sort=False)
     for axis, column in zip(axes, PUBLISHED, strict=True):
         for (label, rows), (color, line) in zip(by_label, plot.LINE_STYLES, strict=False):
@@ -272,9 +267,8 @@ def draw_training(tables: Tables) -> Figure:
             axis.plot(mean, line, color=color, marker="o", markevery=[-1], label=label)
             if count >= plot.FEWEST:
                 half = stats.t.ppf(0.975, count - 1) * each.sem(axis=1)
-                axis.fill_between(
-                    each.index, mean - half, mean + half, color=color, alpha=0.2, lw=0
-                )
+                ends = mean - half, mean + half
+                axis.fill_between(each.index, *ends, color=color, alpha=0.2, lw=0)
         level = _rows(tables["estimates"], column)["mean"].get("random")
         if level is not None and comparable:
             axis.axhline(level, color=GREY, lw=1, ls=":", label="random (test episodes)")
@@ -299,14 +293,9 @@ _MEANS: Columns = {
     "MB to observe": ("observation_megabytes", "{:.1f}"),
     "seconds": ("seconds", "{:.1f}"),
 }
-_CHANGES: Columns = {
-    "rounds": ("rounds_reduction", "{:+.1%}"),
-    "communication cost": ("communication_cost_reduction", "{:+.1%}"),
-}
-_BREAK_EVENS: Columns = {
-    "in rounds": ("rounds_break_even", "{:.0f}"),
-    "in communication cost": ("communication_cost_break_even", "{:.0f}"),
-}
+_NAMES = {name.replace("_", " "): name for name in PUBLISHED}
+_CHANGES = {text: (f"{name}_reduction", "{:+.1%}") for text, name in _NAMES.items()}
+_BREAK_EVENS = {f"in {text}": (f"{name}_break_even", "{:.0f}") for text, name in _NAMES.items()}
 
 
 def report(folder: Path, tables: Tables) -> str:
