@@ -106,8 +106,7 @@ Tables = dict[str, pd.DataFrame]
 def read_run(folder: Path) -> Tables:
     """Return ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's finished episodes.
 
-    Raises:
-        UserError: the folder holds no run, no finished episode, or a table is missing or damaged.
+    UserError if the folder holds no run, no finished episode, or a table is missing or damaged.
     """
     if (folder / "jobs.csv").exists():
         command = f"python3 -m experiments.figures {folder}"
@@ -164,18 +163,16 @@ def moving_average(values: pd.Series) -> pd.Series:
 
 
 def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
-    """Return (N, N) float64: of the transfers from node i, the share that went to node j.
+    """Return (N, N) float64: of the transfers from node i, the share that went to node j, or 0.
 
-    The first of several nodes in a round ("3+5") transfers the model to each node of the next. A
-    node that never transferred the model has a row of zeros.
+    The first of several nodes in a round ("3+5") transfers the model to each node of the next.
     """
     counts = np.zeros((count, count))
     for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
         nodes = [[int(n) for n in text.split("+")] for text in episode["node"]]
         for current, following in pairwise(nodes):
             np.add.at(counts, (current[0], following), 1)
-    totals = counts.sum(axis=1, keepdims=True)
-    return np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def published_levels(tables: Tables) -> dict[str, float]:

@@ -96,9 +96,6 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     return settings, parsed.walks
 
 
-# --- Walks -----------------------------------------------------------------------------------
-
-
 def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
     """Play one episode of random choices, of which a share of REPEAT repeats the last node.
 
@@ -159,9 +156,6 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
         "last_node_round": np.hstack([visited, rounds]),
         "history": np.hstack([visited.cumsum(axis=0), age, rounds]),
     }
-
-
-# --- Predictions -----------------------------------------------------------------------------
 
 
 def r2_interval(

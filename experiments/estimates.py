@@ -24,7 +24,6 @@ import records
 from config import UserError
 
 RESAMPLES = 10_000
-LEVEL = 0.95
 
 JOB_COLUMNS = tuple(
     "variant method seed state seconds error agent git_revision tensorflow cpu".split()
@@ -60,14 +59,10 @@ TABLES = {
 Statistic = Callable[..., np.ndarray]
 
 
-# --- Tables ----------------------------------------------------------------------------------
-
-
 def read_comparison(folder: Path) -> dict[str, Any]:
     """Return ``config``, a dictionary, and the tables: ``jobs``, and the finished ones' rows.
 
-    Raises:
-        UserError: a file is missing or damaged, or no job is finished.
+    UserError if a file is missing or damaged, or no job is finished.
     """
 
     def pick(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +110,6 @@ def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool
     return bool(ours < theirs)
 
 
-# --- Statistics ------------------------------------------------------------------------------
-
-
 def bootstrap(
     statistic: Statistic, *values: np.ndarray
 ) -> tuple[float, float | None, float | None]:
@@ -131,7 +123,7 @@ def bootstrap(
     draws = np.array_split(_draws(*values[0].shape), 20)  # in parts, which take less memory
     resampled = np.concatenate([statistic(*(v.take(part) for v in values)) for part in draws])
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
-    tail = (1 - LEVEL) / 2
+    tail = (1 - 0.95) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
 
@@ -163,9 +155,6 @@ def break_even(spent: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.nd
         return np.where(saved > 0, mean(spent) / np.maximum(saved, 0), np.inf)
 
 
-# --- Estimates -------------------------------------------------------------------------------
-
-
 def estimate(tables: dict[str, Any]) -> pd.DataFrame:
     """Return all estimates of a comparison, a row per variant, method and quantity.
 
@@ -177,9 +166,8 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
       Left out if the policy misses the goal more often than random, and for the cost with several
       nodes per round: a training's cost holds the transfer to a round's first node alone.
 
-    Returns:
-        Columns ``ESTIMATE_COLUMNS``. ``low`` and ``high`` bound the 95 % interval, empty with one
-        seed. ``seeds`` and ``episodes`` count what the estimate rests on.
+    Columns are ``ESTIMATE_COLUMNS``: ``low`` and ``high`` bound the 95 % interval, empty with one
+    seed; ``seeds`` and ``episodes`` count what the estimate rests on.
     """
     rows = []
     for variant, method in tables["episodes"][["variant", "method"]].drop_duplicates().to_numpy():
@@ -195,9 +183,8 @@ def _quantities(
     tables: dict[str, Any], variant: str, method: str
 ) -> Iterator[tuple[str, Statistic, list[np.ndarray]]]:
     """Yield the name, the statistic and its (S, E) arrays of all that is estimated for a method."""
-    episodes, rounds, training = (
-        select(tables[name], variant, method) for name in ("episodes", "rounds", "training")
-    )
+    names = ("episodes", "rounds", "training")
+    episodes, rounds, training = (select(tables[name], variant, method) for name in names)
     for column in QUANTITIES:
         yield column, mean, [matrix(episodes, column)]
     ours, theirs = paired(tables["episodes"], variant, method)

@@ -280,8 +280,6 @@ def draw_training(tables: Tables) -> Figure:
     return figure
 
 
-# --- Report ----------------------------------------------------------------------------------
-
 # By heading of a column: the quantity, and the format of its numbers.
 Columns = dict[str, tuple[str, str]]
 
