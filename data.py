@@ -177,8 +177,9 @@ def load_published(name: str, settings: Settings) -> Dataset:
             f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
             "or the environment variable HL_DATA_DIR names, or run once with network"
         ) from error
+    arrays = _read(path)
     try:
-        dataset = Dataset(name, **_read(path), source=path.name, verdict="canonical")
+        dataset = Dataset(name, **arrays, source=path.name, verdict="canonical")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     different = {key for key, sum_ in _SHA256[name].items() if dataset.sha256[key] != sum_}

@@ -113,8 +113,7 @@ class CsvTable:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self._name = path.name
-        self.columns = columns
+        self._columns = columns
         self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
@@ -123,9 +122,9 @@ class CsvTable:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write one row and flush it; ValueError if its names are not the columns."""
-        if set(row) != set(self.columns):
-            raise ValueError(f"{self._name}: {sorted(set(row) ^ set(self.columns))}")
-        self._writer.writerow([_field(row[column]) for column in self.columns])
+        if set(row) != set(self._columns):
+            raise ValueError(f"{self._file.name}: {sorted(set(row) ^ set(self._columns))}")
+        self._writer.writerow([_field(row[column]) for column in self._columns])
         self._file.flush()
 
     def close(self) -> None:
@@ -184,7 +183,7 @@ def read_arrays(path: Path) -> Arrays:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        raise RunError(f"{path}: damaged ({reason(error)})") from error
+        raise _damaged(path, error) from error
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
@@ -200,10 +199,11 @@ def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset
 def load_agent(path: Path) -> tuple[Arrays, Json]:
     """Return ``save_agent``'s arrays, and ``settings`` and ``dataset``; UserError if it can't."""
     try:
-        arrays = read_arrays(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
-    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # NumPy raises many types
         cause = reason(error)
         raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
@@ -356,8 +356,8 @@ class Run:
             "settings": self.settings.stored(),
             "sessions": [],
         }
-        path = self.folder / "config.json"
-        self.config = read_own(path, "run", _comparable, _comparable(new)) or new
+        now = _comparable(new)
+        self.config = read_own(self.folder / "config.json", "run", _comparable, now) or new
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
@@ -365,7 +365,7 @@ class Run:
                 self._state = read_arrays(self._checkpoint_path)
                 self._sizes = dict(json.loads(str(self._state.pop("files"))))
                 self.episodes_finished = int(self._state["episode"]) - 1
-            except (RunError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise _damaged(self._checkpoint_path, error) from error
             for name, size in self._sizes.items():
                 path = self.folder / name
