@@ -123,7 +123,7 @@ def bootstrap(
     draws = np.array_split(_draws(*values[0].shape), 20)  # in parts, which take less memory
     resampled = np.concatenate([statistic(*(v.take(part) for v in values)) for part in draws])
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
-    tail = (1 - 0.95) / 2
+    tail = (1 - 0.95) / 2  # a little above 0.025, so another draw than at 0.025
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
 
