@@ -21,7 +21,7 @@ from tqdm import tqdm
 import cli
 import data
 import records
-from config import GROUPS, NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
+from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
 from experiments.estimates import EPISODE_COLUMNS
 from experiments.methods import METHODS, check_method
 
@@ -323,11 +323,10 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
     chosen by them. Each trial, dataset and seed has a row, from its start on.
     """
     key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
-    default, own, agents = Settings(), job.settings.model_dump(), names_of("agent")
-    changed = {name for name in agents if own[name] != getattr(default, name)}
+    default, own = Settings(), job.settings.model_dump()
+    changed = {name for name in names_of("agent") if own[name] != getattr(default, name)}
     shown = changed | plan.named & names_of("world", "agent") - {"DATASET"}
-    names = [name for group in GROUPS for name in group.model_fields if name in shown]
-    settings = " ".join(f"{name}={own[name]!r}".replace(" ", "") for name in names)
+    settings = " ".join(f"{k}={v!r}".replace(" ", "") for k, v in own.items() if k in shown)
     row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings, "seconds": seconds}
     row |= {"error": error, "git_revision": records.git_revision() or ""}
     if not error:

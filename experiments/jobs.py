@@ -84,11 +84,11 @@ class Job:
 
     def episodes_finished(self) -> int:
         """Count the finished episodes of training and test in the folders."""
-        lines = 0
+        count = 0
         for folder in (self.folder, self.training_folder):
             with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
-                lines += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
-        return lines
+                count += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
+        return count
 
 
 # --- Tables ----------------------------------------------------------------------------------
