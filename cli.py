@@ -37,10 +37,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser; ``examples`` are command lines, shown before the flags in the help."""
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
-        text = f"{description}\n\nexamples:\n{examples}" if examples else description
         super().__init__(
             prog=prog,
-            description=text,
+            description=description + f"\n\nexamples:\n{examples}" * bool(examples),
             usage=f"{prog} [options]",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,7 +63,7 @@ def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     help_ = "any setting; repeatable"
-    add("--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help=help_)
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
     named = list(NAMED_SETTINGS)
     help_ = f"{' or '.join(named)}, the agent's; before --set"
     add("--settings", choices=named, default="paper", metavar="NAME", help=help_)
@@ -81,18 +80,17 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"got {text!r}, takes NAME=VALUE")
-    return name.strip(), value.strip()
-
-
 def overrides_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line names one by one; a short flag beats ``--set``."""
+    texts = {}
+    for text in parsed.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: got {text!r}, takes NAME=VALUE")
+        texts[name.strip()] = value.strip()
     known = Settings.model_fields
-    short = {k: v for k, v in vars(parsed).items() if k in known and v is not None}
-    return {name: value_of(name, text) for name, text in {**dict(parsed.set), **short}.items()}
+    texts |= {k: v for k, v in vars(parsed).items() if k in known and v is not None}
+    return {name: value_of(name, text) for name, text in texts.items()}
 
 
 def value_of(name: str, text: str) -> Any:
@@ -104,50 +102,54 @@ def value_of(name: str, text: str) -> Any:
     return text
 
 
-def _read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings and the data's SHA-256 that a run's ``config.json`` holds."""
+def read_config(path: Path, kind: str, pick: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return what ``pick`` takes from a ``config.json``; UserError if it is none of that kind."""
     try:
-        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        settings = {**config["settings"], "DATASET": config["dataset"]["name"]}
-        list(config["sessions"])  # a comparison's config.json has none
-        return settings, dict(config["dataset"]["sha256"])
+        return pick(json.loads(path.expanduser().read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--config: {path}: is no run's config.json ({reason(error)})") from error
+        raise UserError(f"{path}: is no {kind}'s config.json ({reason(error)})") from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
     """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it."""
+
+    def pick(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        dataset, _ = config["dataset"], config["sessions"]  # a comparison has no sessions
+        return {**config["settings"], "DATASET": dataset["name"]}, dict(dataset["sha256"])
+
     examples = (
         "  python3 main.py                                     # the defaults of config.py\n"
         "  python3 main.py --settings tuned --seed 1           # the tuned agent, another seed\n"
         "  python3 main.py --set DISCOUNT=0.95 --name longer   # any setting, with its own folder"
     )
     parser = Parser("main.py", "Train the DQN; results go to results/<name>/.", examples)
-    parser.add_argument("--config", metavar="FILE", help="run again what a run's config.json says")
+    help_ = "run again what a run's config.json says"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=help_)
     add_setting_flags(parser, FLAGS)
     parsed = parser.parse_args(arguments)
     try:
-        stored, data_sha256 = _read_config(parsed.config) if parsed.config else ({}, {})
+        stored, data_sha256 = {}, {}
+        if parsed.config:
+            stored, data_sha256 = read_config(parsed.config, "run", pick)
         values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
         return Settings(**values), data_sha256
-    except ConfigError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
 def seeds_of(text: str) -> list[int]:
     """Return a command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
-    seeds: list[int] = []
+    spans = []
     if re.fullmatch(r"[0-9]{1,6}", text):
-        seeds = list(range(int(text)))
-    elif re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*,?", text):
+        spans = [range(int(text))]
+    elif re.fullmatch(r"([0-9]{1,6}(-[0-9]{1,6})?(,|$))+", text):
         parts = [part.partition("-") for part in text.removesuffix(",").split(",")]
         spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-        seeds = [seed for span in spans for seed in span] if all(spans) else []  # 5-3 is empty
-    if not seeds:
+    if not spans or not all(spans):  # 5-3 is empty
         raise argparse.ArgumentTypeError(
             f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
         )
-    return sorted(set(seeds))
+    return sorted({seed for span in spans for seed in span})
 
 
 def count_of(text: str) -> int:
@@ -155,6 +157,16 @@ def count_of(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, takes an integer >= 1")
     return int(text)
+
+
+def dataset_of_experiments() -> dict[str, str]:
+    """Return DATASET where no one names it: digits take minutes, where MNIST takes hours."""
+    return {"DATASET": "digits"} if Settings().DATASET == "auto" else {}
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 seed, 2 seeds."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def available_cores() -> int:
@@ -181,12 +193,8 @@ def without_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
-
-
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(number)
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
@@ -195,10 +203,7 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
     The status is then 2 after a user's mistake, 1 when the system refuses a file, 130 after Ctrl-C
     and 143 after SIGTERM.
     """
-    previous = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, _raise_terminated),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
+    previous = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return work()
     except UserError as error:
@@ -207,7 +212,7 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
         message, status = f"{reason(error)}; fix this, and the same command continues", 1
     except KeyboardInterrupt as interrupt:
         message = "interrupted; the same command continues"
-        status = 143 if isinstance(interrupt, Terminated) else 130
+        status = 128 + (interrupt.args or [signal.SIGINT])[0]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -61,22 +61,21 @@ class Dataset:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-            whole = x.ndim in (3, 4) and len(x) > 0 and min(x.shape[1:3]) >= 16
-            whole = whole and x.shape[1:] == self.x_train.shape[1:]
+            fits = x.ndim in (3, 4) and len(x) > 0 and min(x.shape[1:3]) >= 16
+            fits = fits and x.shape[1:] == self.x_train.shape[1:]
             takes = "(n, height, width[, channels]), from 16 x 16 pixels on, the same in both parts"
-            self._require(whole, f"x_{part}: got shape {x.shape}", takes)
-            low, high = x.min(), x.max()
-            fits = x.dtype == np.uint8 or (x.dtype == np.float32 and low >= 0 and high <= 1)
-            got = f"x_{part}: got {x.dtype} from {low} to {high}"
+            self._require(fits, f"x_{part}: got shape {x.shape}", takes)
+            fits = x.dtype == np.uint8 or (x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1)
+            got = f"x_{part}: got {x.dtype} from {x.min()} to {x.max()}"
             self._require(fits, got, "uint8, or float32 in [0, 1]")
-            whole = y.shape == x.shape[:1] and y.dtype.kind in "iu"
+            fits = y.shape == x.shape[:1] and y.dtype.kind in "iu"
             got = f"y_{part}: got {y.dtype} of shape {y.shape}"
-            self._require(whole, got, f"integers of shape ({len(x)},)")
+            self._require(fits, got, f"integers of shape ({len(x)},)")
         train, test = np.unique(self.y_train).tolist(), np.unique(self.y_test).tolist()
-        whole = len(train) > 1 and train == list(range(len(train)))
-        self._require(whole, f"y_train: got the labels {train}", "0, 1, ... without gaps")
-        got = f"y_test: got the labels {test}"
-        self._require(set(test) <= set(train), got, f"0 to {train[-1]}, as y_train")
+        fits = len(train) > 1 and train == list(range(len(train)))
+        self._require(fits, f"y_train: got the labels {train}", "0, 1, ... without gaps")
+        fits, takes = set(test) <= set(train), f"0 to {train[-1]}, as y_train"
+        self._require(fits, f"y_test: got the labels {test}", takes)
 
     def _require(self, condition: bool, got: str, takes: str) -> None:
         if not condition:
@@ -183,24 +182,23 @@ def load_published(name: str, settings: Settings) -> Dataset:
         dataset = Dataset(name, **arrays, source=path.name, verdict="canonical")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    different = {key for key in arrays if dataset.sha256[key] != _SHA256[name][key]}
-    if not different:
-        return dataset
+    different = {key for key, sum_ in _SHA256[name].items() if dataset.sha256[key] != sum_}
     if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
         raise DataError(f"{path}: got other labels, takes those of {name} in their published order")
-    warn(f"{path} has the labels of {name}, but not its published pixels")
-    return dataclasses.replace(dataset, verdict="not canonical")
+    if different:
+        warn(f"{path} has the labels of {name}, but not its published pixels")
+        dataset = dataclasses.replace(dataset, verdict="not canonical")
+    return dataset
 
 
 def _search(root: Path, name: str) -> Path | None:
     """Return an archive below ``root``, else a folder with an IDX file, or None."""
     names = (name, name.replace("_", "-"))
     folders = [root / folder for folder in (*names, ".")]
-    archives = [folder / f"{stem}.npz" for folder in folders for stem in names]
-    idx = [_idx_path(folder, stem) for folder in folders for stem in _IDX_FILES.values()]
-    found = [path for path in archives if path.is_file()]
-    found += [path.parent for path in idx if path.is_file()]
-    return found[0] if found else None
+    found = [folder / f"{stem}.npz" for folder in folders for stem in names]
+    found += [_idx_path(folder, stem) for folder in folders for stem in _IDX_FILES.values()]
+    path = next(filter(Path.is_file, found), None)
+    return path.parent if path and path.suffix != ".npz" else path
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
@@ -222,7 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
             path = _idx_path(folder, stem)
             arrays[key] = _read_idx(path)
         return arrays
-    except Exception as error:  # NumPy, zipfile, gzip and struct raise many types
+    except Exception as error:  # NumPy, zipfile and gzip raise many types
         raise DataError(f"{path}: can't be read: {' '.join(str(error).split())}") from error
 
 
@@ -248,10 +246,10 @@ def _download(name: str) -> Path:
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
     for file in files:
         missing = not (cache / file).exists()
-        path = place.fetch(file, downloader=downloader)
+        path = Path(place.fetch(file, downloader=downloader))
         if missing:
-            os.chmod(path, 0o644)  # pooch's files are readable by their owner alone
-    return cache if folder else cache / f"{name}.npz"
+            path.chmod(0o644)  # pooch's files are readable by their owner alone
+    return cache if folder else path
 
 
 # --- The bundled digits ----------------------------------------------------------------------
@@ -285,8 +283,9 @@ def load_digits(settings: Settings) -> Dataset:
     parts = (_distorted(images[train_index], rng), images[test_index])
     x_train, x_test = (np.rint(255 * part).astype(np.uint8) for part in parts)
     source = "scikit-learn's bundled digits, training digits distorted"
-    y_train, y_test = labels[train_index], labels[test_index]
-    return Dataset("digits", x_train, y_train, x_test, y_test, source, "stand-in")
+    return Dataset(
+        "digits", x_train, labels[train_index], x_test, labels[test_index], source, "stand-in"
+    )
 
 
 def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -340,7 +339,6 @@ def _named(setting: str, name: str, known: dict[str, Any]) -> Any:
 
 
 # --- Shards ----------------------------------------------------------------------------------
-
 
 Shards = list[np.ndarray]  # each node's training images, as indices
 
@@ -419,8 +417,7 @@ SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], Sha
 def make_shards(dataset: Dataset, settings: Settings) -> Shards:
     """Return which training images each node has: N int32 arrays of indices into ``x_train``.
 
-    Raises:
-        ConfigError: no such rule, or one that the dataset can't fill.
+    ConfigError if there is no such rule, or the dataset can't fill it.
     """
     rule = _named("SHARD_RULE", settings.SHARD_RULE, SHARD_RULES)
     shards = [*map(np.asarray, rule(dataset.y_train, settings, stream(settings.SEED, "shards")))]

@@ -25,11 +25,8 @@ import cli
 import records
 from config import UserError
 
-DOUBLE = 7.0  # width of a figure over two columns, inches
-
 # Figures are drawn at the size at which they are printed: no text is below 7 pt.
-# Any: Matplotlib's versions type the keys differently.
-STYLE: Any = {
+_STYLE: Any = {  # Matplotlib's versions type the keys differently
     "font.size": 8,
     "figure.titlesize": 8,
     "axes.titlesize": 8,
@@ -50,6 +47,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "homogeneous-learning",  # the same tables give the same file
 }
+matplotlib.rcParams.update(_STYLE)
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLACK, GREY = "#000000", "#767676"
@@ -65,24 +63,22 @@ FORMATS: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Da
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure, whole or not at all, in the format that the path's suffix names.
-
-    What draws it is decorated with ``@matplotlib.rc_context(STYLE)`` and does not use pyplot.
-    """
+    """Write a figure, whole or not at all, in the format that the path's suffix names."""
     name = path.suffix[1:]
-    with matplotlib.rc_context(STYLE), records.replacing(path) as file:
+    with records.replacing(path) as file:
         figure.savefig(file, format=name, metadata=FORMATS[name])
 
 
-def data_note(dataset: str) -> str:
-    """Return the dataset's name for a figure's title; the stand-in for MNIST is named as such."""
-    return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
+def panels(height: float, rows: int, columns: int, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure over two columns of print, of a height in inches, and its panels."""
+    figure = Figure(figsize=(7, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
-def set_title(figure: Figure, episodes: pd.DataFrame, text: str, *notes: str) -> None:
+def set_title(figure: Figure, table: pd.DataFrame, text: str, *notes: str) -> None:
     """Set a figure's title: what it shows, of which data, and more notes."""
-    note = data_note(episodes["dataset"].iloc[0])
-    figure.suptitle(f"{text} (data: {'; '.join([note, *notes])})")
+    datasets = table["dataset"].replace("digits", "bundled digits, NOT MNIST").unique()
+    figure.suptitle(f"{text} (data: {'; '.join([*datasets, *notes])})")
 
 
 def label_at_right(axis: Axes, y: float, text: str, x: float = 1.01) -> None:
@@ -108,12 +104,9 @@ Tables = dict[str, pd.DataFrame]
 
 
 def read_run(folder: Path) -> Tables:
-    """Return the tables ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's folder.
+    """Return ``episodes``, ``rounds``, ``shards`` and ``distances`` of a run's finished episodes.
 
-    Rounds of an episode that is not finished are left out.
-
-    Raises:
-        UserError: the folder holds no run, no finished episode, or a table is missing or damaged.
+    UserError if the folder holds no run, no finished episode, or a table is missing or damaged.
     """
     if (folder / "jobs.csv").exists():
         command = f"python3 -m experiments.figures {folder}"
@@ -127,9 +120,8 @@ def read_run(folder: Path) -> Tables:
     tables = {n: records.read_table(folder / f"{n}.csv", c) for n, c in columns.items()}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
-    finished = tables["rounds"]["episode"].isin(tables["episodes"]["episode"])
-    tables["rounds"] = tables["rounds"][finished]
-    return tables
+    rounds = tables["rounds"]
+    return {**tables, "rounds": rounds[rounds["episode"].isin(tables["episodes"]["episode"])]}
 
 
 def summary(folder: Path) -> str:
@@ -147,7 +139,7 @@ def summary(folder: Path) -> str:
             f"| {part['goal_reached'].mean():.0%} | {_mean(part['episode_reward'], 1)} |"
         )
     lines += [
-        f"{len(episodes)} episodes on {episodes['dataset'].iloc[0]} in "
+        f"{cli.counted(len(episodes), 'episode')} on {episodes['dataset'].iloc[0]} in "
         f"{episodes['seconds'].sum() / 60:.1f} min: {sum(episodes['goal_reached'] == 0)} missed "
         f"the goal (counted with {episodes['max_rounds'].iloc[0]} rounds), "
         f"{episodes['diverged'].sum()} diverged",
@@ -171,18 +163,16 @@ def moving_average(values: pd.Series) -> pd.Series:
 
 
 def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
-    """Return (N, N) float64: of the transfers from node i, the share that went to node j.
+    """Return (N, N) float64: of the transfers from node i, the share that went to node j, or 0.
 
-    The first of several nodes in a round ("3+5") transfers the model to each node of the next. A
-    node that never transferred the model has a row of zeros.
+    The first of several nodes in a round ("3+5") transfers the model to each node of the next.
     """
     counts = np.zeros((count, count))
     for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
         nodes = [[int(n) for n in text.split("+")] for text in episode["node"]]
         for current, following in pairwise(nodes):
             np.add.at(counts, (current[0], following), 1)
-    totals = counts.sum(axis=1, keepdims=True)
-    return np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def published_levels(tables: Tables) -> dict[str, float]:
@@ -216,43 +206,57 @@ def draw_run(folder: Path, format_: str = "png") -> None:
         save_figure(folder / f"{name}.{format_}", draw(tables))
 
 
-def _curve_panels(height: float) -> tuple[Figure, list[Axes]]:
-    """Return a panel per quantity of ``_CURVES``, one above the other, over the episodes."""
-    figure = Figure(figsize=(DOUBLE, height), layout="constrained")
-    axes = list(figure.subplots(len(_CURVES), 1, sharex=True))
-    for axis, label in zip(axes, _CURVES.values(), strict=True):
+def _draw_curves(draw: Callable[[Axes, str], None]) -> Figure:
+    """Draw each quantity of ``_CURVES`` over the episodes, in a panel of its own."""
+    figure, axes = panels(5.2, len(_CURVES), 1, sharex=True)
+    for axis, (column, label) in zip(axes, _CURVES.items(), strict=True):
+        draw(axis, column)
         axis.set_ylabel(label)
+    for axis in axes[1:]:
+        axis.set_ylim(bottom=0)
     axes[-1].set_xlabel("episode")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
-    return figure, axes
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_learning(tables: Tables) -> Figure:
     """Draw reward, rounds and communication cost over the episodes, with moving averages."""
-    episodes = tables["episodes"]
-    figure, axes = _curve_panels(height=5.2)
-    axes[0].set_xlim(0, episodes["episode"].max() + 1)
+    episodes, published = tables["episodes"], published_levels(tables)
+    x, limit = episodes["episode"], episodes["max_rounds"].iloc[0]
     reached = episodes["goal_reached"] == 1
-    for axis, column in zip(axes, _CURVES, strict=True):
-        x, y = episodes["episode"], episodes[column]
+
+    def draw(axis: Axes, column: str) -> None:
+        y = episodes[column]
         axis.plot(x[reached], y[reached], "o", color=SKY, mew=0, label="goal reached")
         axis.plot(x[~reached], y[~reached], "x", color=RED, label="goal missed")
         label = f"mean of the last {WINDOW} episodes"
         axis.plot(x, moving_average(y), color=BLACK, label=label)
-    limit = episodes["max_rounds"].iloc[0]
-    axes[1].axhline(limit, color=GREY, lw=0.8, ls=":")
-    label_at_right(axes[1], limit, f"limit: {limit}")
-    for column, level in published_levels(tables).items():
-        axis = axes[list(_CURVES).index(column)]
-        axis.axhline(level, color=BLACK, lw=0.8, ls="--", label="published")
-        reduction = f"\N{MINUS SIGN}{PUBLISHED[column]:.1%}"
-        label_at_right(axis, level, f"published:\n{reduction} of\nepisodes 1 to 10")
-    for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    set_title(figure, tables["episodes"], "Training of the DQN")
+        if column == "rounds":
+            axis.axhline(limit, color=GREY, lw=0.8, ls=":")
+            label_at_right(axis, limit, f"limit: {limit}")
+        if column in published:
+            axis.axhline(published[column], color=BLACK, lw=0.8, ls="--", label="published")
+            text = f"published:\n\N{MINUS SIGN}{PUBLISHED[column]:.1%} of\nepisodes 1 to 10"
+            label_at_right(axis, published[column], text)
+
+    figure = _draw_curves(draw)
+    figure.axes[0].set_xlim(0, x.max() + 1)
+    set_title(figure, episodes, "Training of the DQN")
+    return figure
+
+
+def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
+    """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
+
+    def draw(axis: Axes, column: str) -> None:
+        for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
+            y = moving_average(table[column])
+            axis.plot(table["episode"], y, line, color=color, label=label)
+
+    figure = _draw_curves(draw)
+    set_title(figure, pd.concat(runs.values()), f"Training, mean of the last {WINDOW} episodes")
     return figure
 
 
@@ -267,12 +271,10 @@ def _first_and_last(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
     return parts
 
 
-@matplotlib.rc_context(STYLE)
 def draw_accuracy(tables: Tables) -> Figure:
     """Draw accuracy over the rounds of the first and last episodes; ended ones keep their last."""
     parts = _first_and_last(tables)
-    figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
-    axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    figure, axes = panels(2.8, 1, len(parts), sharex=True, sharey=True)
     goal = tables["episodes"]["goal_accuracy"].iloc[0]
     limit = tables["episodes"]["max_rounds"].iloc[0]
     for axis, (title, rounds) in zip(axes, parts, strict=True):
@@ -311,25 +313,22 @@ def _cell_text(value: float, digits: int) -> str:
     return text if text.strip(".0") else ""
 
 
-@matplotlib.rc_context(STYLE)
 def draw_transitions(tables: Tables) -> Figure:
     """Draw which node transfers the model to which, in the first and last episodes."""
     parts = _first_and_last(tables)
     count = 1 + tables["shards"]["node"].astype(int).max()
     matrices = [transition_shares(rounds, count) for _, rounds in parts]
     top = max(shares.max() for shares in matrices) or 1.0
-    figure = Figure(figsize=(DOUBLE, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    figure, axes = panels(3.4, 1, len(parts), sharey=True)
     for axis, (title, _), shares in zip(axes, parts, matrices, strict=True):
         image = _heatmap(axis, shares, top, 2)
         axis.set(title=title, xlabel="next node")
     axes[0].set_ylabel("current node")
-    figure.colorbar(image, ax=list(axes), label="share of the current node's transfers", aspect=30)
+    figure.colorbar(image, ax=axes, label="share of the current node's transfers", aspect=30)
     set_title(figure, tables["episodes"], "Transfers of the model")
     return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_data(tables: Tables) -> Figure:
     """Draw how many images of which class each node holds, beside the nodes' distances."""
     shards = tables["shards"].astype({"node": int})
@@ -338,8 +337,7 @@ def draw_data(tables: Tables) -> Figure:
     distances = np.zeros((len(images), len(images)))
     distances[pairs[:, 0], pairs[:, 1]] = tables["distances"]["distance"]
     distances += distances.T
-    figure = Figure(figsize=(DOUBLE, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(3.2, 1, 2)
     image = _heatmap(left, images, images.max(), 0)
     left.set(xlabel="class", ylabel="node")
     figure.colorbar(image, ax=left, label="training images", aspect=30, pad=0.02)
@@ -349,28 +347,6 @@ def draw_data(tables: Tables) -> Figure:
     figure.colorbar(image, ax=right, label="communication distance (no unit)", aspect=30, pad=0.02)
     set_title(figure, tables["episodes"], "Shards and distances")
     return figure
-
-
-# --- Overlay of several runs -----------------------------------------------------------------
-
-
-@matplotlib.rc_context(STYLE)
-def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
-    """Draw the moving averages of reward, rounds and cost; ``runs`` are the episodes by label."""
-    figure, axes = _curve_panels(height=5.4)
-    for axis, column in zip(axes, _CURVES, strict=True):
-        for (label, table), (color, line) in zip(runs.items(), cycle(LINE_STYLES)):
-            x, y = table["episode"], moving_average(table[column])
-            axis.plot(x, y, line, color=color, label=label)
-    for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    notes = dict.fromkeys(data_note(table["dataset"].iloc[0]) for table in runs.values())
-    figure.suptitle(f"Training, mean of the last {WINDOW} episodes (data: {'; '.join(notes)})")
-    return figure
-
-
-# --- Command ---------------------------------------------------------------------------------
 
 
 def _draw_all(folders: list[Path], format_: str) -> int:

@@ -62,6 +62,10 @@ class RunError(UserError):
     """A folder or file of results that can't be used, with what to do about it."""
 
 
+def _damaged(path: Path | str, error: Exception) -> RunError:
+    return RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
+
+
 # --- Files -----------------------------------------------------------------------------------
 
 
@@ -109,8 +113,7 @@ class CsvTable:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self._name = path.name
-        self.columns = columns
+        self._columns = columns
         self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
@@ -119,9 +122,9 @@ class CsvTable:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write one row and flush it; ValueError if its names are not the columns."""
-        if set(row) != set(self.columns):
-            raise ValueError(f"{self._name}: {sorted(set(row) ^ set(self.columns))}")
-        self._writer.writerow([_field(row[column]) for column in self.columns])
+        if set(row) != set(self._columns):
+            raise ValueError(f"{self._file.name}: {sorted(set(row) ^ set(self._columns))}")
+        self._writer.writerow([_field(row[column]) for column in self._columns])
         self._file.flush()
 
     def close(self) -> None:
@@ -180,7 +183,7 @@ def read_arrays(path: Path) -> Arrays:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        raise RunError(f"{path}: damaged ({reason(error)})") from error
+        raise _damaged(path, error) from error
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
@@ -188,18 +191,19 @@ def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset
 
     ``weights`` are float32 arrays by layer, as ``FlatNetwork.named_arrays`` gives them.
     """
-    of_data = {"name": dataset.name, "sha256": dataset.sha256}
-    about = {"settings": settings.stored(), "dataset": of_data}
-    write_arrays(path, {**weights, "config": np.array(json.dumps(about))})
+    data = {"name": dataset.name, "sha256": dataset.sha256}
+    config = json.dumps({"settings": settings.stored(), "dataset": data})
+    write_arrays(path, {**weights, "config": np.array(config)})
 
 
 def load_agent(path: Path) -> tuple[Arrays, Json]:
     """Return ``save_agent``'s arrays, and ``settings`` and ``dataset``; UserError if it can't."""
     try:
-        arrays = read_arrays(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
         about = json.loads(str(arrays.pop("config")))
         about["settings"]["SEED"], about["dataset"]["name"], about["dataset"]["sha256"]
-    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # NumPy raises many types
         cause = reason(error)
         raise UserError(f"{path}: holds no trained agent ({cause}); takes an agent.npz") from error
     return arrays, about
@@ -229,8 +233,9 @@ def git_revision() -> str | None:
     def git(*arguments: str) -> str:
         # With its folder named, git takes another user's clone, as under sudo, and no outer one.
         command = ["git", "-C", str(PROJECT), "--git-dir=.git", "--work-tree=.", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        return result.stdout.strip()
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).strip()
 
     try:
         revision = git("rev-parse", "HEAD")
@@ -270,10 +275,8 @@ def fingerprint(name: str, sha256: dict[str, str]) -> str:
 def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Json) -> Json | None:
     """Return the JSON file that identifies a folder; None if the folder is empty.
 
-    ``comparable`` takes from the file's content the values that have to be those of ``now``.
-
-    Raises:
-        RunError: the folder holds something else, or another ``kind`` (run, comparison or audit).
+    ``comparable`` takes from the file's content the values that have to be those of ``now``. If
+    they differ, the folder holds another ``kind`` (run, comparison or audit): a RunError.
     """
     folder = path.parent
     try:
@@ -285,7 +288,7 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path}: damaged or not readable ({error!r}); {_ADVICE}") from error
+        raise _damaged(path, error) from error
     if differing:
         raise RunError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
     return stored
@@ -298,9 +301,7 @@ class Run:
     """The folder of one run; a context manager that holds its lock.
 
     ``episodes_finished`` counts those of earlier sessions too; ``config`` is ``config.json``.
-
-    Raises:
-        RunError: the folder can't be written, is in use, damaged, or holds something else.
+    Entering raises a RunError if the folder is in use, damaged, or holds something else.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
@@ -325,13 +326,10 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._tables and not self.finished:
-            # On a full disk this fails as well: the state then stays "running", without a lock.
-            with contextlib.suppress(OSError):
+        # A full disk makes this fail as well: the error that stopped the run is the one to show.
+        with contextlib.suppress(OSError), self._open:
+            if kind is not None and self._tables and not self.finished:
                 self._set_state("interrupted")
-        # A last flush fails on a full disk; the error that stopped the run is the one to show.
-        with contextlib.suppress(OSError):
-            self._open.close()
 
     @property
     def finished(self) -> bool:
@@ -358,8 +356,8 @@ class Run:
             "settings": self.settings.stored(),
             "sessions": [],
         }
-        path = self.folder / "config.json"
-        self.config = read_own(path, "run", _comparable, _comparable(new)) or new
+        now = _comparable(new)
+        self.config = read_own(self.folder / "config.json", "run", _comparable, now) or new
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():
@@ -367,11 +365,8 @@ class Run:
                 self._state = read_arrays(self._checkpoint_path)
                 self._sizes = dict(json.loads(str(self._state.pop("files"))))
                 self.episodes_finished = int(self._state["episode"]) - 1
-            except RunError as error:
-                raise RunError(f"{error}; {_ADVICE}") from error
             except (ValueError, KeyError, TypeError) as error:
-                cause = f"{self._checkpoint_path}: damaged ({reason(error)})"
-                raise RunError(f"{cause}; {_ADVICE}") from error
+                raise _damaged(self._checkpoint_path, error) from error
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
@@ -393,8 +388,7 @@ class Run:
                     parts.append(np.load(file, allow_pickle=False))
             agent.load_state(self._state, np.concatenate(parts))
         except Exception as error:  # NumPy raises many types
-            path = f"{self._checkpoint_path} or {_TRANSITIONS}"
-            raise RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}") from error
+            raise _damaged(f"{self._checkpoint_path} or {_TRANSITIONS}", error) from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.

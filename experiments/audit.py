@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,13 +22,12 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from tqdm import tqdm
 
+import cli
 import plot
 import records
-from cli import Parser, add_setting_flags, count_of, exit_status, overrides_of
 from config import NAMED_SETTINGS, ConfigError, Settings, UserError, episode_seed, names_of, stream
 
-# Functions below import TensorFlow, which takes seconds: a mistake on the command line is reported
-# at once.
+# Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
 if TYPE_CHECKING:
     from environment import DecentralizedLearning
 
@@ -45,15 +43,14 @@ _RECORDING: dict[str, Any] = {
     "REWARD": "power",
 }
 
-_WALKS = 60
 _FOLDS = 6  # parts of the walks; each is predicted by a regression fitted to the other parts
 _TREES = 150  # of a regression
 _RESAMPLES = 2000  # of a bootstrap interval
 
 AUDIT_COLUMNS = ("dataset", "observation", "target", "r2", "low", "high", "episodes", "rounds")
 
-# What the accuracy is predicted from, as ``observations`` makes it, with the label in table and
-# figure. No agent observes the last two, which show what there is to know.
+# What predicts the accuracy, with its label. No agent observes the last two, which show what there
+# is to know.
 OBSERVATIONS = {
     "zeros": "zeros",
     "last_node": "last_node",
@@ -75,35 +72,31 @@ Walk = dict[str, np.ndarray]  # as record_walk returns it
 def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     """Return the settings and the number of walks of a command line; exit if one is wrong."""
     examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
-    parser = Parser(PROGRAM, "Audit the observations; results go to results/<name>/.", examples)
-    help_ = f"episodes of random choices, at least {_FOLDS} [{_WALKS}]"
-    parser.add_argument("--walks", type=count_of, default=_WALKS, metavar="N", help=help_)
-    add_setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"})
+    text = "Audit the observations; results go to results/<name>/."
+    parser = cli.Parser(PROGRAM, text, examples)
+    help_ = f"episodes of random choices, at least {_FOLDS} [%(default)s]"
+    parser.add_argument("--walks", type=cli.count_of, default=60, metavar="N", help=help_)
+    cli.add_setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"})
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    values = {**NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
-    for name in sorted(names_of("agent") & set(values)):
-        parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     try:
-        settings = Settings(**{**values, **_RECORDING})
+        values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
+        for name in sorted(names_of("agent") & set(values)):
+            parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
+        settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
     except ConfigError as error:
         parser.error(str(error))
     if settings.NODES_PER_ROUND != 1:
         parser.error(f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 in an audit")
-    if "DATASET" not in values and settings.DATASET == "auto":
-        settings = settings.replace(DATASET="digits")  # takes minutes, where MNIST takes an hour
     return settings, parsed.walks
-
-
-# --- Walks -----------------------------------------------------------------------------------
 
 
 def record_walk(environment: DecentralizedLearning, episode: int) -> Walk:
     """Play one episode of random choices, of which a share of REPEAT repeats the last node.
 
-    The environment has the settings of _RECORDING and one node per round. The training episode of
-    the same number has the same initial weights.
+    The environment has the settings of _RECORDING and one node per round. The initial weights are
+    those of the training episode of the same number.
 
     Returns:
         For R rounds ``nodes`` (R,) int64, ``accuracies`` (R,) float64, and the observations
@@ -161,16 +154,13 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
     }
 
 
-# --- Predictions -----------------------------------------------------------------------------
-
-
 def r2_interval(
     values: np.ndarray, predictions: np.ndarray, walks: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float, float]:
     """Return R2, the share of the values' variance that is predicted, and its 95 % interval.
 
-    The interval is a percentile bootstrap over walks, which ``rng`` draws. All arrays are (n,), of
-    float64 values and predictions, and the int walks that they belong to.
+    The interval is a percentile bootstrap over walks, which ``rng`` draws. All arrays are (n,):
+    float64 values and predictions, and the numbers of their walks.
     """
     numbers, index = np.unique(walks, return_inverse=True)
     terms = ((values - predictions) ** 2, values**2, values, np.ones(len(values)))
@@ -188,8 +178,7 @@ def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.Dat
     ``walks`` are the environment's, at least 6, each of two rounds or more. Each value is predicted
     by extremely randomised trees that were fitted to other walks.
     """
-    settings, dataset = environment.settings, environment.dataset.name
-    n = settings.NUM_NODES
+    settings, n = environment.settings, environment.settings.NUM_NODES
     observed = [observations(walk, n, settings.MAX_ROUNDS) for walk in walks]
     number = np.repeat(range(len(walks)), [len(w["nodes"]) - 1 for w in walks])
     next_node = np.concatenate([np.eye(n, dtype=np.float32)[w["nodes"][1:]] for w in walks])
@@ -202,26 +191,21 @@ def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.Dat
             features = np.hstack([features, next_node])
         rng = stream(settings.SEED, "audit")  # the same draws for all
         seed = int(rng.integers(2**32))
-        trees = ExtraTreesRegressor(_TREES, min_samples_leaf=3, random_state=seed, n_jobs=1)
+        trees = ExtraTreesRegressor(_TREES, min_samples_leaf=3, random_state=seed)
         folds = GroupKFold(_FOLDS)
         predictions = cross_val_predict(trees, features, values, groups=number, cv=folds)
         r2 = r2_interval(values, predictions, number, rng)
-        rows.append((dataset, name, target, *r2, len(walks), len(number)))
+        rows.append((environment.dataset.name, name, target, *r2, len(walks), len(number)))
     return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS))
 
 
-# --- Figure and report -----------------------------------------------------------------------
-
-
-@matplotlib.rc_context(plot.STYLE)
 def draw_audit(table: pd.DataFrame) -> Figure:
     """Draw R2 of each observation with its interval, one mark per target."""
-    figure = Figure(figsize=(plot.DOUBLE, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = plot.panels(3.4, 1, 1)
     places = np.arange(len(OBSERVATIONS))
     marks = (("accuracy", "o", plot.BLACK, -0.15), ("next_accuracy", "s", plot.BLUE, 0.15))
     for target, marker, color, offset in marks:
-        rows = table[table["target"] == target].set_index("observation").loc[list(OBSERVATIONS)]
+        rows = table[table["target"] == target]
         ends = np.array([rows["r2"] - rows["low"], rows["high"] - rows["r2"]])
         style: Any = {"fmt": marker, "color": color, "ms": 4.5, "elinewidth": 1}
         axis.errorbar(rows["r2"], places + offset, xerr=ends, label=TARGETS[target], **style)
@@ -229,33 +213,25 @@ def draw_audit(table: pd.DataFrame) -> Figure:
     axis.set_ylim(len(OBSERVATIONS) - 0.5, -0.5)
     axis.set_xlabel("R2, share of the accuracies' variance that is predicted (95 % interval)")
     axis.legend(loc="upper right")  # the first rows, which have little, are at the left
-    title = f"{table['episodes'].iloc[0]} walks, {table['rounds'].iloc[0]} rounds"
-    text = f"Accuracy predicted from an observation: {title}"
-    plot.set_title(figure, table, text)
+    size = f"{table['episodes'].iloc[0]} walks, {table['rounds'].iloc[0]} rounds"
+    plot.set_title(figure, table, f"Accuracy predicted from an observation: {size}")
     return figure
 
 
 def report(table: pd.DataFrame) -> str:
     """Return the audit's table as Markdown: R2 with its 95 % interval."""
     lines = [f"| observation | {' | '.join(TARGETS.values())} |", "|---" * (1 + len(TARGETS)) + "|"]
-    for name, label in OBSERVATIONS.items():
-        rows = table[table["observation"] == name].set_index("target").loc[list(TARGETS)]
+    for name, rows in table.groupby("observation", sort=False):
         cells = [f"{r.r2:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows.itertuples()]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {OBSERVATIONS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-# --- The command -----------------------------------------------------------------------------
 
 
 def audit(settings: Settings, count: int) -> int:
     """Record the missing ones of ``count`` walks, write ``audit.csv`` and its figure; return 0.
 
-    A folder whose ``audit.csv`` is made of as many walks is only drawn and printed.
-
-    Raises:
-        UserError: the folder holds another audit, or something is damaged.
-        OSError: a file can't be written.
+    An ``audit.csv`` of as many walks is only drawn and printed. UserError if the folder holds
+    another audit, or something is damaged.
     """
     from environment import DecentralizedLearning
 
@@ -293,9 +269,9 @@ def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list
         path = folder / f"walk-{episode}.npz"
         if not path.exists():
             records.write_arrays(path, record_walk(environment, episode))
-        walks.append(records.read_arrays(path))
-    # A walk of one round reached the goal with the starter's training: it holds no choice.
-    walks = [walk for walk in walks if len(walk["nodes"]) > 1]
+        walk = records.read_arrays(path)
+        if len(walk["nodes"]) > 1:  # with one, the starter reached the goal: it holds no choice
+            walks.append(walk)
     if len(walks) < _FOLDS:
         raise UserError(f"--walks: got {len(walks)} with a second round, takes at least {_FOLDS}")
     return walks
@@ -304,7 +280,7 @@ def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list
 def main(arguments: list[str] | None = None) -> int:
     """Run an audit; return the exit status, as main.py's."""
     settings, walks = parse(arguments)
-    return exit_status(PROGRAM, lambda: audit(settings, walks))
+    return cli.exit_status(PROGRAM, lambda: audit(settings, walks))
 
 
 if __name__ == "__main__":

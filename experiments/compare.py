@@ -21,18 +21,18 @@ from tqdm import tqdm
 import cli
 import data
 import records
-from config import GROUPS, NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
+from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
 from experiments.estimates import EPISODE_COLUMNS
 from experiments.methods import METHODS, check_method
 
-# TensorFlow and SciPy take seconds to import. The functions below import what needs them, so that a
-# mistake on the command line is reported at once.
+# Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
 if TYPE_CHECKING:
     from experiments.jobs import Job, Tables
 
 PROGRAM = "experiments.compare"
 LAST = 20  # episodes at the end of a training whose mean number of rounds is logged
 
+LOG = "tuning.csv"  # rows of tuning trials, in the folder of results
 LOG_COLUMNS = tuple(
     "trial dataset seed settings training_episodes training_rounds validation_episodes rounds "
     "goal_reached communication_cost seconds git_revision error".split()
@@ -135,13 +135,13 @@ class Plan:
 
 
 def _parser() -> cli.Parser:
-    examples = (
+    parser = cli.Parser(
+        PROGRAM,
+        "Compare methods over many seeds; results go to results/<name>/.",
         f"  python3 -m {PROGRAM} --list\n"
         f"  python3 -m {PROGRAM} --dataset mnist --seeds 10 --test-episodes 20\n"
-        f"  python3 -m {PROGRAM} --vary GOAL_ACCURACY=0.7,0.75,0.8 --methods hl,random"
+        f"  python3 -m {PROGRAM} --vary GOAL_ACCURACY=0.7,0.75,0.8 --methods hl,random",
     )
-    text = "Compare methods over many seeds; results go to results/<name>/."
-    parser = cli.Parser(PROGRAM, text, examples)
     add = parser.add_argument
     add("--list", action="store_true", help="list comparisons and methods, and stop")
     what, who, where = (parser.add_mutually_exclusive_group().add_argument for _ in range(3))
@@ -172,8 +172,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parsed = parser.parse_args(arguments)
     if parsed.list:
         for kind, entries in (("comparisons", COMPARISONS), ("methods", METHODS)):
-            lines = [f"  {name:15} {entry.description}" for name, entry in entries.items()]
-            print("\n".join([f"{kind}:", *lines]))
+            print(f"{kind}:", *(f"  {k:15} {e.description}" for k, e in entries.items()), sep="\n")
         sys.exit(0)
     try:
         return _plan_of(parsed)
@@ -192,9 +191,6 @@ def _plan_of(parsed: argparse.Namespace) -> Plan:
     data_sha256 = stored.pop("data", {})
     if base and (agents or name == "ablation"):
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
-    values = {**stored, **base, **named}
-    if Settings().DATASET == "auto":
-        values.setdefault("DATASET", "digits")  # takes minutes, where MNIST takes hours
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
     return Plan(
         name=name,
@@ -204,7 +200,7 @@ def _plan_of(parsed: argparse.Namespace) -> Plan:
         test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
         first_episode=parsed.first_episode,
         kind="validation" if parsed.validation else "test",
-        settings=Settings(**values),
+        settings=Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named}),
         named=set(named),
         agents=agents,
         data_sha256={} if "DATASET" in named else data_sha256,
@@ -266,11 +262,7 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
 def open_tables(
     plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
 ) -> tuple[Tables, list[Job]]:
-    """Return a comparison's tables and its unfinished jobs; write nothing.
-
-    Raises:
-        UserError: the folder holds something else, and the means would be mixed.
-    """
+    """Return a comparison's tables and its unfinished jobs; UserError if they would be mixed."""
     from experiments.jobs import Tables, finished_jobs
 
     config: dict[str, Any] = {
@@ -288,17 +280,14 @@ def open_tables(
     several = ("variants", "methods")  # those have to agree that both have
 
     def comparable(content: dict[str, Any]) -> dict[str, Any]:
-        flat = {k: v for k, v in content.items() if k not in (*several, "settings", "dataset")}
-        flat["data"] = records.fingerprint(**content["dataset"])
+        own = {**content, **content["settings"], "data": records.fingerprint(**content["dataset"])}
         for kind in several:
-            both = content[kind].keys() & config[kind].keys()
-            flat |= {f"{kind} {name}": content[kind][name] for name in both}
-        return flat | content["settings"]
+            own |= {f"{kind} {k}": v for k, v in content[kind].items() if k in config[kind]}
+        return {k: v for k, v in own.items() if k not in (*several, "settings", "dataset")}
 
     now = comparable(config)
-    found = records.read_own(
-        folder / "config.json", "comparison", lambda content: now | comparable(content), now
-    )
+    path = folder / "config.json"
+    found = records.read_own(path, "comparison", lambda content: now | comparable(content), now)
     if found:
         config = found | {kind: found[kind] | config[kind] for kind in several}
     tables = Tables(folder, config)
@@ -316,13 +305,12 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
     chosen by them. Each trial, dataset and seed has a row, from its start on.
     """
     key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
-    named, agents = plan.named & names_of("world", "agent") - {"DATASET"}, names_of("agent")
-    default, own = Settings().model_dump(), job.settings.model_dump()
-    changed = {name for name in agents if own[name] != default[name]}
-    names = [name for group in GROUPS for name in group.model_fields if name in named | changed]
-    settings = " ".join(f"{name}={own[name]!r}".replace(" ", "") for name in names)
-    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings}
-    row |= {"seconds": seconds, "error": error, "git_revision": records.git_revision() or ""}
+    default, own = Settings(), job.settings.model_dump()
+    changed = {name for name in names_of("agent") if own[name] != getattr(default, name)}
+    shown = changed | plan.named & names_of("world", "agent") - {"DATASET"}
+    settings = " ".join(f"{k}={v!r}".replace(" ", "") for k, v in own.items() if k in shown)
+    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings, "seconds": seconds}
+    row |= {"error": error, "git_revision": records.git_revision() or ""}
     if not error:
         training = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
         test = records.read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
@@ -330,11 +318,10 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
             "training_episodes": len(training),
             "training_rounds": round(training["rounds"][-LAST:].mean(), 2),
             "validation_episodes": len(test),
-            "rounds": round(test["rounds"].mean(), 2),
-            "goal_reached": round(test["goal_reached"].mean(), 3),
-            "communication_cost": round(test["communication_cost"].mean(), 4),
         }
-    path = plan.settings.results_dir / "tuning.csv"
+        for name, digits in (("rounds", 2), ("goal_reached", 3), ("communication_cost", 4)):
+            row[name] = round(test[name].mean(), digits)
+    path = plan.settings.results_dir / LOG
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
         table = pd.DataFrame([row]).astype(str)
         if path.exists():
@@ -343,9 +330,6 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
         records.write_table(path, table)
     if error != "not finished":
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
-
-
-# --- The command -----------------------------------------------------------------------------
 
 
 def compare(plan: Plan) -> int:
@@ -365,30 +349,29 @@ def compare(plan: Plan) -> int:
     plan = dataclasses.replace(plan, settings=settings)
     if plan.data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--agent: trained on other data; --dataset {dataset.name} tests it here")
-    name = plan.settings.NAME or f"{plan.name}-{dataset.name}"
+    name = settings.NAME or f"{plan.name}-{dataset.name}"
     if plan.kind == "validation":
         name = f"tuning/{name}-{dataset.name}"
-        if (plan.settings.results_dir / "tuning.csv").exists():  # refuses something else
-            records.read_table(plan.settings.results_dir / "tuning.csv", LOG_COLUMNS)
-    folder = plan.settings.results_dir / name
+        if (settings.results_dir / LOG).exists():  # refuses something else
+            records.read_table(settings.results_dir / LOG, LOG_COLUMNS)
+    folder = settings.results_dir / name
     jobs = make_jobs(plan, folder)
-    # Everything that can be refused is refused before a file is written.
-    for job in jobs:
+    for job in jobs:  # what the data can't fill is refused before a file is written
         data.make_shards(dataset, job.settings)
-    _, waiting = open_tables(plan, dataset, folder, jobs)
-    cluster, workers = plan.cluster if waiting else "", min(plan.workers, len(waiting))
-    with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
-        # Read again: another process may have written here meanwhile.
+    with records.locked(folder, PROGRAM):
         tables, waiting = open_tables(plan, dataset, folder, jobs)
-        tables.create(plan.settings)
-        print(
-            f"{plan.name}: {len(plan.methods)} methods, {len(plan.seeds)} seeds, "
-            f"{len(plan.comparison.variants)} values, {plan.test_episodes} test episodes each: "
-            f"{len(jobs)} jobs, {len(waiting)} to do; results in {folder}",
-            flush=True,
-        )
-        tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
-        failed = _run(plan, tables, waiting, client)
+        workers, cluster = min(plan.workers, len(waiting)), plan.cluster if waiting else ""
+        with dask_client(workers, cluster) as client:
+            tables.create(settings)
+            print(
+                f"{plan.name}: {cli.counted(len(plan.methods), 'method')}, "
+                f"{cli.counted(len(plan.seeds), 'seed')}, "
+                f"{cli.counted(plan.test_episodes, 'test episode')} each: "
+                f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
+                flush=True,
+            )
+            tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
+            failed = _run(plan, tables, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - len(failed)} finished, {len(failed)} failed"

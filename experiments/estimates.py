@@ -12,7 +12,6 @@ An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one ove
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import cli
 import records
-from config import UserError, reason
+from config import UserError
 
 RESAMPLES = 10_000
-LEVEL = 0.95
 
 JOB_COLUMNS = tuple(
     "variant method seed state seconds error agent git_revision tensorflow cpu".split()
@@ -60,47 +59,33 @@ TABLES = {
 Statistic = Callable[..., np.ndarray]
 
 
-# --- Tables ----------------------------------------------------------------------------------
-
-
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """Return ``config``, the dictionary of config.json, and the tables as data frames.
+    """Return ``config``, a dictionary, and the tables: ``jobs``, and the finished ones' rows.
 
-    ``jobs`` has all jobs; ``episodes``, ``rounds`` and ``training`` have the finished ones' rows.
-
-    Raises:
-        UserError: a file is missing or damaged, or no job is finished.
+    UserError if a file is missing or damaged, or no job is finished.
     """
-    tables: dict[str, Any] = {
-        "config": _read_config(folder / "config.json"),
-        "jobs": records.read_table(folder / "jobs.csv", TABLES["jobs"]),
-    }
-    finished = tables["jobs"][tables["jobs"]["state"] == "finished"]
+
+    def pick(config: dict[str, Any]) -> dict[str, Any]:
+        str(config["comparison"]), str(config["parameter"]), int(config["test_episodes"])
+        return config
+
+    config = cli.read_config(folder / "config.json", "comparison", pick)
+    jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
+    finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
     if finished.empty:
         raise UserError(f"{folder}: got no finished job, takes at least one")
-    of_finished = pd.MultiIndex.from_frame(finished[JOB_KEY])
+    tables = {"config": config, "jobs": jobs}
     for name in ("episodes", "rounds", "training"):
         table = records.read_table(folder / f"{name}.csv", TABLES[name])
-        tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(of_finished)]
-    expected = tables["config"]["test_episodes"]
-    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(of_finished, fill_value=0)
+        tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
+    expected = config["test_episodes"]
+    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(finished, fill_value=0)
     for job, count in counts[counts != expected].items():
         raise UserError(
             f"{folder / 'episodes.csv'}: got {count} test episodes of "
             f"{' '.join(map(str, job)).strip()}, takes {expected}; run the comparison again"
         )
     return tables
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        str(config["comparison"]), str(config["parameter"]), int(config["test_episodes"])
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({reason(error)})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not a comparison's config.json ({error})") from error
-    return config
 
 
 def select(table: pd.DataFrame, variant: str, method: str) -> pd.DataFrame:
@@ -115,18 +100,14 @@ def matrix(episodes: pd.DataFrame, column: str) -> np.ndarray:
 
 def paired(episodes: pd.DataFrame, variant: str, method: str) -> list[pd.DataFrame]:
     """Return the episodes of a method and of random, of the seeds that both have."""
-    both = [select(episodes, variant, name) for name in (method, "random")]
-    seeds = set(both[0]["seed"]) & set(both[1]["seed"])
-    return [table[table["seed"].isin(seeds)] for table in both]
+    ours, theirs = (select(episodes, variant, name) for name in (method, "random"))
+    return [ours[ours["seed"].isin(theirs["seed"])], theirs[theirs["seed"].isin(ours["seed"])]]
 
 
 def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool:
     """Return whether a method misses the goal more often than random, on the seeds of both."""
     ours, theirs = (table["goal_reached"].mean() for table in paired(episodes, variant, method))
     return bool(ours < theirs)
-
-
-# --- Statistics ------------------------------------------------------------------------------
 
 
 def bootstrap(
@@ -142,7 +123,7 @@ def bootstrap(
     draws = np.array_split(_draws(*values[0].shape), 20)  # in parts, which take less memory
     resampled = np.concatenate([statistic(*(v.take(part) for v in values)) for part in draws])
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
-    tail = (1 - LEVEL) / 2
+    tail = (1 - 0.95) / 2  # a little above 0.025, so another draw than at 0.025
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
 
@@ -174,9 +155,6 @@ def break_even(spent: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.nd
         return np.where(saved > 0, mean(spent) / np.maximum(saved, 0), np.inf)
 
 
-# --- Estimates -------------------------------------------------------------------------------
-
-
 def estimate(tables: dict[str, Any]) -> pd.DataFrame:
     """Return all estimates of a comparison, a row per variant, method and quantity.
 
@@ -188,9 +166,8 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
       Left out if the policy misses the goal more often than random, and for the cost with several
       nodes per round: a training's cost holds the transfer to a round's first node alone.
 
-    Returns:
-        Columns ``ESTIMATE_COLUMNS``. ``low`` and ``high`` bound the 95 % interval, empty with one
-        seed. ``seeds`` and ``episodes`` count what the estimate rests on.
+    Columns are ``ESTIMATE_COLUMNS``: ``low`` and ``high`` bound the 95 % interval, empty with one
+    seed; ``seeds`` and ``episodes`` count what the estimate rests on.
     """
     rows = []
     for variant, method in tables["episodes"][["variant", "method"]].drop_duplicates().to_numpy():
@@ -206,9 +183,8 @@ def _quantities(
     tables: dict[str, Any], variant: str, method: str
 ) -> Iterator[tuple[str, Statistic, list[np.ndarray]]]:
     """Yield the name, the statistic and its (S, E) arrays of all that is estimated for a method."""
-    episodes, rounds, training = (
-        select(tables[name], variant, method) for name in ("episodes", "rounds", "training")
-    )
+    names = ("episodes", "rounds", "training")
+    episodes, rounds, training = (select(tables[name], variant, method) for name in names)
     for column in QUANTITIES:
         yield column, mean, [matrix(episodes, column)]
     ours, theirs = paired(tables["episodes"], variant, method)

@@ -6,11 +6,9 @@ Usage: ``python3 -m experiments.figures results/<comparison> [...]``
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,12 +20,11 @@ import cli
 import plot
 import records
 from experiments import estimates
-from plot import BLACK, BLUE, DOUBLE, GREY, PUBLISHED, STYLE
+from plot import BLACK, BLUE, GREY, PUBLISHED
 
 # What estimates.read_comparison returns, "estimates", and in all tables the column "label".
 Tables = dict[str, Any]
 
-_MOST_PANELS = 9
 _MOST_LINES = 8  # in one panel
 _MOST_CHANGE = 60.0  # percent; larger changes are written as text
 _MOST_COST = 3.0  # times random's; larger costs are written as text
@@ -45,31 +42,26 @@ _NODE_COLORS = (
 )
 
 
-# --- All figures -----------------------------------------------------------------------------
-
-
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     """Estimate a comparison, write ``estimates.csv``, and draw its figures in one of plot.FORMATS.
 
-    Raises:
-        UserError: as ``estimates.read_comparison``.
-        OSError: a file can't be written.
+    Returns its tables; raises as ``estimates.read_comparison``.
     """
     tables = estimates.read_comparison(folder)
     tables["estimates"] = estimates.estimate(tables)
     records.write_table(folder / "estimates.csv", tables["estimates"])
     add_labels(tables)
-    figures: dict[str, Callable[[Tables], Figure]] = {}
-    if tables["config"]["parameter"]:
-        figures["variants"] = draw_rows
-    else:
-        figures |= {"methods": draw_rows, "walks": draw_walks}
-        if (tables["estimates"]["quantity"] == "rounds_reduction").any():
-            figures["headline"] = draw_headline
-    if 0 < tables["training"]["label"].nunique() <= _MOST_LINES:
-        figures["training"] = draw_training
-    for name, draw in figures.items():
-        plot.save_figure(folder / f"{name}.{format_}", draw(tables))
+    varies = bool(tables["config"]["parameter"])
+    compared = (tables["estimates"]["quantity"] == "rounds_reduction").any()
+    for name, draw, wanted in (
+        ("variants", draw_rows, varies),
+        ("methods", draw_rows, not varies),
+        ("walks", draw_walks, not varies),
+        ("headline", draw_headline, not varies and compared),
+        ("training", draw_training, 0 < tables["training"]["label"].nunique() <= _MOST_LINES),
+    ):
+        if wanted:
+            plot.save_figure(folder / f"{name}.{format_}", draw(tables))
     return tables
 
 
@@ -119,9 +111,6 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 
-# --- Methods, and values of a setting --------------------------------------------------------
-
-
 def _add_marks(
     axis: Axes,
     tables: Tables,
@@ -130,10 +119,7 @@ def _add_marks(
     most: float = np.inf,
     form: str = "{:.1f}",
 ) -> None:
-    """Mark a mean with its interval in the row of each label, or write it if it is above ``most``.
-
-    Labels that ``rows`` lacks are skipped.
-    """
+    """Mark each label's mean with its interval, or write the mean if it is above ``most``."""
     learned, goal = learned_labels(tables), _rows(tables["estimates"], "goal_reached")["mean"]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
@@ -163,15 +149,13 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
-@matplotlib.rc_context(STYLE)
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
     rounds = _rows(change, "rounds_reduction")["mean"]
     rounds = pd.concat([rounds, pd.Series({"random": 0.0, paper: -PUBLISHED["rounds"]})])
     labels = list(rounds.sort_values(kind="stable").index)
-    figure = Figure(figsize=(DOUBLE, 0.2 * len(labels) + 1.15), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure, axes = plot.panels(0.2 * len(labels) + 1.15, 1, 2, sharex=True, sharey=True)
     for axis, (column, reduction) in zip(axes, PUBLISHED.items(), strict=True):
         axis.axvline(0, color=BLACK, lw=1)
         rows = 100 * _rows(change, f"{column}_reduction")[["mean", "low", "high"]]
@@ -189,13 +173,11 @@ def draw_headline(tables: Tables) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(STYLE)
 def draw_rows(tables: Tables) -> Figure:
     """Draw rounds, cost and success, a row per label: a point per seed, mean and interval."""
     table, config, episodes = tables["estimates"], tables["config"], tables["episodes"]
     labels = list(_rows(table, "rounds")["mean"].sort_values(kind="stable").index)
-    figure = Figure(figsize=(DOUBLE, 0.22 * len(labels) + 1.15), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    figure, axes = plot.panels(0.22 * len(labels) + 1.15, 1, 3, sharey=True)
     limit = episodes["max_rounds"].max()
     axes[0].axvline(limit, color=BLACK, lw=0.8, ls=":", label=f"limit, {limit} rounds")
     for axis, (column, text) in zip(axes, _AXES.items(), strict=True):
@@ -218,9 +200,6 @@ def draw_rows(tables: Tables) -> Figure:
     return figure
 
 
-# --- Episodes --------------------------------------------------------------------------------
-
-
 def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
     """Return the first row of the lowest seed whose rounds are closest to the label's mean."""
     rows = episodes[episodes["label"] == label]
@@ -228,19 +207,17 @@ def typical_episode(episodes: pd.DataFrame, label: str) -> pd.Series:
     return of_seed.loc[(of_seed["rounds"] - rows["rounds"].mean()).abs().idxmin()]
 
 
-@matplotlib.rc_context(STYLE)
 def draw_walks(tables: Tables) -> Figure:
     """Draw a test episode of random and of each learned method, or else of the first method.
 
-    Of several nodes in a round the first is shown, which transfers the model.
+    Of several nodes in a round it shows the first, which transfers the model.
     """
     episodes, rounds = tables["episodes"], tables["rounds"]
     names = list(episodes["label"].unique())
     chosen = [name for name in ("random", *learned_labels(tables)) if name in names] or names[:1]
-    chosen = chosen[:_MOST_PANELS]
+    chosen = chosen[:9]  # more panels are too many
     limit, goal = episodes["max_rounds"].iloc[0], episodes["goal_accuracy"].iloc[0]
-    figure = Figure(figsize=(DOUBLE, 1.05 * len(chosen) + 0.6), layout="constrained")
-    axes = figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure, axes = plot.panels(1.05 * len(chosen) + 0.6, len(chosen), 1, sharex=True, sharey=True)
     for axis, name in zip(axes, chosen, strict=True):
         episode = typical_episode(episodes, name)
         key = ["label", "seed", "episode"]
@@ -254,9 +231,10 @@ def draw_walks(tables: Tables) -> Figure:
         if episode["goal_reached"]:
             end = walk[["round", "accuracy"]].iloc[-1]
             axis.plot(*end, "*", ms=10, color=plot.ORANGE, mec=BLACK, mew=0.6, zorder=3)
+        goal_reached = "reached" if episode["goal_reached"] else "missed"
         axis.set_title(
-            f"{name}: goal {'reached' if episode['goal_reached'] else 'missed'} after "
-            f"{episode['rounds']} rounds, communication cost {episode['communication_cost']:.2f} "
+            f"{name}: goal {goal_reached} after {cli.counted(episode['rounds'], 'round')}, "
+            f"communication cost {episode['communication_cost']:.2f} "
             f"(seed {episode['seed']}, test episode {episode['episode']})",
             loc="left",
         )
@@ -266,33 +244,25 @@ def draw_walks(tables: Tables) -> Figure:
         axis.grid(False)
     axes[-1].set_xlabel("round")
     axes[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    plot.set_title(
-        figure, tables["episodes"], "Node that trains in each round, and the accuracy after it"
-    )
+    plot.set_title(figure, episodes, "Node that trains in each round, and the accuracy after it")
     return figure
 
 
-# --- Training --------------------------------------------------------------------------------
-
-
-@matplotlib.rc_context(STYLE)
 def draw_training(tables: Tables) -> Figure:
     """Draw rounds and cost over the trainings of the DQNs, a line per label.
 
-    A 95 % band (Student's t) is drawn from five seeds on, and random's mean in the tests.
+    From five seeds on with a 95 % band (Student's t), and with random's mean in the tests.
     """
     training, rounds = tables["training"], tables["rounds"]
     window = min(plot.WINDOW, max(1, training["episode"].max() // 3))
     # A training with several nodes per round counts its cost otherwise than a test.
     nodes = rounds.loc[rounds["label"].isin(training["label"]), "node"]
     comparable = not nodes.str.contains("+", regex=False).any()
-    figure = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
+    figure, axes = plot.panels(2.8, 1, 2, sharex=True)
     by_label = training.groupby("label", sort=False)
     for axis, column in zip(axes, PUBLISHED, strict=True):
         for (label, rows), (color, line) in zip(by_label, plot.LINE_STYLES, strict=False):
-            each = rows.pivot(index="episode", columns="seed", values=column)
-            each = each.rolling(window).mean()
+            each = rows.pivot(index="episode", columns="seed", values=column).rolling(window).mean()
             mean, count = each.mean(axis=1), each.shape[1]
             axis.plot(mean, line, color=color, marker="o", markevery=[-1], label=label)
             if count >= plot.FEWEST:
@@ -306,13 +276,9 @@ def draw_training(tables: Tables) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _add_legend(figure)
     seeds = _counted(training.groupby("label")["seed"].nunique(), "seed")
-    plot.set_title(
-        figure, tables["episodes"], f"Training, moving average with window {window}", seeds
-    )
+    plot.set_title(figure, training, f"Training, moving average with window {window}", seeds)
     return figure
 
-
-# --- Report ----------------------------------------------------------------------------------
 
 # By heading of a column: the quantity, and the format of its numbers.
 Columns = dict[str, tuple[str, str]]
@@ -325,14 +291,9 @@ _MEANS: Columns = {
     "MB to observe": ("observation_megabytes", "{:.1f}"),
     "seconds": ("seconds", "{:.1f}"),
 }
-_CHANGES: Columns = {
-    "rounds": ("rounds_reduction", "{:+.1%}"),
-    "communication cost": ("communication_cost_reduction", "{:+.1%}"),
-}
-_BREAK_EVENS: Columns = {
-    "in rounds": ("rounds_break_even", "{:.0f}"),
-    "in communication cost": ("communication_cost_break_even", "{:.0f}"),
-}
+_NAMES = {name.replace("_", " "): name for name in PUBLISHED}
+_CHANGES = {text: (f"{name}_reduction", "{:+.1%}") for text, name in _NAMES.items()}
+_BREAK_EVENS = {f"in {text}": (f"{name}_break_even", "{:.0f}") for text, name in _NAMES.items()}
 
 
 def report(folder: Path, tables: Tables) -> str:
@@ -346,8 +307,8 @@ def report(folder: Path, tables: Tables) -> str:
         "",
         "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
         "that misses the goal counts with the limit of rounds.",
-        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged: {episodes['diverged'].sum()} "
-        f"test episodes, {tables['training']['diverged'].sum()} of training.",
+        f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged episodes: {episodes['diverged'].sum()} "
+        f"in tests, {tables['training']['diverged'].sum()} in training.",
         *(failed["label"] + " seed " + failed["seed"].astype(str) + ": " + failed["error"]),
     ]
     change = changes(table)
@@ -372,12 +333,10 @@ def report(folder: Path, tables: Tables) -> str:
 def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     """Return a Markdown table of estimates with their intervals, a row per variant and method.
 
-    A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants,
-    empty if nothing varies.
+    A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants.
     """
-    first = [varied, "method", "seeds x episodes"] if varied else ["method", "seeds x episodes"]
-    lines = ["| " + " | ".join([*first, *columns]) + " |"]
-    lines.append("|---" * (len(first) + len(columns)) + "|")
+    heads = [*filter(None, [varied]), "method", "seeds x episodes", *columns]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     forms = dict(columns.values())
     chosen = table[table["quantity"].isin(forms)]
     for (variant, method), rows in chosen.groupby(["variant", "method"], sort=False):
@@ -387,13 +346,10 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
             mean, *ends = (forms[row.quantity].format(x).replace("%", " %") for x in numbers)
             interval = f" [{', '.join(ends)}]" if ends else ""
             cells[row.quantity] = mean + getattr(row, "mark", "") + interval
-        name = [variant, method] if varied else [method]
         size = f"{row.seeds} x {row.episodes // row.seeds}"
-        lines.append("| " + " | ".join([*name, size, *cells.values()]) + " |")
+        texts = [*[variant] * bool(varied), method, size, *cells.values()]
+        lines.append(f"| {' | '.join(texts)} |")
     return lines
-
-
-# --- Command ---------------------------------------------------------------------------------
 
 
 def _draw_all(folders: list[Path], format_: str) -> int:
@@ -406,10 +362,7 @@ def _draw_all(folders: list[Path], format_: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the comparisons named on the command line and return the exit status.
-
-    It is 2 if a folder holds no comparison, and 1 if a file can't be written or a job has failed.
-    """
+    """Draw the comparisons of a command line; return the exit status, 1 if a job has failed."""
     parser = cli.Parser(
         "experiments.figures",
         "Draw the figures of comparisons again, from their CSVs, and print their reports.",

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -32,6 +33,8 @@ from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
 from records import CsvTable, Run, circumstances, load_agent, locked, read_table
 
+CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -46,14 +49,14 @@ class Job:
     kind: str = "test"  # the stream of the episodes' seeds, test or validation
 
     @property
-    def labels(self) -> dict[str, Any]:
+    def key(self) -> tuple[Any, ...]:
         """The job's values of JOB_KEY."""
-        return {"variant": self.variant, "method": self.method, "seed": self.settings.SEED}
+        return self.variant, self.method, self.settings.SEED
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells the jobs of a comparison apart: the labels without their names."""
-        return tuple(self.labels.values())
+    def labels(self) -> dict[str, Any]:
+        """The key with its columns' names."""
+        return dict(zip(JOB_KEY, self.key, strict=True))
 
     @property
     def folder(self) -> Path:
@@ -81,11 +84,11 @@ class Job:
 
     def episodes_finished(self) -> int:
         """Count the finished episodes of training and test in the folders."""
-        lines = 0
+        count = 0
         for folder in (self.folder, self.training_folder):
             with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
-                lines += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
-        return lines
+                count += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
+        return count
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
 
 @dataclasses.dataclass
 class Tables:
-    """The tables of a comparison's folder, which grow by a job's rows when the job is finished.
+    """The tables of a comparison's folder, to which a finished job's rows are added.
 
     A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
     """
@@ -152,19 +155,17 @@ class Tables:
 
     def _add(self, name: str, rows: pd.DataFrame) -> None:
         """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
+
+        def place(column: pd.Series) -> pd.Series:  # an unknown method comes last
+            order = {"variant": self.config["variants"], "method": METHODS}.get(column.name)
+            return column.map({n: i for i, n in enumerate(order)}) if order else column
+
         old = _read(self.folder, name)
         replaced = old.set_index(JOB_KEY).index.isin(rows.set_index(JOB_KEY).index)
         # As objects, so that a column without values changes no type.
-        table = pd.concat([old[~replaced].astype(object), rows.astype(object)], ignore_index=True)
-        order = (
-            table[JOB_KEY]
-            .assign(
-                variant=pd.Categorical(table["variant"], list(self.config["variants"])),
-                method=pd.Categorical(table["method"], list(METHODS)),  # last comes an unknown one
-            )
-            .sort_values(JOB_KEY, kind="stable")
-        )
-        records.write_table(self.folder / f"{name}.csv", table.loc[order.index])
+        table = pd.concat([old[~replaced].astype(object), rows.astype(object)])
+        table = table.sort_values(JOB_KEY, kind="stable", key=place)
+        records.write_table(self.folder / f"{name}.csv", table)
 
 
 # --- One job ---------------------------------------------------------------------------------
@@ -281,10 +282,10 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
     first of these gets the others' results, which it averages. With one node per round that is the
     paper's distance. With several, the public code counts the way to the first alone.
     """
-    nodes = [int(node) for node in np.atleast_1d(nodes)]
-    ways = [(holder, node) for node in nodes if node != holder]
-    ways += [(node, nodes[0]) for node in nodes[1:]]
-    return len(ways), float(sum(distances[a, b] for a, b in ways))
+    training = np.atleast_1d(nodes).tolist()
+    ways = [(holder, node) for node in training if node != holder]
+    ways += [(node, training[0]) for node in training[1:]]
+    return len(ways), float(sum(distances[way] for way in ways))
 
 
 # --- Many jobs -------------------------------------------------------------------------------
@@ -293,8 +294,7 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
 def attempt(job: Job) -> dict[str, Any]:
     """Run a job in this process and return what ``jobs.csv`` notes of it.
 
-    ``error`` is one line, or "". The traceback of an unexpected error is in ``error.txt`` in the
-    job's folder.
+    ``error`` is one line, or "". The traceback of an unexpected one is the job's ``error.txt``.
     """
     started = time.perf_counter()
     error = ""
@@ -302,9 +302,7 @@ def attempt(job: Job) -> dict[str, Any]:
         if job.method not in METHODS:
             raise UserError(f"method: got {job.method!r}, takes one in methods.py, or --jobs 1")
         run_job(job)
-    except UserError as problem:
-        error = str(problem)
-    except OSError as problem:
+    except (UserError, OSError) as problem:
         error = reason(problem)
     except Exception as problem:
         error = _line(problem)
@@ -328,20 +326,18 @@ def _line(error: BaseException) -> str:
 def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]] | None]:
     """Run jobs side by side, started in their order; without a Dask client, in this process.
 
-    A job that fails stops no other. If a worker dies, Dask gives its job to another one, but no
-    more than ``distributed.scheduler.allowed-failures`` times.
+    A job that fails stops no other. If a worker dies, Dask gives its job to another one, up to
+    ``distributed.scheduler.allowed-failures`` times.
 
     Yields:
-        Each job as it ends, with what ``attempt`` returned. With a client, None at least every two
-        seconds.
+        Each job as it ends, with ``attempt``'s result; with a client, None every two seconds.
     """
     if client is None:
         yield from ((job, attempt(job)) for job in jobs)
         return
     from distributed import wait
 
-    # Dask sends this function by value and a job as plain values: a worker may not know the project
-    # yet.
+    # Dask sends this function by value, a job as plain values: a worker may not know the project.
     def call(fields: dict[str, Any], project: str = str(PROJECT)) -> dict[str, Any]:
         if project not in sys.path:
             sys.path.insert(0, project)
@@ -351,11 +347,10 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
         job = here.Job(**{**fields, "settings": SettingsHere(**fields["settings"])})
         return here.attempt(job)
 
-    plain = [{**vars(job), "settings": job.settings.model_dump()} for job in jobs]
-    waiting = {
-        client.submit(call, fields, pure=False): job
-        for job, fields in zip(jobs, plain, strict=True)
-    }
+    waiting = {}
+    for job in jobs:
+        fields = {**vars(job), "settings": job.settings.model_dump()}
+        waiting[client.submit(call, fields, pure=False)] = job
     while waiting:
         with contextlib.suppress(asyncio.TimeoutError):
             wait(list(waiting), timeout=2, return_when="FIRST_COMPLETED")
@@ -368,17 +363,11 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
         yield None
 
 
-CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
-
-
 def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager[Any]:
     """Connect to the Dask scheduler at an address, or start one with workers on this machine.
 
-    Without an address, up to one worker needs no Dask: the client is None. Local workers end with
-    this process, and no limit of memory kills a job.
-
-    Raises:
-        UserError: no scheduler answers.
+    Without an address, one worker needs no Dask: the client is None. Local workers end with this
+    process, and no limit of memory kills a job. UserError if no scheduler answers.
     """
     if workers <= 1 and not address:
         return contextlib.nullcontext()
@@ -396,8 +385,12 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
         "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
         "silence_logs": logging.CRITICAL,
     }
+    # Workers inherit that Ctrl-C is ignored: this process ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
     except (OSError, ValueError, asyncio.TimeoutError) as error:
         where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
         raise UserError(f"{where} ({_line(error)})") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)

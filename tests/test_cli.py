@@ -47,7 +47,7 @@ def test_named_settings_come_before_set():
         ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
         ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
         ("--settings best", "argument --settings: invalid choice: 'best'"),
-        ("--config /nowhere/config.json", "--config: /nowhere/config.json"),
+        ("--config /nowhere/config.json", "/nowhere/config.json: is no run"),
         ("--speed 9", "--speed 9"),
     ],
 )
@@ -150,6 +150,11 @@ def test_seeds(text, seeds):
 def test_wrong_seeds(text):
     with pytest.raises(cli.argparse.ArgumentTypeError):
         cli.seeds_of(text)
+
+
+def test_nouns_agree_with_their_numbers():
+    counted = [cli.counted(count, "seed") for count in (0, 1, 2)]
+    assert counted == ["0 seeds", "1 seed", "2 seeds"]
 
 
 def test_the_page_of_settings_is_up_to_date():

@@ -395,6 +395,9 @@ def test_local_workers_end_with_their_client():
         workers = set(client.run(os.getpid).values())
         assert len(workers - {os.getpid()}) == 2
         assert client.submit(os.getpid).result() in workers
+        # Ctrl-C reaches them as well; the parent ends them.
+        handlers = client.run(signal.getsignal, signal.SIGINT).values()
+        assert set(handlers) == {signal.SIG_IGN} != {signal.getsignal(signal.SIGINT)}
     wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
 
 
