@@ -78,7 +78,7 @@ def test_progress_reward_by_hand(accuracy, before, missed, expected):
 def test_progress_rewards_of_an_episode(few, monkeypatch):
     env = DecentralizedLearning(small_settings(REWARD="progress", DISCOUNT=0.5, MAX_ROUNDS=3), few)
     accuracies = iter([0.2, 0.5, 0.7])
-    monkeypatch.setattr(env.foundation, "evaluate", lambda weights: next(accuracies))
+    monkeypatch.setattr(env, "_judged", lambda: next(accuracies))
     rewards = [env.reset(seed=0)[1]["reward"], *(env.step(node)[1] for node in (1, 1))]
     way = env.distances[0, 1]
     # The potentials are -8 before round 1, then -6, -3, -1; the last round misses the goal.
@@ -227,7 +227,7 @@ def test_an_episode_ends_at_the_goal(few, monkeypatch):
 
 def test_images_that_judge_a_round(few, monkeypatch):
     """Drawn anew for each round, by the episode's seed, and enough to tell models apart."""
-    monkeypatch.setattr(environment, "_JUDGES", 50)
+    monkeypatch.setattr(environment, "_JUDGES", (50,))
     env = DecentralizedLearning(small_settings(REWARD="progress", LEARNING_RATE=0.01), few)
     whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few)
     seen, evaluate = [], env.foundation.evaluate
@@ -255,40 +255,50 @@ def test_images_that_judge_a_round(few, monkeypatch):
     np.testing.assert_array_equal(whole._model, models[0])
 
 
-@pytest.mark.parametrize(("count", "judges"), [(358, 358), (359, None), (2000, None)])
-def test_no_more_images_judge_than_there_are(few, count, judges, monkeypatch):
-    monkeypatch.setattr(environment, "_JUDGES", count)
-    env = DecentralizedLearning(small_settings(REWARD="progress", MAX_ROUNDS=3), few)
-    seen = []
-    monkeypatch.setattr(
-        env.foundation, "evaluate", lambda weights, images=None: seen.append(images) or 0.1
-    )
-    env.reset(seed=0)
-    env.step(1)
-    assert [None if images is None else len(images) for images in seen] == [judges] * 2
+def judged_by(correct, few, monkeypatch):
+    """Return round 1's info and which images judged it.
 
-
-def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch):
-    """Neither good nor bad luck with the drawn images decides.
-
-    Of 359 images 50 have a standard error of 0.0643 at 0.6: sqrt(0.24 / 50 * 309 / 358).
+    ``correct`` of them are classified correctly, by how many have judged.
     """
     settings = small_settings(REWARD="progress", GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
-    monkeypatch.setattr(environment, "_JUDGES", 50)
     env = DecentralizedLearning(settings, few)
-    some, every = iter([0.406, 0.408, 0.64, 0.58]), iter([0.42, 0.59, 0.61])
-    monkeypatch.setattr(
-        env.foundation,
-        "evaluate",
-        lambda weights, images=None: next(every if images is None else some),
-    )
-    assert env.reset(seed=0)[1]["accuracy"] == 0.406
-    assert env.step(0)[4]["accuracy"] == 0.42
-    _, value, terminated, _, info = env.step(0)
-    assert (info["accuracy"], terminated) == (0.59, False)
-    assert value == progress_reward(0.59, 0.42, 0.0, False, settings)
-    info = env.step(0)[4]
-    assert (info["accuracy"], info["goal_reached"]) == (0.61, True)
+    judges = []
+
+    def evaluate(weights, images):
+        judges.append(images.tolist())
+        share = correct if isinstance(correct, int) else correct[sum(map(len, judges))]
+        return share / len(images)
+
+    monkeypatch.setattr(env.foundation, "evaluate", evaluate)
+    return env.reset(seed=0)[1], judges
+
+
+@pytest.mark.parametrize(("count", "judges"), [(358, 358), (359, 359), (2000, 359)])
+def test_no_more_images_judge_than_there_are(few, count, judges, monkeypatch):
+    monkeypatch.setattr(environment, "_JUDGES", (count,))
+    _, seen = judged_by(30, few, monkeypatch)
+    assert [len(images) for images in seen] == [judges]
+
+
+@pytest.mark.parametrize(
+    ("correct", "numbers", "accuracy"),
+    [
+        # Three standard errors of 50 and 100 images of 359, at 0.6: 0.1931 and 0.1249.
+        ({50: 20}, (50,), 20 / 50),  # 0.4 < 0.6 - 0.1931 = 0.4069
+        ({50: 21, 100: 26}, (50, 50), 47 / 100),  # 0.47 < 0.4751
+        ({50: 21, 100: 27, 359: 167}, (50, 50, 259), 215 / 359),  # 0.4800; then 0.5989
+        ({50: 50, 100: 50, 359: 116}, (50, 50, 259), 216 / 359),  # 0.6017: the goal is reached
+        ({50: 50, 100: 50, 359: 115}, (50, 50, 259), 215 / 359),
+    ],
+)
+def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch, correct, numbers, accuracy):
+    """Neither good nor bad luck with the drawn images decides."""
+    monkeypatch.setattr(environment, "_JUDGES", (50, 100))
+    info, seen = judged_by(correct, few, monkeypatch)
+    assert tuple(map(len, seen)) == numbers
+    assert len(set(sum(seen, []))) == sum(numbers)  # an image judges once
+    assert info["accuracy"] == accuracy
+    assert info["goal_reached"] == (accuracy >= 0.6)
 
 
 def test_reaching_the_goal_in_the_last_round_is_no_truncation(few, monkeypatch):
