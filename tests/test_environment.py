@@ -296,7 +296,7 @@ def test_all_images_judge_whether_the_goal_is_reached(few, monkeypatch, correct,
     monkeypatch.setattr(environment, "_JUDGES", (50, 100))
     info, seen = judged_by(correct, few, monkeypatch)
     assert tuple(map(len, seen)) == numbers
-    assert len(set(sum(seen, []))) == sum(numbers)  # an image judges once
+    assert len({image for images in seen for image in images}) == sum(numbers)  # each judges once
     assert info["accuracy"] == accuracy
     assert info["goal_reached"] == (accuracy >= 0.6)
 
