@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from environment import DecentralizedLearning, Round
+    from node import DQNAgent
     from records import Run
 
 
-def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> None:
-    """Train the agent for EPISODES episodes, each one training of a fresh foundation model.
+def train(
+    environment: DecentralizedLearning, run: Run, agent: DQNAgent, quiet: bool = False
+) -> None:
+    """Train an agent for EPISODES episodes, each one training of a fresh foundation model.
 
     ``run`` records everything and may hold an earlier session, which is continued. ``agent.npz`` is
     written at the end; the caller then declares the run finished. ``quiet``: no progress bar.
@@ -30,11 +33,9 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
     from tqdm import tqdm
 
     from environment import rollout
-    from node import DQNAgent
     from records import save_agent
 
     settings = environment.settings
-    agent = DQNAgent(environment.observation_size, settings)
     run.restore(agent)
     run.start(environment.shards, environment.distances)
 
@@ -60,19 +61,19 @@ def train(environment: DecentralizedLearning, run: Run, quiet: bool = False) -> 
                         round_.action,
                         round_.reward,
                         round_.next_observation,
-                        done=round_.terminated or round_.truncated,
+                        round_.terminated or round_.truncated,
                     )
                 bar.set_postfix_str(
                     f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "
                     f"cost {round_.info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
                 )
             record_episode(run, rounds, agent.epsilon, agent.train(), started)
+            transitions = agent.new_transitions()
             agent.decay_epsilon()
-            run.checkpoint(agent.state(), agent.replay.latest(len(rounds) - 1))
+            run.checkpoint(agent.state(), transitions)
             bar.update()
 
-    weights = agent.q.network.named_arrays(agent.weights)
-    save_agent(run.folder / "agent.npz", weights, settings, environment.dataset)
+    save_agent(run.folder / "agent.npz", agent.arrays(), settings, environment.dataset)
 
 
 def record_round(run: Run, round_: Round) -> None:
@@ -109,6 +110,7 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
     """Do what ``main`` does; UserError or OSError is what the user or the system has to correct."""
     import plot
     from environment import DecentralizedLearning
+    from node import DQNAgent
     from records import Run
 
     # Whatever the data can't fill is refused here, before a file is written.
@@ -121,8 +123,11 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
             print(f"{run.folder} is finished already; for another run choose a --name")
         else:
             if run.episodes_finished:
-                print(f"continuing {run.folder} after episode {run.episodes_finished}")
-            train(environment, run)
+                print(f"continuing {run.folder} after episode {run.episodes_finished}", flush=True)
+            else:
+                print(f"{dataset.name}: {settings.EPISODES} episodes into {run.folder}", flush=True)
+            agent = DQNAgent(environment.observation_size, settings)
+            train(environment, run, agent)
             plot.draw_run(run.folder)
             run.finish()
         print(plot.summary(run.folder))

@@ -7,6 +7,7 @@ observation and discrete actions.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -143,6 +144,7 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._last_random: list[int] = []  # the last choice, if it was not greedy
+        self._stored = 0  # transitions of this episode
 
     def act(self, observation: np.ndarray) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
@@ -195,6 +197,7 @@ class DQNAgent:
             total = sum(discount**i * r for i, (_, _, r) in enumerate(self._recent))
             first, chosen, _ = self._recent.pop(0)
             self.replay.add(first, chosen, total, next_observation, done, steps)
+            self._stored += 1
 
     def train(self) -> float | None:
         """Train the Q-network at the end of an episode, once REPLAY_SAMPLE transitions are stored.
@@ -223,6 +226,22 @@ class DQNAgent:
         """End the episode: epsilon is multiplied by exp(-EPSILON_DECAY) (public code)."""
         self.epsilon *= math.exp(-self.settings.EPSILON_DECAY)
         self._enter_episode(self.episode + 1)
+
+    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> list[int]:
+        """Return the best actions, whatever the environment's info is."""
+        return self.best_actions(observation)
+
+    def new_transitions(self) -> np.ndarray:
+        """Return the transitions that the episode added, oldest first."""
+        return self.replay.latest(self._stored)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what ``agent.npz`` holds: the Q-network's weights, by layer."""
+        return self.q.network.named_arrays(self.weights)
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over the weights of what ``arrays`` returned; ValueError if they do not fit."""
+        self.weights = self.q.network.from_named_arrays(arrays)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what training continues from between two episodes, without the transitions."""

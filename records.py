@@ -386,7 +386,7 @@ class Run:
             with (self.folder / _TRANSITIONS).open("rb") as file:
                 while file.tell() < self._sizes[_TRANSITIONS]:
                     parts.append(np.load(file, allow_pickle=False))
-            agent.load_state(self._state, np.concatenate(parts)[-agent.replay.capacity :])
+            agent.load_state(self._state, np.concatenate(parts))
         except Exception as error:  # NumPy raises many types
             raise _damaged(f"{self._checkpoint_path} or {_TRANSITIONS}", error) from error
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -130,8 +129,7 @@ def play(**overrides: Any) -> dict[str, float]:
             clock("agent", agent, "act")
             clock("agent", agent, "train")
             clock("checkpoint", run, "checkpoint")
-            with patch("node.DQNAgent", lambda *_: agent):
-                main.train(environment, run, quiet=True)
+            main.train(environment, run, agent, quiet=True)
         episode = pd.read_csv(run.folder / "episodes.csv").iloc[0]
     parts["seconds"] = episode["seconds"] + parts["checkpoint"]
     memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6

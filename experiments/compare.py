@@ -121,6 +121,7 @@ class Plan:
     methods: list[str]
     seeds: list[int]
     test_episodes: int
+    first_episode: int
     kind: str  # of the episodes: test or validation
     settings: Settings  # of all jobs, before variants and methods change them
     named: set[str]  # settings that the command line names
@@ -179,6 +180,8 @@ def _parser() -> cli.Parser:
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
+    help_ = "number of the first of them, to test on episodes that no test has [%(default)s]"
+    add("--first-episode", type=cli.count_of, default="1", metavar="N", help=help_)
     cores, help_ = str(cli.available_cores()), "processes [%(default)s, all cores]"
     where("--jobs", type=cli.count_of, default=cores, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
@@ -219,6 +222,7 @@ def _plan_of(parsed: argparse.Namespace) -> Plan:
         methods=list(dict.fromkeys(m.strip() for m in methods)),
         seeds=sorted(agents) or parsed.seeds,
         test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
+        first_episode=parsed.first_episode,
         kind="validation" if parsed.validation else "test",
         settings=Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named}),
         named=set(named),
@@ -274,7 +278,8 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
         run = {"SEED": seed, "NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
         own = settings.replace(**METHODS[method].overrides(settings), **run)
         agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
-        jobs.append(Job(method, own, variant, plan.test_episodes, agent, plan.kind))
+        episodes = (plan.test_episodes, plan.first_episode)
+        jobs.append(Job(method, own, variant, *episodes, agent, plan.kind))
     return sorted(jobs, key=lambda job: -job.episodes)
 
 
@@ -291,6 +296,7 @@ def open_tables(
         "methods": {name: METHODS[name].overrides(plan.settings) for name in plan.methods},
         "episodes": plan.kind,
         "test_episodes": plan.test_episodes,
+        "first_episode": plan.first_episode,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
         "settings": plan.settings.model_dump(mode="json", exclude=names_of("run", "place")),
     }

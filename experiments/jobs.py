@@ -31,7 +31,6 @@ from config import PROJECT, Settings, UserError, episode_seed, reason, stream
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
-from node import DQNAgent
 from records import CsvTable, Run, circumstances, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
@@ -45,6 +44,7 @@ class Job:
     settings: Settings  # with the method's overrides; RESULTS_DIR is the variant's folder
     variant: str  # value of what the comparison varies; "" if nothing varies
     test_episodes: int
+    first_episode: int = 1  # number of the first test episode
     agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
     kind: str = "test"  # the stream of the episodes' seeds, test or validation
 
@@ -201,26 +201,27 @@ def run_job(job: Job) -> None:
             path.unlink(missing_ok=True)
             tables[name] = CsvTable(path, TABLES[name])
             stack.callback(tables[name].close)
-        for episode in range(1, job.test_episodes + 1):
+        for episode in range(job.first_episode, job.first_episode + job.test_episodes):
             row = _test_episode(job, environment, policy, episode, sent_before, tables["rounds"])
             tables["episodes"].add(row)
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
-    """Return the DQN's greedy policy: trained as by main.py unless it was given, then frozen."""
+    """Return an agent's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
+    settings = job.settings.replace(NAME=job.training_folder.name)
+    agent = METHODS[job.method].agent(environment.observation_size, settings)
     if job.trains:
-        settings = job.settings.replace(NAME=job.training_folder.name)
+        training = DecentralizedLearning(settings, environment.dataset)
         with Run(settings, environment.dataset, environment.threads) as run:
             if not run.finished:
-                main.train(DecentralizedLearning(settings, environment.dataset), run, quiet=True)
+                main.train(training, run, agent, quiet=True)
                 run.finish()
-    agent = DQNAgent(environment.observation_size, environment.settings)
     try:
-        agent.weights = agent.q.network.from_named_arrays(load_agent(path)[0])
+        agent.load(load_agent(path)[0])
     except ValueError as error:
         raise UserError(f"{path}: does not fit the settings ({error})") from error
-    return lambda observation, info, rng: agent.best_actions(observation)
+    return lambda observation, info, rng: agent.greedy(observation, info)
 
 
 def _test_episode(

@@ -23,13 +23,22 @@ PolicyMaker = Callable[["DecentralizedLearning"], Policy]
 Sent = tuple[int, float, float]  # number of transfers, sum of their distances, megabytes
 
 
+def dqn_agent(observation_size: int, settings: Settings) -> Any:
+    """Return an untrained ``DQNAgent``."""
+    from node import DQNAgent  # imports TensorFlow
+
+    return DQNAgent(observation_size, settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to train the foundation model."""
 
     description: str  # one line, for --list and the docs
-    # Makes the policy of an environment, once for all its episodes. None: a DQN, trained first.
+    # Makes the policy of an environment, once for all its episodes. None: an agent, trained first.
     policy: PolicyMaker | None
+    # Makes the agent, from the observation's size and the settings.
+    agent: Callable[[int, Settings], Any] = dqn_agent
     # The settings that the method changes, from the comparison's settings.
     overrides: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     # Who trains round 1, from the settings and the number of the test episode, which starts at 0
@@ -213,15 +222,18 @@ METHODS: dict[str, Method] = {
         lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
         least_nodes=6,
     ),
+    # It learns from the rewards of `tuned`, and sees nothing.
     "walk_search": Method(
         "a fixed walk, searched in as many episodes as train a DQN",
-        search.search_policy,
-        # A sum of rewards that counts rounds and cost alone: shaping pays within a discounted sum.
-        overrides=lambda settings: {
-            "REWARD_BASE": NAMED_SETTINGS["tuned"]["REWARD_BASE"],
-            "REWARD_CEILING": 1.0,
-            "REWARD_PROGRESS": 0.0,
-            "MISS_PENALTY": NAMED_SETTINGS["tuned"]["MISS_PENALTY"],
-        },
+        None,
+        search.WalkSearch,
+        overrides=lambda settings: (
+            {
+                name: value
+                for name, value in NAMED_SETTINGS["tuned"].items()
+                if name.startswith("REWARD") or name in ("MISS_PENALTY", "DISCOUNT")
+            }
+            | {"OBSERVATION": "zeros"}
+        ),
     ),
 }

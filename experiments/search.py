@@ -1,60 +1,25 @@
-"""Fixed walks: a policy that follows one, and a baseline that learns one without observations.
+"""Fixed walks: a policy that follows one, and an agent that searches one without observations.
 
-The search is the cross-entropy method (Rubinstein 1999). Its walks are lists of stays: a node, and
-how many rounds the model stays there. The last two repeat until the episode ends. Each generation
-draws walks, plays each for one training episode, and moves the probabilities of nodes and lengths
-towards those of the best walks, the elite.
+A walk is a list of stays: a node, and how many rounds the model stays there. The last two stays
+repeat until the episode ends.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from config import NAMED_SETTINGS, episode_seed, stream
-
-if TYPE_CHECKING:  # a command line is checked without TensorFlow
-    from environment import DecentralizedLearning
-
-Walk = list[tuple[int, int]]  # stays: node, and rounds there
+from config import Settings, stream
 
 _STAYS = 6  # of a walk
 _LONGEST = 12  # rounds of a stay
 _GENERATION = 20  # walks, each played once
 _ELITE = 4  # one in so many walks counts
 _RATE = 0.7  # step of the probabilities towards the elite's, for a whole generation
-
-
-def search_walk(
-    play: Callable[[Walk, int], float], nodes: int, episodes: int, rng: np.random.Generator
-) -> Walk:
-    """Return the walk that is most probable after so many episodes.
-
-    Args:
-        play: from a walk and the number of the episode, from 1, to the sum of its rewards.
-        nodes: N.
-        episodes: how many are played.
-        rng: draws the walks.
-    """
-    probabilities = [np.full((_STAYS, size), 1 / size) for size in (nodes, _LONGEST)]
-    for first in range(1, episodes + 1, _GENERATION):
-        played = []
-        for episode in range(first, min(first + _GENERATION, episodes + 1)):
-            drawn = [[rng.choice(len(row), p=row) for row in table] for table in probabilities]
-            played.append((play(_stays(drawn), episode), drawn))
-        played.sort(key=lambda result: -result[0])
-        elite = [drawn for _, drawn in played[: max(1, len(played) // _ELITE)]]
-        for which, table in enumerate(probabilities):
-            chosen = np.array([drawn[which] for drawn in elite])
-            shares = (chosen[:, :, None] == np.arange(table.shape[1])).mean(axis=0)
-            table += _RATE * len(played) / _GENERATION * (shares - table)
-    return _stays([table.argmax(axis=1).tolist() for table in probabilities])
-
-
-def _stays(drawn: list[list[int]]) -> Walk:
-    return [(int(node), 1 + int(more)) for node, more in zip(*drawn, strict=True)]
 
 
 def walk_policy(first: list[int], cycle: list[int]) -> Callable[..., int]:
@@ -70,30 +35,110 @@ def walk_policy(first: list[int], cycle: list[int]) -> Callable[..., int]:
     return policy
 
 
-def follow(walk: Walk) -> Callable[..., int]:
-    """Return the policy that follows a searched walk from round 2 on."""
-    nodes = [node for node, length in walk for _ in range(length)]
-    repeated = sum(length for _, length in walk[-2:])
-    starter = nodes[0]  # stands for round 1, which the policy does not choose
-    return walk_policy([starter, *nodes[:-repeated]], nodes[-repeated:])
+def nodes_of(stays: np.ndarray, rounds: int) -> list[int]:
+    """Return the nodes that train after the starter, (rounds,), from (2, S) nodes and lengths."""
+    walk = [[node] * length for node, length in stays.T.tolist()]
+    nodes = itertools.chain(*walk, itertools.cycle(walk[-2] + walk[-1]))
+    return list(itertools.islice(nodes, rounds))
 
 
-def search_policy(environment: DecentralizedLearning) -> Callable[..., int]:
-    """Search a walk in the EPISODES that train a DQN with the same SEED; return its policy.
+class WalkSearch:
+    """The cross-entropy method (Rubinstein 1999) in place of the DQN: it learns a fixed walk.
 
-    The rewards are the environment's, summed without discount. REWARD_IMAGES is that of ``tuned``.
-    A search that was cut off starts anew.
+    Each generation draws walks and plays each in one training episode. Then the probabilities of
+    nodes and lengths move towards those of the walks with the greatest discounted return, the
+    elite. It has the methods of ``node.DQNAgent``, and looks at no observation.
+
+    Args:
+        observation_size: not used.
+        settings: for NUM_NODES, DISCOUNT, EPISODES and SEED.
+
+    Attributes:
+        probabilities: (S, N) of the nodes and (S, L) of the lengths of a walk's S stays, float64.
     """
-    from environment import DecentralizedLearning, rollout
 
-    images = NAMED_SETTINGS["tuned"]["REWARD_IMAGES"]
-    settings = environment.settings.replace(REWARD_IMAGES=images)
-    training = DecentralizedLearning(settings, environment.dataset)
+    epsilon = math.nan  # it has none
 
-    def play(walk: Walk, episode: int) -> float:
-        policy, seed = follow(walk), episode_seed(settings.SEED, episode)
-        rounds = rollout(training, lambda *seen: (policy(*seen), "walk"), seed)
-        return float(np.sum([round_.reward for round_ in rounds]))
+    def __init__(self, observation_size: int, settings: Settings) -> None:
+        self.settings = settings
+        sizes = (settings.NUM_NODES, _LONGEST)
+        self.probabilities = [np.full((_STAYS, size), 1 / size) for size in sizes]
+        self._played: list[tuple[float, np.ndarray]] = []  # of this generation: returns, places
+        self._enter_episode(1)
 
-    rng = stream(settings.SEED, "exploration")
-    return follow(search_walk(play, settings.NUM_NODES, settings.EPISODES, rng))
+    def _enter_episode(self, episode: int) -> None:
+        self.episode = episode
+        rng = stream(self.settings.SEED, "exploration", episode)
+        self._drawn = np.array(
+            [[rng.choice(len(row), p=row) for row in table] for table in self.probabilities]
+        )
+        self._nodes = self._walk(self._drawn)
+        self._return, self._steps = 0.0, 0
+
+    def _walk(self, places: np.ndarray) -> list[int]:
+        """Return a walk's nodes, from the (2, S) places in the tables of probabilities."""
+        lengths_from_1 = np.array([[0], [1]])
+        return nodes_of(places + lengths_from_1, self.settings.MAX_ROUNDS)
+
+    def act(self, observation: np.ndarray) -> tuple[list[int], str]:
+        """Return the next node of the episode's walk."""
+        return [self._nodes[self._steps]], "walk"
+
+    def remember(self, observation: np.ndarray, actions: list[int], reward: float, *_: Any) -> None:
+        """Add a round's reward to the walk's discounted return."""
+        self._return += self.settings.DISCOUNT**self._steps * reward
+        self._steps += 1
+
+    def train(self) -> None:
+        """End the episode's walk; after a generation's last one, move the probabilities."""
+        self._played.append((self._return, self._drawn))
+        if len(self._played) < _GENERATION and self.episode < self.settings.EPISODES:
+            return
+        best = sorted(self._played, key=lambda played: -played[0])
+        elite = np.stack([places for _, places in best[: max(1, len(best) // _ELITE)]])
+        for which, table in enumerate(self.probabilities):
+            shares = (elite[:, which, :, None] == np.arange(table.shape[1])).mean(axis=0)
+            table += _RATE * len(best) / _GENERATION * (shares - table)
+        self._played = []
+
+    def decay_epsilon(self) -> None:
+        """Go on to the next episode and draw its walk."""
+        self._enter_episode(self.episode + 1)
+
+    def new_transitions(self) -> np.ndarray:
+        """Return no transitions: none is stored."""
+        return np.zeros(0)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what the search continues from between two episodes."""
+        played = {
+            "returns": np.array([total for total, _ in self._played]),
+            "places": np.array([places for _, places in self._played]),
+        }
+        return {"episode": np.array(self.episode), **played, **self.arrays()}
+
+    def load_state(self, state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
+        """Take over another search's ``state``."""
+        self.load(state)
+        self._played = list(zip(state["returns"].tolist(), state["places"], strict=True))
+        self._enter_episode(int(state["episode"]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what ``agent.npz`` holds: the probabilities."""
+        return dict(zip(("nodes", "lengths"), self.probabilities, strict=True))
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over the probabilities.
+
+        Raises:
+            ValueError: they are missing or have another shape.
+        """
+        for name, table in self.arrays().items():
+            if name not in arrays or arrays[name].shape != table.shape:
+                raise ValueError(f"no array {name} of shape {table.shape}")
+            table[:] = arrays[name]
+
+    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> int:
+        """Return the next node of the most probable walk."""
+        places = np.array([table.argmax(axis=1) for table in self.probabilities])
+        return self._walk(places)[info["round"] - 1]

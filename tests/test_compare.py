@@ -110,6 +110,7 @@ def test_files_of_a_comparison(finished):
         "methods": {name: {} for name in METHODS.split(",")},
         "episodes": "test",
         "test_episodes": 2,
+        "first_episode": 1,
     }
 
 
@@ -172,6 +173,7 @@ def test_other_settings_are_refused_before_anything_is_written(copy, capsys, mon
     for more, overrides, words in (
         ([], {"MAX_ROUNDS": 4}, "MAX_ROUNDS = 5 there, 4 now"),
         (["--test-episodes", "3"], {}, "test_episodes = 2 there, 3 now"),
+        (["--first-episode", "3"], {}, "first_episode = 1 there, 3 now"),
         (["--vary", "DISCOUNT=0.5", "--name", "paper-digits"], {}, "'paper' there, 'discount' now"),
         # Jobs that are not there yet, whose results would be averaged with those that are.
         (["--seeds", "7,"], {"GOAL_ACCURACY": 0.4}, "GOAL_ACCURACY = 0.3 there, 0.4 now"),

@@ -1,5 +1,6 @@
 """Jobs: what a test records, and many jobs in processes that fail, die and are killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import main
 import models
 from config import Settings, UserError, episode_seed, stream
 from environment import DecentralizedLearning, distance_matrix
-from experiments import compare, figures, jobs, methods
+from experiments import compare, figures, jobs, methods, search
 from experiments.jobs import Job
 from experiments.methods import METHODS
 from node import DQNAgent
@@ -131,7 +132,9 @@ def test_the_test_of_a_trained_agent_step_by_step(done, few):
 def test_training_is_that_of_main(done, tmp_path, few):
     settings = Settings(**QUICK, SEED=1, RESULTS_DIR=str(tmp_path), NAME="training-hl-seed1")
     with Run(settings, few, settings.THREADS) as run:
-        main.train(DecentralizedLearning(settings, few), run, quiet=True)
+        environment = DecentralizedLearning(settings, few)
+        agent = DQNAgent(environment.observation_size, settings)
+        main.train(environment, run, agent, quiet=True)
     trained = done["hl"].training_folder
     assert (run.folder / "rounds.csv").read_bytes() == (trained / "rounds.csv").read_bytes()
     own, there = (load_agent(folder / "agent.npz")[0] for folder in (run.folder, trained))
@@ -160,6 +163,13 @@ def test_several_nodes_per_round(tmp_path):
         rounds = tables(job)[1]
         assert rounds["node"][1].count("+") == 1
         assert rounds["method"].unique().tolist() == [method]
+
+
+def test_later_test_episodes(tmp_path, done):
+    job = dataclasses.replace(job_of(tmp_path, "random", 1, episodes=1), first_episode=2)
+    jobs.run_job(job)
+    for own, both in zip(tables(job), tables(done["random"]), strict=True):
+        assert own.equals(both[both["episode"] == 2].reset_index(drop=True))
 
 
 def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
@@ -201,6 +211,29 @@ def test_an_interrupted_job_continues(done, tmp_path, monkeypatch, stop_at):
     assert job.episodes_finished() == 6
     for training in (False, True):
         assert same(tables(job, training), tables(done["hl"], training))
+
+
+@pytest.mark.parametrize("stop_at", [0, 7])
+def test_a_searched_walk_is_recorded_and_continues(tmp_path, monkeypatch, stop_at):
+    job = job_of(tmp_path, "walk_search", EPISODES=3)
+    whole = job_of(tmp_path / "whole", "walk_search", EPISODES=3)
+    jobs.run_job(whole)
+    if stop_at:
+        with monkeypatch.context() as patch:
+            interrupt_step(patch, stop_at)
+            with pytest.raises(KeyboardInterrupt):
+                jobs.run_job(job)
+    jobs.run_job(job)
+    for training in (False, True):
+        assert same(tables(job, training), tables(whole, training))
+    probabilities = load_agent(job.training_folder / "agent.npz")[0]
+    nodes = search.nodes_of(
+        np.array([probabilities["nodes"].argmax(1), probabilities["lengths"].argmax(1) + 1]), 4
+    )
+    episodes, rounds = tables(job)
+    for _, walk in rounds.groupby("episode"):
+        assert walk["node"].astype(int).tolist() == [0, *nodes][: len(walk)]
+    assert not episodes["observation_megabytes"].any()
 
 
 # --- Many jobs -------------------------------------------------------------------------------

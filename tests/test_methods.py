@@ -147,14 +147,16 @@ def test_what_methods_change_of_the_settings():
     settings = small_settings(NUM_NODES=7)
     changed = {name: method.overrides(settings) for name, method in METHODS.items()}
     tuned = NAMED_SETTINGS["tuned"]
-    rewards = {"REWARD_BASE": 1e100, "REWARD_CEILING": 1.0, "MISS_PENALTY": 15.0}
+    rewards = {"REWARD_BASE": 1e100, "REWARD_CEILING": 1.0, "REWARD_PROGRESS": 10.0}
+    rewards |= {"MISS_PENALTY": 15.0, "REWARD_IMAGES": 2000}
     expected = {
         "tuned": tuned,
         "fedavg": {"NODES_PER_ROUND": 7},
-        "walk_search": {**rewards, "REWARD_PROGRESS": 0.0},
+        "walk_search": {**rewards, "DISCOUNT": 0.96, "OBSERVATION": "zeros"},
     }
     assert {name: own for name, own in changed.items() if own} == expected
-    assert [name for name, method in METHODS.items() if not method.policy] == ["hl", "tuned"]
+    trained = [name for name, method in METHODS.items() if not method.policy]
+    assert trained == ["hl", "tuned", "walk_search"]
     assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
 
 

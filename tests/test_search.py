@@ -1,11 +1,10 @@
-"""The searched walk: how a walk is followed, what the search finds, and what it may play."""
+"""Walks: how a walk is followed, and what the search learns, stores and takes up again."""
 
 import numpy as np
 import pytest
 from conftest import small_settings
 
-from config import episode_seed, stream
-from environment import DecentralizedLearning, reward
+from config import stream
 from experiments import search
 from experiments.methods import METHODS
 
@@ -15,10 +14,10 @@ def nodes_of(policy, rounds):
 
 
 def test_the_last_two_stays_repeat():
-    policy = search.follow([(7, 2), (4, 3), (1, 1)])
+    stays = np.array([[7, 4, 1], [2, 3, 1]])
     expected = [7, 7, 4, 4, 4, 1, 4, 4, 4, 1, 4, 4]
-    assert nodes_of(policy, 13) == expected
-    assert nodes_of(policy, 4) == expected[:3]  # another episode
+    assert search.nodes_of(stays, 12) == expected
+    assert search.nodes_of(stays, 3) == expected[:3]
 
 
 def test_the_best_walk():
@@ -26,43 +25,70 @@ def test_the_best_walk():
     assert nodes_of(policy, 17) == [5] * 9 + [1, 1, 5, 1, 1, 5, 1]
 
 
+def play(agent, episodes, reward_of):
+    """Train an agent in episodes of ten rounds, and return the walks that it played."""
+    walks = []
+    for _ in range(episodes):
+        walks.append([])
+        for _ in range(10):
+            actions, chosen_by = agent.act(None)
+            walks[-1] += actions
+            agent.remember(None, actions, reward_of(*actions), None, False, chosen_by)
+        assert agent.train() is None
+        agent.decay_epsilon()
+    return walks
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_search_finds_a_walk_whose_return_is_known(seed):
     """Node 2 first, for at least ten rounds: one walk in sixteen has it by chance."""
-    played = []
-
-    def play(walk, episode):
-        played.append(episode)
-        node, length = walk[0]
-        return 10.0 * (node == 2) + length
-
-    walk = search.search_walk(play, 4, 130, np.random.default_rng(seed))
-    assert played == list(range(1, 131))
-    assert walk[0][0] == 2
-    assert walk[0][1] >= 10
-    assert len(walk) == 6
-    assert all(0 <= node < 4 and 1 <= length <= 12 for node, length in walk)
+    settings = small_settings(NUM_NODES=4, EPISODES=130, SEED=seed, MAX_ROUNDS=15)
+    agent = search.WalkSearch(0, settings)
+    play(agent, 130, lambda node: float(node == 2))
+    chosen = [agent.greedy(None, {"round": past}) for past in range(1, 15)]
+    assert chosen[:10] == [2] * 10
 
 
-def test_the_search_plays_the_training_episodes_with_their_rewards(digits, monkeypatch):
-    method = METHODS["walk_search"]
-    plain = small_settings(EPISODES=3, SEED=5)
-    settings = plain.replace(**method.overrides(plain))
-    for accuracy in (0.1, 0.7):
-        assert reward(accuracy, 0.05, settings) == pytest.approx(-1.05)
-    assert reward(0.9, 0.05, settings) == pytest.approx(-0.05)
-    asked = {}
+def test_the_elite_moves_the_probabilities():
+    """Of 20 walks the 5 with the greatest discounted return count, by a step of 0.7."""
+    agent = search.WalkSearch(0, small_settings(EPISODES=40, DISCOUNT=0.5))
+    first, lengths, returns = [], [], []
+    for episode in range(20):
+        before = [table.copy() for table in agent.probabilities]
+        rng = stream(0, "exploration", episode + 1)
+        drawn = [[rng.choice(len(row), p=row) for row in table] for table in before]
+        assert agent.act(None) == ([drawn[0][0]], "walk")
+        first.append(drawn[0][0])
+        lengths.append(drawn[1][0])
+        rewards = [-episode, 10.0 * (episode % 7)]
+        for reward in rewards:
+            agent.remember(None, [0], reward, None, False, "walk")
+        returns.append(rewards[0] + 0.5 * rewards[1])
+        assert all((a == b).all() for a, b in zip(before, agent.probabilities, strict=True))
+        agent.train()
+        agent.decay_epsilon()
+    elite = np.argsort(-np.array(returns), kind="stable")[:5]
+    for table, chosen in zip(agent.probabilities, (first, lengths), strict=True):
+        shares = np.bincount(np.array(chosen)[elite], minlength=table.shape[1]) / 5
+        np.testing.assert_allclose(table[0], 0.3 / table.shape[1] + 0.7 * shares)
 
-    def searched(play, nodes, episodes, rng):
-        asked.update(nodes=nodes, episodes=episodes, first=play([(1, 2), (2, 1)], 3))
-        assert rng.random() == stream(5, "exploration").random()
-        return [(3, 1), (0, 1)]
 
-    monkeypatch.setattr(search, "search_walk", searched)
-    environment = DecentralizedLearning(settings, digits)
-    policy = search.search_policy(environment)
-    assert nodes_of(policy, 5) == [3, 0, 3, 0]
-    total = environment.reset(seed=episode_seed(5, 3))[1]["reward"]
-    for node in (1, 1, 2, 1):
-        total += environment.step(node)[1]
-    assert asked == {"nodes": 4, "episodes": 3, "first": pytest.approx(total, abs=1e-9)}
+@pytest.mark.parametrize("cut", [7, 20, 33])
+def test_a_search_goes_on_where_it_was_cut_off(cut):
+    settings = small_settings(EPISODES=45, MAX_ROUNDS=12)
+    whole, first, second = (search.WalkSearch(0, settings) for _ in range(3))
+    walks = play(whole, 45, float)
+    begun = play(first, cut, float)
+    second.load_state(first.state(), first.new_transitions())
+    assert begun + play(second, 45 - cut, float) == walks
+    for name, array in whole.state().items():
+        np.testing.assert_array_equal(array, second.state()[name])
+
+
+def test_probabilities_of_another_search_are_refused():
+    agent = search.WalkSearch(0, small_settings(NUM_NODES=4))
+    other = search.WalkSearch(0, small_settings(NUM_NODES=5)).arrays()
+    with pytest.raises(ValueError, match=r"no array nodes of shape \(6, 4\)"):
+        agent.load(other)
+    with pytest.raises(ValueError, match="no array nodes"):
+        agent.load({})
