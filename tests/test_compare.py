@@ -470,10 +470,10 @@ def test_a_second_trial_adds_rows_and_repeats_nothing(tmp_path, monkeypatch, cap
 
 
 def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
-    def stop(environment, run, quiet):
+    def stop(environment, run, agent, quiet):
         raise KeyboardInterrupt
 
-    def fail(environment, run, quiet):
+    def fail(environment, run, agent, quiet):
         raise OSError(28, "No space left on device", "rounds.csv")
 
     with monkeypatch.context() as patch:

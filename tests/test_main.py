@@ -402,7 +402,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
 
 
 def test_the_command_on_a_terminal_from_another_folder(tmp_path):
-    """A progress bar on stderr, a summary on stdout."""
+    """A progress bar on stderr; where the run writes, and a summary on stdout."""
     settings = small_settings(RESULTS_DIR=str(tmp_path), NAME="x", EPISODES=2)
     controller, terminal = pty.openpty()
     # Without a size the terminal has no columns for the bar to fill.
@@ -422,7 +422,8 @@ def test_the_command_on_a_terminal_from_another_folder(tmp_path):
     summary, _ = process.communicate(timeout=60)
     os.close(controller)
     assert process.returncode == 0
-    assert summary.count("\n") == 6
+    assert summary.splitlines()[0].endswith(str(tmp_path / "x"))
+    assert summary.count("\n") == 7
     assert str(tmp_path / "x") in summary
     assert re.search(
         r"1/2 \|.*\| \d\d:\d\d .*round 5, accuracy 0\.\d+, cost 0\.\d+, epsilon 0\.98",
