@@ -138,6 +138,8 @@ class DQNSettings(Group):
     """Episodes that train the DQN (public code)."""
     HIDDEN_UNITS: Counts = (500, 200)
     """Units of the Q-network's hidden layers (public code)."""
+    Q_NETWORKS: Count = 1
+    """Q-networks trained on the same targets; their mean decides (ours)."""
     Q_LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in the Q-network's training (public code)."""
     Q_WEIGHT_DECAY: NotNegative = 0.0
@@ -158,8 +160,8 @@ class DQNSettings(Group):
     """Draws of REPLAY_SAMPLE transitions after each episode (public code)."""
     NORMALIZE_TARGETS: bool = True
     """Divide an update's targets by their Frobenius norm (public code)."""
-    TARGET_UPDATE: CountOrZero = 0
-    """Episodes between target-network copies; 0 = none (ours)."""
+    TARGET_RATE: Share = 0.0
+    """Step of the target network to the Q-network after an episode; 0 = none (ours)."""
 
 
 class ExplorationSettings(Group):
@@ -202,6 +204,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
     "tuned": {
         "REWARD": "progress",
         "OBSERVATION": "both",
+        "Q_NETWORKS": 5,
         "Q_WEIGHT_DECAY": 0.4,
         "DISCOUNT": 0.97,
         "N_STEP": 12,
@@ -209,8 +212,8 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
         "Q_BATCH_SIZE": 128,
         "UPDATES_PER_EPISODE": 150,
         "NORMALIZE_TARGETS": False,
-        "TARGET_UPDATE": 1,
-        "EPSILON_DECAY": 0.05,
+        "TARGET_RATE": 0.2,
+        "EPSILON_DECAY": 0.04,
         "EXPLORATION_PERSIST": 0.6,
     },
 }

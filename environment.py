@@ -46,8 +46,9 @@ def progress_reward(
 
     A round costs its distance, and one point unless it reaches the goal; missing the goal costs 15.
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
-    after the round, less the potential before it. The potential is 10 * min(accuracy - goal, 0).
-    So progress pays at once, and the best walk to the goal stays the best.
+    after the round, less the potential before it. The potential guesses how many rounds are left:
+    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), which is -12 far below the goal and 0 at it. So
+    progress pays at once, most of all near the goal, and the best walk stays the best.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -56,8 +57,9 @@ def progress_reward(
         missed: whether the round was the last, and the goal is missed.
         settings: for GOAL_ACCURACY and DISCOUNT.
     """
-    after, before = (min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before))
-    return 10 * (settings.DISCOUNT * after - before) - distance - (after < 0) - 15 * missed
+    gaps = [min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before)]
+    after, before = (12 * math.expm1(gap / 0.1) for gap in gaps)
+    return settings.DISCOUNT * after - before - distance - (gaps[0] < 0) - 15 * missed
 
 
 def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:

@@ -53,14 +53,24 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     )
 
 
-def q_network(inputs: int, hidden: tuple[int, ...], actions: int) -> keras.Model:
+def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1) -> keras.Model:
     """Return the DQN's network: dense ReLU layers, a linear Q value per action (public code).
 
-    It maps (n, inputs) to (n, actions) float32; ``hidden`` is the units of each hidden layer.
+    Several ``networks`` (ours) share nothing but the input; their outputs are concatenated.
+    ``hidden`` is the units of each hidden layer.
+
+    Returns:
+        A network from (n, inputs) to (n, networks * actions) float32.
     """
-    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
-    output = keras.layers.Dense(actions)
-    return keras.Sequential([keras.Input((inputs,)), *layers, output], name="q_network")
+    observation = keras.Input((inputs,))
+    outputs = []
+    for _ in range(networks):
+        x = observation
+        for units in hidden:
+            x = keras.layers.Dense(units, activation="relu")(x)
+        outputs.append(keras.layers.Dense(actions)(x))
+    together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
+    return keras.Model(observation, together, name="q_network")
 
 
 class Moments(NamedTuple):
@@ -229,30 +239,34 @@ class FoundationModel:
 def q_targets(
     q_values: tf.Tensor, next_values: tf.Tensor, sample: dict[str, tf.Tensor], settings: Settings
 ) -> tf.Tensor:
-    """Return what the Q values are fitted to: (n, A) float32 (public code).
+    """Return what the Q values are fitted to: (n, K, A) float32 (public code).
 
-    The values themselves, but for the actions taken: r + discount^steps * max Q(s'), or r alone at
-    an episode's end. With NORMALIZE_TARGETS all is divided by its Frobenius norm (public code).
+    Each network's own values, but for the actions taken: r + discount^steps * max Q(s'), or r alone
+    at an episode's end. With NORMALIZE_TARGETS each network's (n, A) is divided by its Frobenius
+    norm (public code).
 
     Args:
-        q_values: (n, A) float32, at the observation.
-        next_values: (n, A) float32, at the next one.
+        q_values: (n, K, A) float32, each network's at the observation.
+        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean.
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and NORMALIZE_TARGETS.
     """
-    future = tf.cast(tf.reduce_max(next_values, 1), tf.float64)
+    future = tf.cast(tf.reduce_max(tf.reduce_mean(next_values, 1), 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
     taken = tf.reduce_any(tf.one_hot(sample["actions"], q_values.shape[-1], True, False), 1)
-    targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
+    targets = tf.where(taken[:, None], returns[:, None, None], tf.cast(q_values, tf.float64))
     if settings.NORMALIZE_TARGETS:
-        targets = tf.math.divide_no_nan(targets, tf.norm(targets))
+        targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
     return tf.cast(targets, tf.float32)
 
 
 class QNetwork:
     """Q values of observations, and their fit to targets.
+
+    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
+    same samples. Their mean decides, which is less noisy (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.
@@ -265,8 +279,10 @@ class QNetwork:
 
     def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
         use_device(settings.THREADS, settings.DEVICE)
-        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions))
+        networks = settings.Q_NETWORKS
+        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions, networks))
         self._settings = settings
+        self._shape = (-1, networks, actions)
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
@@ -285,8 +301,13 @@ class QNetwork:
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """Return (n, A) float32: the Q values of (n, inputs) observations."""
-        return self._values(weights, tf.constant(observations, tf.float32)).numpy()
+        """Return (n, A) float32: the networks' mean Q values of (n, inputs) observations."""
+        return self.all_values(weights, observations).mean(axis=1)
+
+    def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
+        """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
+        values = self._values(weights, tf.constant(observations, tf.float32))
+        return values.numpy().reshape(self._shape)
 
     def _train(
         self,
@@ -298,7 +319,7 @@ class QNetwork:
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
         """Fit to one sample after the other; compiled as ``train``.
 
-        Q(s') is that of the network before the sample's fit, or with TARGET_UPDATE > 0 that of the
+        Q(s') is that of the network before the sample's fit, or with TARGET_RATE > 0 that of the
         target network (Mnih et al. 2015).
 
         Args:
@@ -314,10 +335,15 @@ class QNetwork:
         total = 0.0
         for draw in draws:
             sample = {name: tf.gather(field, draw) for name, field in transitions.items()}
-            bootstrap = target_weights if self._settings.TARGET_UPDATE else weights
+            bootstrap = target_weights if self._settings.TARGET_RATE else weights
             q_values = self.network.apply(weights, sample["observations"])
             next_values = self.network.apply(bootstrap, sample["next_observations"])
-            targets = q_targets(q_values, next_values, sample, self._settings)
+            targets = q_targets(
+                tf.reshape(q_values, self._shape),
+                tf.reshape(next_values, self._shape),
+                sample,
+                self._settings,
+            )
             weights, moments, loss = self.fit(weights, moments, sample["observations"], targets)
             total += loss
         return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
@@ -331,7 +357,7 @@ class QNetwork:
             weights: (P,) float32.
             moments: of the steps before.
             observations: (n, inputs) float32.
-            targets: (n, A) float32.
+            targets: (n, K, A) float32.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
@@ -344,9 +370,11 @@ class QNetwork:
             with tf.GradientTape() as tape:
                 tape.watch(weights)
                 outputs = self.network.apply(weights, observations[start:stop])
-                loss = tf.reduce_mean(tf.square(outputs - batch))
+                loss = tf.reduce_mean(tf.square(tf.reshape(outputs, self._shape) - batch))
+                # Each network's gradient is the one that it would have alone.
+                losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
-            gradient = tape.gradient(loss, weights)
+            gradient = tape.gradient(losses, weights)
             if settings.Q_WEIGHT_DECAY:  # decoupled from the gradient (Loshchilov and Hutter 2019)
                 weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
             weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)

@@ -252,8 +252,9 @@ class DQNAgent:
         self.weights, self.moments, loss = self.q.train(
             self.weights, self.moments, self.target_weights, transitions, draws
         )
-        if settings.TARGET_UPDATE == 0 or self.episode % settings.TARGET_UPDATE == 0:
-            self.target_weights = self.weights
+        # Without a target network the step counts nothing: the Q-network's values are used.
+        step = settings.TARGET_RATE
+        self.target_weights = (1 - step) * self.target_weights + step * self.weights
         return float(loss)
 
     def decay_epsilon(self) -> None:

@@ -147,8 +147,9 @@ def test_one_compiled_q_network_serves_its_settings():
     changes = {
         "HIDDEN_UNITS": (9,),
         "DISCOUNT": 0.5,
-        "TARGET_UPDATE": 1,
+        "TARGET_RATE": 1.0,
         "REPLAY_SAMPLE": 9,
+        "Q_NETWORKS": 2,
         "Q_LEARNING_RATE": 0.1,
         "Q_WEIGHT_DECAY": 0.1,
         "Q_BATCH_SIZE": 9,
@@ -181,10 +182,41 @@ def test_q_fit_is_keras_fit():
     twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y)
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None])
     history = twin.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
     assert float(loss) == pytest.approx(history.history["loss"][0], rel=1e-5)
+
+
+def test_networks_side_by_side_are_networks_alone():
+    """Two networks in one weight vector: their values, and a fit of each to targets of its own."""
+    settings = small_settings(HIDDEN_UNITS=(20,), Q_BATCH_SIZE=16)
+    q = QNetwork(6, 3, settings.replace(Q_NETWORKS=2))
+    weights = q.network.initial_weights(stream(0, "network"))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 2, 3)).astype("f4")
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y)
+    alone = QNetwork(6, 3, settings)
+    losses = []
+    for place in (0, 1):
+        parts = []
+        for vector in (weights, fitted):
+            arrays = q.network.named_arrays(vector)
+            # First both hidden layers, then both layers of outputs.
+            own = {f"{i}/{n}": arrays[f"{2 * i + place}/{n}"] for i in (0, 1) for n in NAMES}
+            parts.append(alone.network.from_named_arrays(own))
+        before, after = parts
+        np.testing.assert_allclose(
+            q.all_values(weights, x)[:, place], alone.values(before, x), atol=1e-6
+        )
+        expected, _, loss_alone = alone.fit(
+            before, Moments.fresh(alone.network.size), x, y[:, place : place + 1]
+        )
+        np.testing.assert_allclose(after.numpy(), expected.numpy(), atol=1e-6)
+        losses.append(float(loss_alone))
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    np.testing.assert_array_equal(q.values(weights, x), q.all_values(weights, x).mean(axis=1))
 
 
 def test_weight_decay_by_hand():
@@ -195,7 +227,7 @@ def test_weight_decay_by_hand():
     q = QNetwork(6, 3, settings)
     weights = q.network.initial_weights(stream(0, "network"))
     x = np.zeros((16, 6), "f4")
-    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 3), "f4"))
+    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 1, 3), "f4"))
     np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
 
 

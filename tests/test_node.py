@@ -136,8 +136,8 @@ def test_exploration_that_persists_at_small_epsilon(monkeypatch):
     agent = make_agent(NUM_NODES=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
     monkeypatch.setattr(
         agent.q,
-        "values",
-        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None],
+        "all_values",
+        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
     )
     chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
     kinds = [kind for _, kind in chosen]
@@ -199,7 +199,7 @@ def test_several_actions():
 def test_equal_q_values_give_the_lower_number(monkeypatch):
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=2)
     monkeypatch.setattr(
-        agent.q, "values", lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
+        agent.q, "all_values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
     )
     assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
 
@@ -217,42 +217,54 @@ SAMPLE = {
 }
 
 
-def targets(sample=SAMPLE, normalize=False):
+def targets(sample=SAMPLE, now=(Q_NOW,), following=(Q_NEXT,), normalize=False):
     settings = Settings(DISCOUNT=0.9, NORMALIZE_TARGETS=normalize)
-    values = [tf.constant(q_values, tf.float32) for q_values in (Q_NOW, Q_NEXT)]
+    values = [tf.constant(np.stack(networks, 1), tf.float32) for networks in (now, following)]
     fields = {name: tf.constant(field) for name, field in sample.items()}
-    return models.q_targets(*values, fields, settings)
+    return np.swapaxes(models.q_targets(*values, fields, settings), 0, 1)
 
 
 def test_targets_by_hand():
     # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
-    expected = [[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]
+    expected = [[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]
     np.testing.assert_allclose(targets(), expected, rtol=1e-6)
 
 
 def test_normalised_targets_by_hand():
     # Squares: 1 + 9.61 + 9 + 0.25 + 1 + 0.5625 = 21.4225, root 4.628445.
-    expected = np.array([[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]) / 4.628445
+    expected = np.array([[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]) / 4.628445
     np.testing.assert_allclose(targets(normalize=True), expected, rtol=1e-6)
 
 
 def test_targets_of_several_actions_by_hand():
     sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]], np.int32))
-    expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
+    expected = [[[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]]
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
 def test_targets_of_several_steps_by_hand():
     # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
-    expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
+    expected = [[[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]]
     sample = dict(SAMPLE, steps=np.array([3, 1], np.int32))
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("updates", [0, 1])
-def test_training_is_one_fit_after_another(updates):
+def test_targets_of_several_networks_by_hand():
+    """The networks' mean is the next state's value; each keeps its own at the other actions."""
+    other = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
+    networks = {"now": (Q_NOW, -Q_NOW), "following": (Q_NEXT, other)}
+    # Means of the next state: 2.125, 4, 0.5.
+    expected = [[[1, 3.1, 3], [0.5, -1, 0.75]], [[-1, 3.1, -3], [-0.5, 1, 0.75]]]
+    np.testing.assert_allclose(targets(**networks), expected, rtol=1e-6)
+    # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
+    scaled = targets(**networks, normalize=True)
+    np.testing.assert_allclose(scaled, np.array(expected) / 4.628445, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_training_is_one_fit_after_another(rate):
     """With a target network its values are those before all fits, else those before each fit."""
-    agent = make_agent(TARGET_UPDATE=updates, REPLAY_SAMPLE=6, Q_BATCH_SIZE=4)
+    agent = make_agent(TARGET_RATE=rate, REPLAY_SAMPLE=6, Q_BATCH_SIZE=4)
     rng = np.random.default_rng(0)
     for step in range(9):
         now, following = rng.normal(size=(2, 4)).astype(np.float32)
@@ -262,9 +274,9 @@ def test_training_is_one_fit_after_another(updates):
     trained, _, loss = q.train(weights, moments, agent.target_weights, transitions, draws)
     for draw in draws:
         sample = {name: tf.constant(field[draw]) for name, field in transitions.items()}
-        bootstrap = agent.target_weights if updates else weights
+        bootstrap = agent.target_weights if rate else weights
         values = [
-            tf.constant(q.values(w, sample[name]))
+            tf.constant(q.all_values(w, sample[name]))
             for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
         ]
         wanted = models.q_targets(*values, sample, agent.settings)
@@ -368,21 +380,20 @@ def test_gradient_steps_of_an_episode(updates, steps):
     assert float(agent.moments.step) == steps
 
 
-def test_target_network_is_copied_every_few_episodes():
-    agent = filled(make_agent(TARGET_UPDATE=3, REPLAY_SAMPLE=32), 50)
-    initial = agent.target_weights.numpy()
-    same_as_online = []
-    for _ in range(6):
+def test_the_target_network_moves_to_the_q_network():
+    agent = filled(make_agent(TARGET_RATE=0.25, REPLAY_SAMPLE=32), 50)
+    for _ in range(3):
+        before = agent.target_weights.numpy()
         agent.train()
-        same_as_online.append(bool((agent.target_weights.numpy() == agent.weights.numpy()).all()))
+        moved = 0.75 * before + 0.25 * agent.weights.numpy()
+        np.testing.assert_allclose(agent.target_weights.numpy(), moved, atol=1e-7)
+        assert abs(agent.target_weights.numpy() - before).max() > 1e-5
         agent.decay_epsilon()
-    assert same_as_online == [False, False, True, False, False, True]
-    assert (agent.target_weights.numpy() != initial).any()
 
 
 def test_agent_state_round_trip():
     """A restored agent goes on as the first one does: choices, draws, training, to the bit."""
-    overrides = {"REPLAY_SAMPLE": 32, "EPSILON": 0.5, "TARGET_UPDATE": 2}
+    overrides = {"REPLAY_SAMPLE": 32, "EPSILON": 0.5, "TARGET_RATE": 0.5}
     agent = filled(make_agent(**overrides), 50)
     agent.train()
     agent.decay_epsilon()
@@ -447,7 +458,8 @@ class Corridor(gymnasium.Env):
 # values are lower than the best policy's.
 TOGETHER = {
     "N_STEP": 3,
-    "TARGET_UPDATE": 1,
+    "Q_NETWORKS": 2,
+    "TARGET_RATE": 1.0,
     "Q_WEIGHT_DECAY": 0.01,
     "EXPLORATION_PERSIST": 0.5,
 }
