@@ -37,9 +37,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser; ``examples`` are command lines, shown before the flags in the help."""
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
+        if examples:
+            description += f"\n\nexamples:\n{examples}"
         super().__init__(
             prog=prog,
-            description=description + f"\n\nexamples:\n{examples}" * bool(examples),
+            description=description,
             usage=f"{prog} [options]",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
