@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import NAMED_SETTINGS, ConfigError, Settings
+from config import NAMED_SETTINGS, ConfigError, RewardSettings, Settings
 from experiments import search
 
 if TYPE_CHECKING:  # a command line is checked without TensorFlow
@@ -231,7 +231,7 @@ METHODS: dict[str, Method] = {
             {
                 name: value
                 for name, value in NAMED_SETTINGS["tuned"].items()
-                if name.startswith("REWARD") or name in ("MISS_PENALTY", "DISCOUNT")
+                if name in RewardSettings.model_fields or name == "DISCOUNT"
             }
             | {"OBSERVATION": "zeros"}
         ),
