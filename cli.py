@@ -37,9 +37,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser; ``examples`` are command lines, shown before the flags in the help."""
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
+        if examples:
+            description += f"\n\nexamples:\n{examples}"
         super().__init__(
             prog=prog,
-            description=description + f"\n\nexamples:\n{examples}" * bool(examples),
+            description=description,
             usage=f"{prog} [options]",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,12 +104,17 @@ def value_of(name: str, text: str) -> Any:
     return text
 
 
-def read_config(path: Path, kind: str, pick: Callable[[dict[str, Any]], Any]) -> Any:
-    """Return what ``pick`` takes from a ``config.json``; UserError if it is none of that kind."""
+def read_config(
+    path: Path, kind: str, pick: Callable[[dict[str, Any]], Any], flag: str = ""
+) -> Any:
+    """Return what ``pick`` takes from a ``config.json``; UserError if it is none of that kind.
+
+    ``flag`` begins the error's line: what named the file.
+    """
     try:
         return pick(json.loads(path.expanduser().read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no {kind}'s config.json ({reason(error)})") from error
+        raise UserError(f"{flag}{path}: is no {kind}'s config.json ({reason(error)})") from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
@@ -130,7 +137,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     try:
         stored, data_sha256 = {}, {}
         if parsed.config:
-            stored, data_sha256 = read_config(parsed.config, "run", pick)
+            stored, data_sha256 = read_config(parsed.config, "run", pick, "--config: ")
         values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
         return Settings(**values), data_sha256
     except UserError as error:

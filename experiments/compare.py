@@ -356,22 +356,25 @@ def compare(plan: Plan) -> int:
             records.read_table(settings.results_dir / LOG, LOG_COLUMNS)
     folder = settings.results_dir / name
     jobs = make_jobs(plan, folder)
-    for job in jobs:  # what the data can't fill is refused before a file is written
+    # Everything that can be refused is refused before a file is written.
+    for job in jobs:
         data.make_shards(dataset, job.settings)
-    with records.locked(folder, PROGRAM):
+    _, waiting = open_tables(plan, dataset, folder, jobs)
+    workers, cluster = min(plan.workers, len(waiting)), plan.cluster if waiting else ""
+    with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
+        # Read again: another process may have written here meanwhile.
         tables, waiting = open_tables(plan, dataset, folder, jobs)
-        workers, cluster = min(plan.workers, len(waiting)), plan.cluster if waiting else ""
-        with dask_client(workers, cluster) as client:
-            tables.create(settings)
-            print(
-                f"{plan.name}: {cli.counted(len(plan.methods), 'method')}, "
-                f"{cli.counted(len(plan.seeds), 'seed')}, "
-                f"{cli.counted(plan.test_episodes, 'test episode')} each: "
-                f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
-                flush=True,
-            )
-            tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
-            failed = _run(plan, tables, waiting, client)
+        tables.create(settings)
+        print(
+            f"{plan.name}: {cli.counted(len(plan.methods), 'method')}, "
+            f"{cli.counted(len(plan.seeds), 'seed')}, "
+            f"{cli.counted(len(plan.comparison.variants), 'value')}, "
+            f"{cli.counted(plan.test_episodes, 'test episode')} each: "
+            f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
+            flush=True,
+        )
+        tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
+        failed = _run(plan, tables, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - len(failed)} finished, {len(failed)} failed"

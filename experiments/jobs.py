@@ -213,9 +213,9 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     settings = job.settings.replace(NAME=job.training_folder.name)
     agent = METHODS[job.method].agent(environment.observation_size, settings)
     if job.trains:
-        training = DecentralizedLearning(settings, environment.dataset)
         with Run(settings, environment.dataset, environment.threads) as run:
             if not run.finished:
+                training = DecentralizedLearning(settings, environment.dataset)
                 main.train(training, run, agent, quiet=True)
                 run.finish()
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import NAMED_SETTINGS, ConfigError, Settings
+from config import NAMED_SETTINGS, ConfigError, RewardSettings, Settings
 from experiments import search
 
 if TYPE_CHECKING:  # a command line is checked without TensorFlow
@@ -220,10 +220,13 @@ METHODS: dict[str, Method] = {
         "a fixed walk, searched in as many episodes as train a DQN",
         None,
         search.WalkSearch,
-        overrides=lambda settings: {
-            "REWARD": NAMED_SETTINGS["tuned"]["REWARD"],
-            "DISCOUNT": NAMED_SETTINGS["tuned"]["DISCOUNT"],
-            "OBSERVATION": "zeros",
-        },
+        overrides=lambda settings: (
+            {
+                name: value
+                for name, value in NAMED_SETTINGS["tuned"].items()
+                if name in RewardSettings.model_fields or name == "DISCOUNT"
+            }
+            | {"OBSERVATION": "zeros"}
+        ),
     ),
 }

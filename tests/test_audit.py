@@ -269,7 +269,7 @@ def test_the_figure_shows_the_table(table):
         ends = np.array(container[2][0].get_segments())[:, :, 0]
         assert ends == pytest.approx(np.tile([0.0, 2.0], (count, 1)), abs=1e-12)
     assert [t.get_text() for t in axis.get_yticklabels()] == list(audit.OBSERVATIONS.values())
-    assert "NOT MNIST" in figure.get_suptitle()
+    assert "bundled digits, NOT MNIST" in figure.get_suptitle()
 
 
 def test_the_report_shows_the_table(table):

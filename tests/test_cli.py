@@ -47,7 +47,7 @@ def test_named_settings_come_before_set():
         ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
         ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
         ("--settings best", "argument --settings: invalid choice: 'best'"),
-        ("--config /nowhere/config.json", "/nowhere/config.json: is no run"),
+        ("--config /nowhere/config.json", "--config: /nowhere/config.json"),
         ("--speed 9", "--speed 9"),
     ],
 )

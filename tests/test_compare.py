@@ -202,7 +202,7 @@ def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "mine" / "config.json").write_text('{"name": "mine", "state": "finished"}')
     assert start(tmp_path, "--name", "mine") == 2
     assert "config.json" in capsys.readouterr().err
-    assert len(list((tmp_path / "mine").glob("[!.]*"))) == 2
+    assert len(list((tmp_path / "mine").iterdir())) == 2
     (tmp_path / "file").write_text("")
     assert start(tmp_path / "file", methods="random") == 2
     assert str(tmp_path / "file" / "paper-digits") in capsys.readouterr().err

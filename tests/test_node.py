@@ -408,6 +408,18 @@ def test_agent_state_round_trip():
     assert (copy.replay.latest(50) == agent.replay.latest(50)).all()
 
 
+def test_a_restored_agent_keeps_what_its_buffer_holds():
+    overrides = {"REPLAY_CAPACITY": 40, "REPLAY_SAMPLE": 32}
+    agent = filled(make_agent(**overrides), 30)
+    transitions = [agent.replay.latest(30)]
+    filled(agent, 20, seed=1)
+    transitions.append(agent.replay.latest(20))
+    copy = make_agent(**overrides)
+    copy.load_state(agent.state(), np.concatenate(transitions))
+    assert (copy.replay.latest(50) == np.concatenate(transitions)[-40:]).all()
+    assert len(copy.replay) == 40
+
+
 def test_a_state_of_another_agent_is_refused_and_changes_nothing():
     agent = make_agent()
     before = agent.weights.numpy()
