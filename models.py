@@ -266,7 +266,7 @@ class QNetwork:
     """Q values of observations, and their fit to targets.
 
     With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
-    same samples. Their mean decides, which is less noisy (Lakshminarayanan et al. 2017).
+    same samples. The targets use their mean, which is less noisy (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.
@@ -301,10 +301,6 @@ class QNetwork:
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """Return (n, A) float32: the networks' mean Q values of (n, inputs) observations."""
-        return self.all_values(weights, observations).mean(axis=1)
-
-    def all_values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
         """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
         values = self._values(weights, tf.constant(observations, tf.float32))
         return values.numpy().reshape(self._shape)

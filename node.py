@@ -165,26 +165,35 @@ class DQNAgent:
             return self._choice, "repeated"
         self._explores = bool(chance() < self.epsilon)
         if not self._explores:
-            self._choice = self.best_actions(observation)
+            self._choice = self.best_actions(observation, self._exploration)
             return self._choice, "greedy"
         order = self._exploration.permutation(self.actions)
         self._choice = order[: self.actions_per_step].tolist()
         return self._choice, "random"
 
-    def best_actions(self, observation: np.ndarray) -> list[int]:
-        """Return the k actions of greatest Q value, best first; of equal ones the lower number."""
+    def best_actions(self, observation: np.ndarray, rng: np.random.Generator) -> list[int]:
+        """Return the k actions of greatest Q value, best first; of equal ones the lower number.
+
+        One of several Q-networks, drawn by ``rng``, decides (ours; after Osband et al. 2016). Where
+        they disagree, the choice is random: that explores, and leaves a place without progress.
+        """
         q_values = self.q.values(self.weights, observation[None])[0]
+        networks = len(q_values)
+        q_values = q_values[rng.integers(networks) if networks > 1 else 0]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
 
-    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
+    def greedy(
+        self, observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator
+    ) -> Any:
         """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
 
         Args:
             observation: (D,) float32.
             info: ``round`` and ``node`` of the last round, as the environment gives them.
+            rng: draws the Q-network that decides.
         """
         due = (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE == 0
-        return self.best_actions(observation) if due else info["node"]
+        return self.best_actions(observation, rng) if due else info["node"]
 
     def remember(
         self,

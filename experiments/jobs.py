@@ -222,7 +222,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
         agent.load(load_agent(path)[0])
     except ValueError as error:
         raise UserError(f"{path}: does not fit the settings ({error})") from error
-    return lambda observation, info, rng: agent.greedy(observation, info)
+    return agent.greedy
 
 
 def _test_episode(

@@ -138,7 +138,7 @@ class WalkSearch:
                 raise ValueError(f"no array {name} of shape {table.shape}")
             table[:] = arrays[name]
 
-    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> int:
+    def greedy(self, observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
         """Return the next node of the most probable walk."""
         places = np.array([table.argmax(axis=1) for table in self.probabilities])
         return self._walk(places)[info["round"] - 1]

@@ -10,6 +10,8 @@ from config import Settings
 from models import tf
 from node import DQNAgent, ReplayBuffer
 
+RNG = np.random.default_rng(0)  # for policies that draw from it
+
 # --- Replay buffer ---------------------------------------------------------------------------
 
 
@@ -116,7 +118,7 @@ def test_epsilon_schedule():
 def test_epsilon_0_and_1():
     observation = np.ones(4, np.float32)
     greedy = make_agent(EPSILON=0.0)
-    best = greedy.best_actions(observation)
+    best = greedy.best_actions(observation, RNG)
     assert all(greedy.act(observation) == (best, "greedy") for _ in range(50))
     uniform = make_agent(EPSILON=1.0)
     chosen = [uniform.act(observation) for _ in range(600)]
@@ -136,7 +138,7 @@ def test_exploration_that_persists_at_small_epsilon(monkeypatch):
     agent = make_agent(NUM_NODES=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
     monkeypatch.setattr(
         agent.q,
-        "all_values",
+        "values",
         lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
     )
     chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
@@ -181,15 +183,16 @@ def test_a_choice_lasts_its_rounds():
 def test_the_frozen_policy_chooses_every_few_rounds():
     agent = make_agent(ROUNDS_PER_CHOICE=3)
     observation = np.ones(4, np.float32)
-    best = agent.best_actions(observation)
-    chosen = [agent.greedy(observation, {"round": past, "node": 7}) for past in range(1, 8)]
+    best = agent.best_actions(observation, RNG)
+    infos = [{"round": past, "node": 7} for past in range(1, 8)]
+    chosen = [agent.greedy(observation, info, RNG) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
 
 
 def test_several_actions():
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
-    q_values = agent.q.values(agent.weights, observation[None])[0]
+    q_values = agent.q.values(agent.weights, observation[None])[0, 0]
     assert agent.act(observation)[0] == np.argsort(-q_values)[:3].tolist()
     agent.epsilon = 1.0
     for _ in range(50):
@@ -199,9 +202,25 @@ def test_several_actions():
 def test_equal_q_values_give_the_lower_number(monkeypatch):
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=2)
     monkeypatch.setattr(
-        agent.q, "all_values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
+        agent.q, "values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
     )
-    assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
+    assert agent.best_actions(np.ones(4, np.float32), RNG) == [1, 3]
+
+
+def test_each_choice_is_one_networks(monkeypatch):
+    """Of four networks, two name action 2, one 0 and one 1: so do a half and a quarter each."""
+    agent = make_agent(Q_NETWORKS=4, EPSILON=0.0)
+    votes = np.array([[[0.0, 1.0, 2.0], [9.0, 0.0, 0.0], [0.0, 0.2, 0.1], [-3.0, -2.0, -1.0]]])
+    monkeypatch.setattr(agent.q, "values", lambda weights, observations: votes)
+    observation = np.ones(4, np.float32)
+    for chosen in (
+        [agent.act(observation) for _ in range(800)],
+        [(agent.greedy(observation, {"round": 1}, RNG), "greedy") for _ in range(800)],
+    ):
+        assert {kind for _, kind in chosen} == {"greedy"}
+        counts = np.bincount([action for (action,), _ in chosen])
+        # Standard deviations 14.1 and 12.2.
+        assert abs(counts - [200, 200, 400]).max() < 5 * 14.1
 
 
 # --- Targets ---------------------------------------------------------------------------------
@@ -276,7 +295,7 @@ def test_training_is_one_fit_after_another(rate):
         sample = {name: tf.constant(field[draw]) for name, field in transitions.items()}
         bootstrap = agent.target_weights if rate else weights
         values = [
-            tf.constant(q.all_values(w, sample[name]))
+            tf.constant(q.values(w, sample[name]))
             for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
         ]
         wanted = models.q_targets(*values, sample, agent.settings)
@@ -508,7 +527,7 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         agent.decay_epsilon()
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
     states = np.eye(6, dtype=np.float32)
-    assert [agent.best_actions(state)[0] for state in states] == [1] * 6
-    values = agent.q.values(agent.weights, states).max(axis=1)
+    assert [agent.best_actions(state, RNG)[0] for state in states] == [1] * 6
+    values = agent.q.values(agent.weights, states).mean(axis=1).max(axis=1)
     expected = [-(1 - 0.9**steps) / 0.1 for steps in (6, 5, 4, 3, 2, 1)]
     np.testing.assert_allclose(values, expected, atol=tolerance)
