@@ -320,7 +320,7 @@ GENERATED = [
 
 @pytest.mark.parametrize(("command", "text"), GENERATED)
 def test_tables_are_what_their_command_prints(command, text):
-    assert len(text.splitlines()) > 5
+    assert len(text.splitlines()) >= 4
     assert f"\n{text}\n" in f"\n{printed(command)}\n"
 
 
@@ -330,8 +330,8 @@ def test_pages_with_tables_of_commands():
 
 def test_the_numbers_of_the_readme():
     rows = rows_of(README, "| method | rounds | against random |")
-    found = estimated("paper-mnist")
-    for row, method in zip(rows, ("random", "hl", "tuned", "fixed_walk"), strict=False):
+    for row, method in zip(rows, ("random", "hl", "tuned", "best_walk"), strict=False):
+        found = estimated("headline-mnist" if method == "best_walk" else "paper-mnist")
         quantities = found.loc["", method]
         cells = [f"{quantities.loc['rounds', 'mean']:.1f}"]
         for quantity in ("rounds_reduction", "communication_cost_reduction"):
