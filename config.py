@@ -139,7 +139,7 @@ class DQNSettings(Group):
     HIDDEN_UNITS: Counts = (500, 200)
     """Units of the Q-network's hidden layers (public code)."""
     Q_NETWORKS: Count = 1
-    """Q-networks with the same targets; a choice is one network's, drawn (ours)."""
+    """Q-networks with the same targets; one leads an episode (ours)."""
     Q_LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in the Q-network's training (public code)."""
     Q_WEIGHT_DECAY: NotNegative = 0.0

@@ -140,6 +140,9 @@ class DQNAgent:
     def _enter_episode(self, episode: int) -> None:
         self.episode = episode
         self._exploration = stream(self.settings.SEED, "exploration", episode)
+        # One of several Q-networks leads the episode (ours; after Osband et al. 2016): it follows
+        # its own guess through a whole walk, which explores more than a new network per choice.
+        self._leader = self._draw_network(self._exploration)
         self._draws = stream(self.settings.SEED, "replay", episode)
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
@@ -165,21 +168,22 @@ class DQNAgent:
             return self._choice, "repeated"
         self._explores = bool(chance() < self.epsilon)
         if not self._explores:
-            self._choice = self.best_actions(observation, self._exploration)
+            self._choice = self.best_actions(observation, self._leader)
             return self._choice, "greedy"
         order = self._exploration.permutation(self.actions)
         self._choice = order[: self.actions_per_step].tolist()
         return self._choice, "random"
 
-    def best_actions(self, observation: np.ndarray, rng: np.random.Generator) -> list[int]:
-        """Return the k actions of greatest Q value, best first; of equal ones the lower number.
+    def _draw_network(self, rng: np.random.Generator) -> int:
+        networks = self.settings.Q_NETWORKS
+        return int(rng.integers(networks)) if networks > 1 else 0
 
-        One of several Q-networks, drawn by ``rng``, decides (ours; after Osband et al. 2016). Where
-        they disagree, the choice is random: that explores, and leaves a place without progress.
+    def best_actions(self, observation: np.ndarray, network: int = 0) -> list[int]:
+        """Return the k actions of a Q-network's greatest Q values, best first.
+
+        Of equal ones the lower number is first.
         """
-        q_values = self.q.values(self.weights, observation[None])[0]
-        networks = len(q_values)
-        q_values = q_values[rng.integers(networks) if networks > 1 else 0]
+        q_values = self.q.values(self.weights, observation[None])[0, network]
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
 
     def greedy(
@@ -187,13 +191,16 @@ class DQNAgent:
     ) -> Any:
         """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
 
+        One of several Q-networks, drawn anew, makes each choice (ours). Where they disagree, the
+        choice is random, which leaves a place without progress.
+
         Args:
             observation: (D,) float32.
             info: ``round`` and ``node`` of the last round, as the environment gives them.
             rng: draws the Q-network that decides.
         """
         due = (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE == 0
-        return self.best_actions(observation, rng) if due else info["node"]
+        return self.best_actions(observation, self._draw_network(rng)) if due else info["node"]
 
     def remember(
         self,

@@ -118,7 +118,7 @@ def test_epsilon_schedule():
 def test_epsilon_0_and_1():
     observation = np.ones(4, np.float32)
     greedy = make_agent(EPSILON=0.0)
-    best = greedy.best_actions(observation, RNG)
+    best = greedy.best_actions(observation)
     assert all(greedy.act(observation) == (best, "greedy") for _ in range(50))
     uniform = make_agent(EPSILON=1.0)
     chosen = [uniform.act(observation) for _ in range(600)]
@@ -183,7 +183,7 @@ def test_a_choice_lasts_its_rounds():
 def test_the_frozen_policy_chooses_every_few_rounds():
     agent = make_agent(ROUNDS_PER_CHOICE=3)
     observation = np.ones(4, np.float32)
-    best = agent.best_actions(observation, RNG)
+    best = agent.best_actions(observation)
     infos = [{"round": past, "node": 7} for past in range(1, 8)]
     chosen = [agent.greedy(observation, info, RNG) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
@@ -204,23 +204,24 @@ def test_equal_q_values_give_the_lower_number(monkeypatch):
     monkeypatch.setattr(
         agent.q, "values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
     )
-    assert agent.best_actions(np.ones(4, np.float32), RNG) == [1, 3]
+    assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
 
 
-def test_each_choice_is_one_networks(monkeypatch):
+def test_one_network_leads_an_episode_and_any_makes_a_tested_choice(monkeypatch):
     """Of four networks, two name action 2, one 0 and one 1: so do a half and a quarter each."""
     agent = make_agent(Q_NETWORKS=4, EPSILON=0.0)
     votes = np.array([[[0.0, 1.0, 2.0], [9.0, 0.0, 0.0], [0.0, 0.2, 0.1], [-3.0, -2.0, -1.0]]])
     monkeypatch.setattr(agent.q, "values", lambda weights, observations: votes)
-    observation = np.ones(4, np.float32)
-    for chosen in (
-        [agent.act(observation) for _ in range(800)],
-        [(agent.greedy(observation, {"round": 1}, RNG), "greedy") for _ in range(800)],
-    ):
-        assert {kind for _, kind in chosen} == {"greedy"}
-        counts = np.bincount([action for (action,), _ in chosen])
+    observation, led = np.ones(4, np.float32), []
+    for _ in range(800):
+        chosen = [agent.act(observation) for _ in range(3)]
+        assert chosen == [chosen[0]] * 3
+        led.append(chosen[0][0])
+        agent.decay_epsilon()
+    tested = [agent.greedy(observation, {"round": 1}, RNG) for _ in range(800)]
+    for choices in (led, tested):
         # Standard deviations 14.1 and 12.2.
-        assert abs(counts - [200, 200, 400]).max() < 5 * 14.1
+        assert abs(np.bincount(np.ravel(choices)) - [200, 200, 400]).max() < 5 * 14.1
 
 
 # --- Targets ---------------------------------------------------------------------------------
@@ -527,7 +528,7 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         agent.decay_epsilon()
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
     states = np.eye(6, dtype=np.float32)
-    assert [agent.best_actions(state, RNG)[0] for state in states] == [1] * 6
+    assert [agent.best_actions(state)[0] for state in states] == [1] * 6
     values = agent.q.values(agent.weights, states).mean(axis=1).max(axis=1)
     expected = [-(1 - 0.9**steps) / 0.1 for steps in (6, 5, 4, 3, 2, 1)]
     np.testing.assert_allclose(values, expected, atol=tolerance)
