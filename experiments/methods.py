@@ -97,6 +97,50 @@ def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int 
     return policy_of
 
 
+def balanced_policy(environment: DecentralizedLearning) -> Policy:
+    """Choose the node whose shard makes the labels trained on most even; the nearest if equal.
+
+    After the routing of Tram-FL (Maejima et al. 2023, arXiv 2308.04762). Even is what has the least
+    sum of squared shares. All label counts are known.
+    """
+    labels, start = environment.dataset.y_train, environment.settings.STARTER_NODE
+    classes = environment.dataset.classes
+    counts = np.array([np.bincount(labels[s], minlength=classes) for s in environment.shards])
+    nodes, seen = [start], counts[start]
+    for _ in range(1, environment.settings.MAX_ROUNDS):
+        after = seen + counts
+        unevenness = np.square(after / after.sum(axis=1, keepdims=True)).sum(axis=1)
+        order = np.lexsort((environment.distances[nodes[-1]], unevenness.round(12)))
+        nodes.append(int(order[0]))
+        seen = after[nodes[-1]]
+    return search.walk_policy(nodes, nodes)
+
+
+def metropolis_chain(distances: np.ndarray) -> np.ndarray:
+    """Return (N, N) float64: the probabilities of a random walk that prefers near nodes.
+
+    A node proposes others by exp(-distance / mean distance). Metropolis and Hastings' acceptance
+    keeps the walk at its node now and then, so that in the long run all nodes train equally often.
+    """
+    others = ~np.eye(len(distances), dtype=bool)
+    mean = distances[others].mean()
+    weights = np.exp(-distances / mean if mean > 0 else distances) * others
+    totals = weights.sum(axis=1)
+    chain = weights / np.maximum(totals[:, None], totals)  # proposed and accepted
+    return chain + np.diag(1 - chain.sum(axis=1))
+
+
+def _metropolis(jumps: float) -> PolicyMaker:
+    """Return the maker of random walks; ``jumps`` is the probability to go to any node instead."""
+
+    def policy_of(environment: DecentralizedLearning) -> Policy:
+        chain = metropolis_chain(environment.distances)
+        chain = (1 - jumps) * chain + jumps / len(chain)
+        return lambda observation, info, rng: int(rng.choice(len(chain), p=chain[info["node"]]))
+
+    return policy_of
+
+
 # --- Tours -----------------------------------------------------------------------------------
 
 
@@ -209,6 +253,11 @@ METHODS: dict[str, Method] = {
     "shortest": Method("the shortest tour through all nodes", _touring(shortest_tour)),
     "nearest_twice": Method("as nearest, two rounds on each node", _touring(nearest_tour, 2)),
     "shortest_twice": Method("as shortest, two rounds on each node", _touring(shortest_tour, 2)),
+    "balanced": Method("the node whose labels were trained on least", balanced_policy),
+    # After Liu et al. 2024 (arXiv 2407.20611). Their jumps are several hops on a graph. Here every
+    # node is one hop away, so a jump ends at any node; how often is our choice.
+    "metropolis": Method("a random walk that prefers near nodes", _metropolis(0.0)),
+    "metropolis_jumps": Method("the same, and one step in ten is a jump", _metropolis(0.1)),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST, a bound",
