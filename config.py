@@ -46,6 +46,9 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+# Transitions that the replay buffer holds (public code). 120 episodes never fill it.
+REPLAY_CAPACITY = 50_000
+
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -150,9 +153,7 @@ class DQNSettings(Group):
     """Most rewards summed before the next state's value (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
-    REPLAY_CAPACITY: Count = 50_000
-    """Transitions that the replay buffer holds (public code)."""
-    REPLAY_SAMPLE: Count = 128
+    REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training waits for so many (public code)."""
     Q_BATCH_SIZE: Count = 16
     """Transitions per gradient step (public code)."""
@@ -209,8 +210,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
         "DISCOUNT": 0.97,
         "N_STEP": 12,
         "ROUNDS_PER_CHOICE": 3,
-        "Q_BATCH_SIZE": 128,
-        "UPDATES_PER_EPISODE": 150,
+        "UPDATES_PER_EPISODE": 20,
         "NORMALIZE_TARGETS": False,
         "TARGET_RATE": 0.2,
         "EPSILON_DECAY": 0.04,
@@ -246,7 +246,6 @@ class Settings(
         for name, high, other in (
             ("STARTER_NODE", n - 1, f"NUM_NODES - 1 = {n - 1}"),
             ("NODES_PER_ROUND", n, f"NUM_NODES = {n}"),
-            ("REPLAY_SAMPLE", self.REPLAY_CAPACITY, f"REPLAY_CAPACITY = {self.REPLAY_CAPACITY}"),
         ):
             if getattr(self, name) > high:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, takes at most {other}")

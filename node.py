@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from config import Settings, stream
+from config import REPLAY_CAPACITY, Settings, stream
 from models import Moments, shared_q_network, tf
 
 
@@ -128,7 +128,7 @@ class DQNAgent:
         self.actions_per_step = settings.NODES_PER_ROUND
         # All steps of the training: the policy does not choose an episode's first round.
         steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
-        capacity = min(settings.REPLAY_CAPACITY, steps)
+        capacity = min(REPLAY_CAPACITY, steps)
         self.replay = ReplayBuffer(capacity, observation_size, self.actions_per_step)
         self.q = shared_q_network(observation_size, self.actions, settings)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))

@@ -24,6 +24,7 @@ from conftest import CORES, PROJECT, SMALL, as_flags, command, small_settings, w
 import cli
 import data
 import main
+import node
 import plot
 import records
 from config import Settings, episode_seed
@@ -231,9 +232,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("overrides", [{"REPLAY_CAPACITY": 8}, OPTIONS])
-def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, overrides):
+@pytest.mark.parametrize(("capacity", "overrides"), [(8, {}), (50_000, OPTIONS)])
+def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, capacity, overrides):
     """Four transitions an episode: a buffer of eight has dropped the first by episode 4."""
+    monkeypatch.setattr(node, "REPLAY_CAPACITY", capacity)
     for episode in (2, 4):
         status, folder = stop_in_episode(tmp_path, monkeypatch, episode, **overrides)
         assert status == 130

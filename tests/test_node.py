@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import models
+import node
 from config import Settings
 from models import tf
 from node import DQNAgent, ReplayBuffer
@@ -86,13 +87,11 @@ def test_buffer_refuses_transitions_that_do_not_fit(size, actions, kept):
     assert len(other) == 0
 
 
-def test_the_buffer_holds_every_step_of_the_training():
-    sizes = [
-        make_agent(
-            EPISODES=9, MAX_ROUNDS=6, REPLAY_CAPACITY=capacity, REPLAY_SAMPLE=9
-        ).replay.capacity
-        for capacity in (300, 30)
-    ]
+def test_the_buffer_holds_every_step_of_the_training(monkeypatch):
+    sizes = []
+    for capacity in (300, 30):
+        monkeypatch.setattr(node, "REPLAY_CAPACITY", capacity)
+        sizes.append(make_agent(EPISODES=9, MAX_ROUNDS=6).replay.capacity)
     assert sizes == [45, 30]
 
 
@@ -428,13 +427,13 @@ def test_agent_state_round_trip():
     assert (copy.replay.latest(50) == agent.replay.latest(50)).all()
 
 
-def test_a_restored_agent_keeps_what_its_buffer_holds():
-    overrides = {"REPLAY_CAPACITY": 40, "REPLAY_SAMPLE": 32}
-    agent = filled(make_agent(**overrides), 30)
+def test_a_restored_agent_keeps_what_its_buffer_holds(monkeypatch):
+    monkeypatch.setattr(node, "REPLAY_CAPACITY", 40)
+    agent = filled(make_agent(REPLAY_SAMPLE=32), 30)
     transitions = [agent.replay.latest(30)]
     filled(agent, 20, seed=1)
     transitions.append(agent.replay.latest(20))
-    copy = make_agent(**overrides)
+    copy = make_agent(REPLAY_SAMPLE=32)
     copy.load_state(agent.state(), np.concatenate(transitions))
     assert (copy.replay.latest(50) == np.concatenate(transitions)[-40:]).all()
     assert len(copy.replay) == 40
