@@ -159,8 +159,8 @@ class DQNSettings(Group):
     """Transitions per gradient step (public code)."""
     UPDATES_PER_EPISODE: Count = 1
     """Draws of REPLAY_SAMPLE transitions after each episode (public code)."""
-    NORMALIZE_TARGETS: bool = True
-    """Divide an update's targets by their Frobenius norm (public code)."""
+    FIT_ALL_ACTIONS: bool = True
+    """Fit all actions' values, by their norm; else those taken (public code)."""
     TARGET_RATE: Share = 0.0
     """Step of the target network to the Q-network after an episode; 0 = none (ours)."""
 
@@ -211,7 +211,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
         "N_STEP": 12,
         "ROUNDS_PER_CHOICE": 3,
         "UPDATES_PER_EPISODE": 20,
-        "NORMALIZE_TARGETS": False,
+        "FIT_ALL_ACTIONS": False,
         "TARGET_RATE": 0.2,
         "EPSILON_DECAY": 0.04,
         "EXPLORATION_PERSIST": 0.6,

@@ -241,25 +241,30 @@ def q_targets(
 ) -> tf.Tensor:
     """Return what the Q values are fitted to: (n, K, A) float32 (public code).
 
-    Each network's own values, but for the actions taken: r + discount^steps * max Q(s'), or r alone
-    at an episode's end. With NORMALIZE_TARGETS each network's (n, A) is divided by its Frobenius
-    norm (public code).
+    For the actions taken r + discount^steps * max Q(s'), or r alone at an episode's end. For all
+    others each network's own values. With FIT_ALL_ACTIONS each network's (n, A) is divided by its
+    Frobenius norm (public code).
 
     Args:
         q_values: (n, K, A) float32, each network's at the observation.
         next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean.
         sample: n transitions, the fields of ``ReplayBuffer``.
-        settings: for DISCOUNT and NORMALIZE_TARGETS.
+        settings: for DISCOUNT and FIT_ALL_ACTIONS.
     """
     future = tf.cast(tf.reduce_max(tf.reduce_mean(next_values, 1), 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
-    taken = tf.reduce_any(tf.one_hot(sample["actions"], q_values.shape[-1], True, False), 1)
-    targets = tf.where(taken[:, None], returns[:, None, None], tf.cast(q_values, tf.float64))
-    if settings.NORMALIZE_TARGETS:
+    taken = actions_taken(sample["actions"], q_values.shape[-1])
+    targets = tf.where(taken, returns[:, None, None], tf.cast(q_values, tf.float64))
+    if settings.FIT_ALL_ACTIONS:
         targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
     return tf.cast(targets, tf.float32)
+
+
+def actions_taken(actions: tf.Tensor, count: int) -> tf.Tensor:
+    """Return (n, 1, count) bool: which actions were taken, from (n, k) int32."""
+    return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)[:, None]
 
 
 class QNetwork:
@@ -340,20 +345,31 @@ class QNetwork:
                 sample,
                 self._settings,
             )
-            weights, moments, loss = self.fit(weights, moments, sample["observations"], targets)
+            weights, moments, loss = self.fit(
+                weights, moments, sample["observations"], targets, sample["actions"]
+            )
             total += loss
         return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
 
     def fit(
-        self, weights: tf.Tensor, moments: Moments, observations: tf.Tensor, targets: tf.Tensor
+        self,
+        weights: tf.Tensor,
+        moments: Moments,
+        observations: tf.Tensor,
+        targets: tf.Tensor,
+        actions: tf.Tensor,
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
         """Pass over the observations in their order with Adam.
+
+        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. The others' targets
+        hold them back at their values from before the first batch.
 
         Args:
             weights: (P,) float32.
             moments: of the steps before.
             observations: (n, inputs) float32.
             targets: (n, K, A) float32.
+            actions: (n, k) int32, those taken.
 
         Returns:
             The new weights and moments, and the mean squared error of all samples and actions,
@@ -366,7 +382,11 @@ class QNetwork:
             with tf.GradientTape() as tape:
                 tape.watch(weights)
                 outputs = self.network.apply(weights, observations[start:stop])
-                loss = tf.reduce_mean(tf.square(tf.reshape(outputs, self._shape) - batch))
+                errors = tf.square(tf.reshape(outputs, self._shape) - batch)
+                if not settings.FIT_ALL_ACTIONS:
+                    taken = actions_taken(actions[start:stop], self._shape[2])
+                    errors = tf.where(taken, errors, 0.0)
+                loss = tf.reduce_mean(errors)
                 # Each network's gradient is the one that it would have alone.
                 losses = loss * self._shape[1]
             total += loss * tf.cast(tf.shape(batch)[0], tf.float32)

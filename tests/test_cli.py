@@ -21,11 +21,11 @@ def test_flags():
     assert parse("--episode 7").EPISODES == parse("--episodes 7").EPISODES == 7
     s = parse(
         "--starter=1 --step=2 --epsilon=0.5 --epsilon_decay=0 --seed=9 --dataset=digits --name=x "
-        "--set HIDDEN_UNITS=(8,4) --set NORMALIZE_TARGETS=False --set NUM_NODES=5"
+        "--set HIDDEN_UNITS=(8,4) --set FIT_ALL_ACTIONS=False --set NUM_NODES=5"
     )
     assert (s.STARTER_NODE, s.NODES_PER_ROUND, s.EPSILON, s.EPSILON_DECAY) == (1, 2, 0.5, 0.0)
     assert (s.SEED, s.DATASET, s.NAME, s.NUM_NODES) == (9, "digits", "x", 5)
-    assert (s.HIDDEN_UNITS, s.NORMALIZE_TARGETS) == ((8, 4), False)
+    assert (s.HIDDEN_UNITS, s.FIT_ALL_ACTIONS) == ((8, 4), False)
     # A text setting is text, whatever it looks like; a short flag wins over --set.
     assert parse("--set NAME=123").NAME == "123"
     assert parse("--seed 2 --set SEED=1").SEED == 2

@@ -22,7 +22,7 @@ def test_defaults_are_the_public_codes():
     assert s.OBSERVATION == "broadcast"
     assert (s.HIDDEN_UNITS, s.Q_LEARNING_RATE, s.DISCOUNT) == ((500, 200), 1e-3, 0.9)
     assert (config.REPLAY_CAPACITY, s.REPLAY_SAMPLE, s.Q_BATCH_SIZE) == (50_000, 128, 16)
-    assert (s.NORMALIZE_TARGETS, s.UPDATES_PER_EPISODE) == (True, 1)
+    assert (s.FIT_ALL_ACTIONS, s.UPDATES_PER_EPISODE) == (True, 1)
     assert (s.TARGET_RATE, s.N_STEP) == (0, 1)
     assert (s.EPSILON, s.EPSILON_DECAY) == (1.0, 0.02)
 
@@ -76,8 +76,8 @@ def test_replace_changes_a_copy_and_validates():
         ("HIDDEN_UNITS", (), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 0), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 2.5), "a tuple of integers >= 1"),
-        ("NORMALIZE_TARGETS", 1, "True or False"),
-        ("NORMALIZE_TARGETS", "yes", "True or False"),
+        ("FIT_ALL_ACTIONS", 1, "True or False"),
+        ("FIT_ALL_ACTIONS", "yes", "True or False"),
         ("NAME", "../elsewhere", "letters, digits"),
         ("NAME", ".", "letters, digits"),
         ("DATASET", 3, "text"),

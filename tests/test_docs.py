@@ -228,7 +228,7 @@ def test_quantities_are_documented():
     text = section(TEXTS["docs/files.md"], "### Columns of `estimates.csv`")
     assert all(f"`{name}`" in text for name in estimates.QUANTITIES)
     suffixes = {row[0].strip("`") for row in rows_of(text, "| suffix |")}
-    others = set(estimated("paper-mnist").index.get_level_values("quantity"))
+    others = set(estimated("headline-mnist").index.get_level_values("quantity"))
     others -= set(estimates.QUANTITIES)
     assert {name.removeprefix("rounds").removeprefix("communication_cost") for name in others} == (
         suffixes
@@ -275,7 +275,7 @@ def test_the_committed_agents_have_the_tuned_settings():
     settings = config.Settings(**config.NAMED_SETTINGS["tuned"])
     q = models.shared_q_network(20, 10, settings)
     paths = sorted((REFERENCE / "headline-mnist" / "agents").glob("tuned-seed*.npz"))
-    assert len(paths) == 5
+    assert len(paths) == 10
     for path in paths:
         weights, about = records.load_agent(path)
         assert np.isfinite(q.network.from_named_arrays(weights)).all()
@@ -401,7 +401,7 @@ def test_the_tuned_agents_seed_by_seed():
     columns = ["rounds", "communication_cost", "goal_reached"]
     means = tests.groupby(["method", "seed"])[columns].mean()
     rows = rows_of(TEXTS["docs/tuned.md"], "| seed |")
-    assert len(rows) == 5
+    assert len(rows) == 10
     for seed, row in enumerate(rows):
         tuned, walk = (means.loc[name, seed] for name in ("tuned", "best_walk"))
         assert row == [

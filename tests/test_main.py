@@ -172,7 +172,7 @@ def test_a_diverged_episode_is_counted(tmp_path, capsys):
 
 
 def test_a_diverged_agent_is_counted(tmp_path):
-    _, folder = start(tmp_path, Q_LEARNING_RATE=1e30, NORMALIZE_TARGETS=False)
+    _, folder = start(tmp_path, Q_LEARNING_RATE=1e30, FIT_ALL_ACTIONS=False)
     episodes = pd.read_csv(folder / "episodes.csv")
     assert np.isfinite(episodes["q_loss"][1])
     assert not np.isfinite(episodes["q_loss"][2])

@@ -105,10 +105,9 @@ def test_balanced_by_hand():
     class Untrained:
         dataset = Dataset
         settings = small_settings(NUM_NODES=4, MAX_ROUNDS=5)
-        shards = [np.arange(0, 6), np.arange(6, 12), np.arange(12, 18), np.arange(18, 24)]
-        distances = symmetric(4, 0)
+        shards = np.arange(24).reshape(4, 6)
+        distances = np.array([[0, 2, 9, 3], [2, 0, 9, 9], [9, 9, 0, 4], [3, 9, 4, 0]]) / 10
 
-    Untrained.distances = np.array([[0, 2, 9, 3], [2, 0, 9, 9], [9, 9, 0, 4], [3, 9, 4, 0]]) / 10
     policy = methods.balanced_policy(Untrained)
     nodes = [policy(None, {"round": past}, None) for past in range(1, 5)]
     # After 0 (label 0), nodes 2 and 3 are as good: 3 is nearer. Then label 1 lacks, at 2. Now all

@@ -182,10 +182,29 @@ def test_q_fit_is_keras_fit():
     twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None])
+    actions = np.zeros((40, 1), np.int32)
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None], actions)
     history = twin.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
     assert float(loss) == pytest.approx(history.history["loss"][0], rel=1e-5)
+
+
+def test_only_the_actions_taken_have_an_error():
+    """As with Keras, where the other actions' targets are the network's values at each batch."""
+    settings = small_settings(HIDDEN_UNITS=(20, 10), Q_BATCH_SIZE=16, FIT_ALL_ACTIONS=False)
+    q = QNetwork(6, 3, settings)
+    weights = q.network.initial_weights(stream(0, "network"))
+    twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
+    actions = np.array([rng.permutation(3)[:2] for _ in range(40)], np.int32)
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None], actions)
+    taken, total = (actions[..., None] == np.arange(3)).any(axis=1), 0.0
+    for batch in (slice(0, 16), slice(16, 32), slice(32, 40)):
+        wanted = np.where(taken[batch], y[batch], twin(x[batch]))
+        total += len(wanted) / 40 * twin.train_on_batch(x[batch], wanted)
+    np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
+    assert float(loss) == pytest.approx(total, rel=1e-5)
 
 
 def test_networks_side_by_side_are_networks_alone():
@@ -195,7 +214,8 @@ def test_networks_side_by_side_are_networks_alone():
     weights = q.network.initial_weights(stream(0, "network"))
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 2, 3)).astype("f4")
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y)
+    actions = np.zeros((40, 1), np.int32)
+    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y, actions)
     alone = QNetwork(6, 3, settings)
     losses = []
     for place in (0, 1):
@@ -210,7 +230,7 @@ def test_networks_side_by_side_are_networks_alone():
             q.values(weights, x)[:, place], alone.values(before, x)[:, 0], atol=1e-6
         )
         expected, _, loss_alone = alone.fit(
-            before, Moments.fresh(alone.network.size), x, y[:, place : place + 1]
+            before, Moments.fresh(alone.network.size), x, y[:, place : place + 1], actions
         )
         np.testing.assert_allclose(after.numpy(), expected.numpy(), atol=1e-6)
         losses.append(float(loss_alone))
@@ -226,7 +246,8 @@ def test_weight_decay_by_hand():
     q = QNetwork(6, 3, settings)
     weights = q.network.initial_weights(stream(0, "network"))
     x = np.zeros((16, 6), "f4")
-    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, np.zeros((16, 1, 3), "f4"))
+    targets, actions = np.zeros((16, 1, 3), "f4"), np.zeros((16, 1), np.int32)
+    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, targets, actions)
     np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
 
 

@@ -237,7 +237,7 @@ SAMPLE = {
 
 
 def targets(sample=SAMPLE, now=(Q_NOW,), following=(Q_NEXT,), normalize=False):
-    settings = Settings(DISCOUNT=0.9, NORMALIZE_TARGETS=normalize)
+    settings = Settings(DISCOUNT=0.9, FIT_ALL_ACTIONS=normalize)
     values = [tf.constant(np.stack(networks, 1), tf.float32) for networks in (now, following)]
     fields = {name: tf.constant(field) for name, field in sample.items()}
     return np.swapaxes(models.q_targets(*values, fields, settings), 0, 1)
@@ -299,7 +299,8 @@ def test_training_is_one_fit_after_another(rate):
             for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
         ]
         wanted = models.q_targets(*values, sample, agent.settings)
-        weights, moments, lost = q.fit(weights, moments, sample["observations"], wanted)
+        fields = sample["observations"], wanted, sample["actions"]
+        weights, moments, lost = q.fit(weights, moments, *fields)
         losses.append(float(lost))
     np.testing.assert_allclose(trained, weights, atol=1e-6)
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
@@ -507,7 +508,7 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         SEED=seed,
         NUM_NODES=4,
         HIDDEN_UNITS=(32,),
-        NORMALIZE_TARGETS=False,
+        FIT_ALL_ACTIONS=False,
         REPLAY_SAMPLE=64,
         UPDATES_PER_EPISODE=10,
         Q_LEARNING_RATE=0.005,
