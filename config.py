@@ -160,7 +160,7 @@ class DQNSettings(Group):
     UPDATES_PER_EPISODE: Count = 1
     """Draws of REPLAY_SAMPLE transitions after each episode (public code)."""
     FIT_ALL_ACTIONS: bool = True
-    """Fit all actions' values, by their norm; else those taken (public code)."""
+    """Fit all actions' values, divided by their norm; else those taken (public code)."""
     TARGET_RATE: Share = 0.0
     """Step of the target network to the Q-network after an episode; 0 = none (ours)."""
 

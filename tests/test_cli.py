@@ -110,7 +110,7 @@ def test_help_lists_every_setting_in_groups():
     assert sum(line.startswith("  python3 main.py") for line in lines[:10]) == 3
     shown = [line.split()[0] for line in lines if line.startswith("    ") and " = " in line]
     assert shown == list(Settings.model_fields)
-    assert "    DISCOUNT = 0.9; 0.96" in done.stdout
+    assert "    DISCOUNT = 0.9; 0.97" in done.stdout
     assert "    EPSILON = 1.0  " in done.stdout
 
 
