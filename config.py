@@ -150,7 +150,7 @@ class DQNSettings(Group):
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
-    """Most rewards summed before the next state's value (ours)."""
+    """Most rewards summed before the next state's value, at least a choice's (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128

@@ -48,7 +48,8 @@ def progress_reward(
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
     after the round, less the potential before it. The potential guesses how many rounds are left:
     12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), which is -12 far below the goal and 0 at it. So
-    progress pays at once, most of all near the goal, and the best walk stays the best.
+    progress pays at once, most of all near the goal, and the best walk to the goal stays the best.
+    At the round limit the potential is kept: a miss costs more, the further below the goal it ends.
 
     Args:
         accuracy: after the round, in [0, 1].

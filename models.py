@@ -361,8 +361,8 @@ class QNetwork:
     ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
         """Pass over the observations in their order with Adam.
 
-        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. The others' targets
-        hold them back at their values from before the first batch.
+        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. With it the targets of
+        all others hold them back at their values from before the first batch.
 
         Args:
             weights: (P,) float32.
@@ -372,8 +372,8 @@ class QNetwork:
             actions: (n, k) int32, those taken.
 
         Returns:
-            The new weights and moments, and the mean squared error of all samples and actions,
-            each batch's taken before its step (as Keras reports it).
+            The new weights and moments, and the mean squared error of all samples and actions (0
+            for those without an error), each batch's taken before its step (as Keras reports it).
         """
         settings, total = self._settings, 0.0
         for start in tf.range(0, tf.shape(observations)[0], settings.Q_BATCH_SIZE):

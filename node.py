@@ -147,9 +147,9 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
+        self._steps_left = 0  # for which it still lasts
         self._explores = False  # whether it was random
         self._stored = 0  # transitions of this episode
-        self._steps_left = 0  # that it lasts
 
     def act(self, observation: np.ndarray) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
@@ -191,8 +191,8 @@ class DQNAgent:
     ) -> Any:
         """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
 
-        One of several Q-networks, drawn anew, makes each choice (ours). Where they disagree, the
-        choice is random, which leaves a place without progress.
+        One of several Q-networks, drawn anew, makes each choice (ours). Where they disagree, one of
+        their choices is taken at random, which helps to leave a place without progress.
 
         Args:
             observation: (D,) float32.
@@ -213,7 +213,7 @@ class DQNAgent:
     ) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
-        The stored reward is their discounted sum, of fewer at the episode's end and before a random
+        These are at least the rewards of a choice. The stored reward is their discounted sum, of fewer at the episode's end and before a random
         choice, which says nothing of the choices before it (Watkins 1989); the next observation is
         that after the last of them. N_STEP = 1 stores the step itself (public code). An episode
         that the round limit truncates ends like one that reached the goal (public code).
@@ -229,12 +229,15 @@ class DQNAgent:
         if chosen_by == "random":
             self._store(observation, False, 0)
         self._recent.append((observation, actions, reward))
-        self._store(next_observation, done, 0 if done else self.settings.N_STEP - 1)
+        # A choice is worth what all of its rounds bring.
+        steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
+        self._store(next_observation, done, 0 if done else steps - 1)
 
     def _store(self, next_observation: np.ndarray, done: bool, waiting: int) -> None:
-        """Store the oldest recent steps, but for so many that wait, as the first of a choice.
+        """Store the oldest recent steps until ``waiting`` are left.
 
-        Only a step from which on the same actions lasted for a whole choice shows what it is worth.
+        A step counts only if its actions lasted for a whole choice, or to the episode's end. Else
+        its reward is not that of a choice.
         """
         lasting = self.settings.ROUNDS_PER_CHOICE
         while len(self._recent) > waiting:

@@ -139,7 +139,7 @@ def play(**overrides: Any) -> dict[str, float]:
 # With N nodes only the time beside training and evaluation counts, so few images will do.
 SIZES = (10, 100, 1000)
 FEW = {"REWARD": "progress", "SAMPLES_PER_NODE": 32, "OBSERVATION": "both"}
-TUNED = {**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 15, "THREADS": 1}  # what it needs
+TUNED = {**NAMED_SETTINGS["tuned"], "MAX_ROUNDS": 15, "THREADS": 1}  # rounds that it needs
 
 # What takes turns, by kind. The calls of one kind run side by side.
 MEASURES: list[Kinds] = [

@@ -53,7 +53,7 @@ class Comparison:
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name in METHODS if name not in ("tuned", "walk_search")),
+        tuple(name for name, method in METHODS.items() if not method.on_request),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",
@@ -74,7 +74,7 @@ COMPARISONS: dict[str, Comparison] = {
         },
     ),
     "ablation": Comparison(
-        "the tuned settings, and the same without each of them",
+        "the tuned settings, and the same without one of them",
         ("hl",),
         "taken back",
         {

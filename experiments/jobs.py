@@ -189,7 +189,7 @@ def run_job(job: Job) -> None:
         if job.key in finished_jobs(job.folder, job.test_episodes):
             return
     method = METHODS[job.method]
-    # All test images judge a test, and its rewards are the paper's, whatever the method.
+    # All test images judge a test, and its rewards are by power, whatever the method.
     settings = job.settings.replace(REWARD="power")
     models.use_device(settings.THREADS, settings.DEVICE)
     environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))

@@ -46,6 +46,7 @@ class Method:
     first_nodes: Callable[[Settings, int], list[int]] = lambda settings, _: [settings.STARTER_NODE]
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
+    on_request: bool = False  # whether it runs only when --methods names it
     several: bool = False  # whether the policy can choose several nodes per round
     least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
@@ -119,15 +120,16 @@ def balanced_policy(environment: DecentralizedLearning) -> Policy:
 def metropolis_chain(distances: np.ndarray) -> np.ndarray:
     """Return (N, N) float64: the probabilities of a random walk that prefers near nodes.
 
-    A node proposes others by exp(-distance / mean distance). Metropolis and Hastings' acceptance
-    keeps the walk at its node now and then, so that in the long run all nodes train equally often.
+    A node proposes others by exp(-distance / mean distance), which is our choice. Metropolis and
+    Hastings' acceptance keeps the walk at its node now and then, so that in the long run all nodes
+    train equally often.
     """
     others = ~np.eye(len(distances), dtype=bool)
     mean = distances[others].mean()
     weights = np.exp(-distances / mean if mean > 0 else distances) * others
     totals = weights.sum(axis=1)
     chain = weights / np.maximum(totals[:, None], totals)  # proposed and accepted
-    return chain + np.diag(1 - chain.sum(axis=1))
+    return chain + np.diag(np.maximum(1 - chain.sum(axis=1), 0))  # 0 may round below it
 
 
 def _metropolis(jumps: float) -> PolicyMaker:
@@ -223,6 +225,7 @@ METHODS: dict[str, Method] = {
     "tuned": Method(
         "the same with the settings of --settings tuned",
         None,
+        on_request=True,
         overrides=lambda settings: NAMED_SETTINGS["tuned"],
         several=True,
     ),
@@ -253,15 +256,22 @@ METHODS: dict[str, Method] = {
     "shortest": Method("the shortest tour through all nodes", _touring(shortest_tour)),
     "nearest_twice": Method("as nearest, two rounds on each node", _touring(nearest_tour, 2)),
     "shortest_twice": Method("as shortest, two rounds on each node", _touring(shortest_tour, 2)),
-    "balanced": Method("the node whose labels were trained on least", balanced_policy),
-    # After Liu et al. 2024 (arXiv 2407.20611). Their jumps are several hops on a graph. Here every
-    # node is one hop away, so a jump ends at any node; how often is our choice.
-    "metropolis": Method("a random walk that prefers near nodes", _metropolis(0.0)),
-    "metropolis_jumps": Method("the same, and one step in ten is a jump", _metropolis(0.1)),
+    "balanced": Method(
+        "the node whose labels were trained on least", balanced_policy, on_request=True
+    ),
+    # After Liu et al. 2024 (arXiv 2407.20611), who prefer nodes by their data, not by distance.
+    # Their jumps are several hops on a graph. Here a jump ends at any node; how often is ours.
+    "metropolis": Method(
+        "a random walk that prefers near nodes", _metropolis(0.0), on_request=True
+    ),
+    "metropolis_jumps": Method(
+        "the same, and one step in ten is a jump", _metropolis(0.1), on_request=True
+    ),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST, a bound",
         lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
+        on_request=True,
         least_nodes=6,
     ),
     # It learns from the rewards of `tuned`, and sees nothing.
@@ -269,6 +279,7 @@ METHODS: dict[str, Method] = {
         "a fixed walk, searched in as many episodes as train a DQN",
         None,
         search.WalkSearch,
+        on_request=True,
         overrides=lambda settings: (
             {
                 name: value

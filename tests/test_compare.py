@@ -440,7 +440,7 @@ def test_a_trial_s_rows_are_means_of_its_tables(tmp_path, monkeypatch, capsys):
     assert float(row["communication_cost"]) == pytest.approx(cost, abs=1e-4)
     settings = row["settings"].split()
     assert {"DISCOUNT=0.5", "REPLAY_SAMPLE=8", "GOAL_ACCURACY=0.3"} <= set(settings)
-    assert not any(part.startswith(("DUELING", "DATASET", "RESULTS_DIR")) for part in settings)
+    assert not any(part.startswith(("Q_NETWORKS", "DATASET", "RESULTS_DIR")) for part in settings)
     assert (row["validation_episodes"], row["error"]) == ("2", "")
     assert json.loads((folder / "config.json").read_text())["episodes"] == "validation"
     read_table(tmp_path / "tuning.csv", compare.LOG_COLUMNS)
@@ -458,7 +458,7 @@ def test_a_second_trial_adds_rows_and_repeats_nothing(tmp_path, monkeypatch, cap
     assert found[0] == first  # with the seconds that it took
     keys = [(row["trial"], row["seed"]) for row in found]
     assert keys == [("one", "1"), ("one", "0"), ("other", "1")]
-    assert {"DUELING=True", "HIDDEN_UNITS=(64,64)"} <= set(found[2]["settings"].split())
+    assert {"FIT_ALL_ACTIONS=False", "Q_NETWORKS=5"} <= set(found[2]["settings"].split())
     # Other settings under the same name change nothing; a foreign log is refused.
     assert trial(tmp_path, "one", "--set", "DISCOUNT=0.1") == 2
     assert "DISCOUNT = 0.9 there, 0.1 now" in capsys.readouterr().err
@@ -574,7 +574,7 @@ def test_the_ablation_takes_back_every_change():
         assert set(variant.items()) < set(tuned.items())
         taken_back |= set(tuned) - set(variant)
     assert taken_back == set(tuned)
-    assert len(variants) == 17
+    assert len(variants) == 12
 
 
 def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
@@ -584,11 +584,9 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
         assert len({job.folder for job in made}) == len(made)
         assert len(made) == 2 * len(comparison.methods) * len(comparison.variants)
         assert not any("/" in variant for variant in comparison.variants)  # a folder's name
-    assert set(compare.COMPARISONS["paper"].methods) == set(methods.METHODS) - {
-        "tuned",
-        "best_walk",
-        "walk_search",
-    }
+    on_request = set(methods.METHODS) - set(compare.COMPARISONS["paper"].methods)
+    rivals = {"balanced", "metropolis", "metropolis_jumps"}
+    assert on_request == {"tuned", "best_walk", "walk_search"} | rivals
 
 
 def test_values_are_split_at_commas_outside_parentheses():
@@ -596,7 +594,7 @@ def test_values_are_split_at_commas_outside_parentheses():
     values = {"(64,64)": (64, 64), "(128,)": (128,), "(500,)": (500,)}
     expected = {name: {"HIDDEN_UNITS": value} for name, value in values.items()}
     assert plan.comparison.variants == expected
-    plan = compare.parse(["--vary", "DUELING=True,False"])
+    plan = compare.parse(["--vary", "FIT_ALL_ACTIONS=True,False"])
     assert list(plan.comparison.variants) == ["True", "False"]
     assert plan.methods == ["hl", "random", "nearest_twice"]
 

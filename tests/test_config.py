@@ -24,6 +24,7 @@ def test_defaults_are_the_public_codes():
     assert (config.REPLAY_CAPACITY, s.REPLAY_SAMPLE, s.Q_BATCH_SIZE) == (50_000, 128, 16)
     assert (s.FIT_ALL_ACTIONS, s.UPDATES_PER_EPISODE) == (True, 1)
     assert (s.TARGET_RATE, s.N_STEP) == (0, 1)
+    assert (s.REWARD, s.ROUNDS_PER_CHOICE, s.Q_NETWORKS) == ("power", 1, 1)
     assert (s.EPSILON, s.EPSILON_DECAY) == (1.0, 0.02)
 
 
@@ -78,6 +79,7 @@ def test_replace_changes_a_copy_and_validates():
         ("HIDDEN_UNITS", (500, 2.5), "a tuple of integers >= 1"),
         ("FIT_ALL_ACTIONS", 1, "True or False"),
         ("FIT_ALL_ACTIONS", "yes", "True or False"),
+        ("REPLAY_SAMPLE", 50_001, r"an integer in \[1, 50000\]"),
         ("NAME", "../elsewhere", "letters, digits"),
         ("NAME", ".", "letters, digits"),
         ("DATASET", 3, "text"),

@@ -285,9 +285,9 @@ def test_no_more_images_judge_than_there_are(few, count, judges, monkeypatch):
 @pytest.mark.parametrize(
     ("correct", "numbers", "accuracy"),
     [
-        # Three standard errors of 50 and 100 images of 359, at 0.6: 0.1931 and 0.1249.
+        # Three standard errors of 50 and 100 images of 359, at 0.6: 0.1931 and 0.1250.
         ({50: 20}, (50,), 20 / 50),  # 0.4 < 0.6 - 0.1931 = 0.4069
-        ({50: 21, 100: 26}, (50, 50), 47 / 100),  # 0.47 < 0.4751
+        ({50: 21, 100: 26}, (50, 50), 47 / 100),  # 0.47 < 0.4750
         ({50: 21, 100: 27, 359: 167}, (50, 50, 259), 215 / 359),  # 0.4800; then 0.5989
         ({50: 50, 100: 50, 359: 116}, (50, 50, 259), 216 / 359),  # 0.6017: the goal is reached
         ({50: 50, 100: 50, 359: 115}, (50, 50, 259), 215 / 359),

@@ -153,6 +153,7 @@ def test_one_compiled_q_network_serves_its_settings():
         "Q_LEARNING_RATE": 0.1,
         "Q_WEIGHT_DECAY": 0.1,
         "Q_BATCH_SIZE": 9,
+        "FIT_ALL_ACTIONS": False,
     }
     latest = one
     for name, value in changes.items():

@@ -11,8 +11,6 @@ from config import Settings
 from models import tf
 from node import DQNAgent, ReplayBuffer
 
-RNG = np.random.default_rng(0)  # for policies that draw from it
-
 # --- Replay buffer ---------------------------------------------------------------------------
 
 
@@ -184,7 +182,8 @@ def test_the_frozen_policy_chooses_every_few_rounds():
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
     infos = [{"round": past, "node": 7} for past in range(1, 8)]
-    chosen = [agent.greedy(observation, info, RNG) for info in infos]
+    rng = np.random.default_rng(0)
+    chosen = [agent.greedy(observation, info, rng) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
 
 
@@ -217,7 +216,8 @@ def test_one_network_leads_an_episode_and_any_makes_a_tested_choice(monkeypatch)
         assert chosen == [chosen[0]] * 3
         led.append(chosen[0][0])
         agent.decay_epsilon()
-    tested = [agent.greedy(observation, {"round": 1}, RNG) for _ in range(800)]
+    rng = np.random.default_rng(0)
+    tested = [agent.greedy(observation, {"round": 1}, rng) for _ in range(800)]
     for choices in (led, tested):
         # Standard deviations 14.1 and 12.2.
         assert abs(np.bincount(np.ravel(choices)) - [200, 200, 400]).max() < 5 * 14.1
@@ -339,6 +339,15 @@ def test_returns_of_several_steps_by_hand():
         (3, 0, 6.25, 6, True, 3),
         (4, 1, 6.5, 6, True, 2),
         (5, 2, 5, 6, True, 1),
+    ]
+
+
+def test_returns_are_at_least_those_of_a_choice():
+    assert remembered((1, 1, 0, 0, 2), N_STEP=1, ROUNDS_PER_CHOICE=2) == [
+        (1, 1, 2, 3, False, 2),  # 1 + 2 / 2; step 2 has other actions after it
+        (3, 0, 5, 5, False, 2),
+        (5, 2, 5, 6, True, 1),
+        (1, 1, 2, 3, False, 2),
     ]
 
 
