@@ -509,7 +509,7 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs"),
         (["--settings", "best"], "argument --settings: invalid choice: 'best'"),
         (["ablation", "--settings", "tuned"], "--settings: got it beside"),
-        (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.96"),
+        (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.97"),
         (["observation", "--set", "OBSERVATION=local"], "OBSERVATION: got it with --set"),
         (["observation", "--methods", "tuned"], "OBSERVATION: got 'broadcast', takes 'both'"),
         (["--vary", "GOAL_ACCURACY"], "--vary: got 'GOAL_ACCURACY', takes NAME=v1"),
