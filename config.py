@@ -172,8 +172,8 @@ class ExplorationSettings(Group):
     """Probability of a random action in episode 1 (public code)."""
     EPSILON_DECAY: NotNegative = 0.02
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
-    EXPLORATION_PERSIST: Share = 0.0
-    """Probability of repeating a random choice (ours)."""
+    MAX_STAY: CountOrZero = 0
+    """Rounds in a row after which another node must follow; 0 = never (ours)."""
 
 
 class RunSettings(Group):
@@ -214,7 +214,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
         "FIT_ALL_ACTIONS": False,
         "TARGET_RATE": 0.2,
         "EPSILON_DECAY": 0.04,
-        "EXPLORATION_PERSIST": 0.6,
+        "MAX_STAY": 9,
     },
 }
 

@@ -148,6 +148,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         communication_cost: sum of the episode's distances.
         reward: of the round.
         goal_reached: whether the accuracy is at least GOAL_ACCURACY.
+        barred: the nodes that MAX_STAY keeps the agent from choosing next.
         diverged: whether some weight is not finite.
 
     A node is a shard, a weight vector and Adam's moments, kept within an episode (public code).
@@ -217,6 +218,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._own: dict[int, tf.Tensor] = {}  # each node's own last model, for `local`
         self._moments: dict[int, Moments] = {}
         self._round, self._cost, self._accuracy = 0, 0.0, 0.0
+        self._stays: dict[int, int] = {}  # rounds in a row of the nodes that trained last
         # The model starts where it is first trained: round 1 costs nothing.
         self._holder = nodes[0]
         observation, _, _, _, info = self._train_round(nodes)
@@ -252,6 +254,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._model = tf.add_n([*self._trained.values()]) / len(nodes)
 
         self._round += 1
+        self._stays = {node: self._stays.get(node, 0) + 1 for node in nodes}
         # With several nodes the public code counts the way to the first of them alone.
         distance = float(self.distances[self._holder, nodes[0]])
         self._holder = nodes[0]
@@ -274,9 +277,20 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "communication_cost": self._cost,
             "reward": value,
             "goal_reached": terminated,
+            "barred": self._barred(),
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
+
+    def _barred(self) -> list[int]:
+        """Return the nodes that trained MAX_STAY rounds in a row, unless too few others are left.
+
+        The environment takes them all the same: only the agent keeps to it (ours).
+        """
+        settings = self.settings
+        longest = settings.MAX_STAY or math.inf
+        barred = [node for node, rounds in self._stays.items() if rounds >= longest]
+        return barred if settings.NUM_NODES - len(barred) >= settings.NODES_PER_ROUND else []
 
     def _judged(self) -> float:
         """Return the accuracy that the round counts with: of all test images (public code).

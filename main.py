@@ -40,7 +40,7 @@ def train(
     run.start(environment.shards, environment.distances)
 
     def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
-        return agent.act(observation)
+        return agent.act(observation, info["barred"])
 
     bar = tqdm(
         total=settings.EPISODES,
@@ -63,6 +63,7 @@ def train(
                         round_.next_observation,
                         round_.terminated or round_.truncated,
                         round_.chosen_by,
+                        round_.info["barred"],
                     )
                 bar.set_postfix_str(
                     f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "

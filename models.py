@@ -247,11 +247,14 @@ def q_targets(
 
     Args:
         q_values: (n, K, A) float32, each network's at the observation.
-        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean.
+        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean, and the
+            maximum leaves out actions that MAX_STAY bars there.
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and FIT_ALL_ACTIONS.
     """
-    future = tf.cast(tf.reduce_max(tf.reduce_mean(next_values, 1), 1), tf.float64)
+    barred = actions_taken(sample["barred"], q_values.shape[-1])[:, 0]
+    possible = tf.where(barred, next_values.dtype.min, tf.reduce_mean(next_values, 1))
+    future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
@@ -263,7 +266,7 @@ def q_targets(
 
 
 def actions_taken(actions: tf.Tensor, count: int) -> tf.Tensor:
-    """Return (n, 1, count) bool: which actions were taken, from (n, k) int32."""
+    """Return (n, 1, count) bool: which actions (n, k) int32 names; -1 names none."""
     return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)[:, None]
 
 
@@ -298,6 +301,7 @@ class QNetwork:
             "next_observations": observations,
             "terminals": tf.TensorSpec([None], tf.bool),
             "steps": tf.TensorSpec([None], tf.int32),
+            "barred": tf.TensorSpec([None, settings.NODES_PER_ROUND], tf.int32),
         }
         draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
         # Traced once here, so that many agents in one process cause no retracing.

@@ -7,6 +7,7 @@ observation and discrete actions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class ReplayBuffer:
             ("next_observations", np.float32, (observation_size,)),
             ("terminals", np.bool_),
             ("steps", np.int32),
+            ("barred", np.int32, (actions_per_step,)),
         ]
         self._ring = np.zeros(capacity, transition)  # takes memory only where it is written
 
@@ -55,6 +57,7 @@ class ReplayBuffer:
         next_observation: np.ndarray,
         terminal: bool,
         steps: int = 1,
+        barred: Sequence[int] = (),
     ) -> None:
         """Store one transition, of one step or several.
 
@@ -65,8 +68,11 @@ class ReplayBuffer:
             next_observation: (D,) float32, after the last step.
             terminal: whether the episode ended there.
             steps: number of steps.
+            barred: at most k actions that may not follow.
         """
-        transition = (observation, actions, reward, next_observation, terminal, steps)
+        none = [-1] * (len(actions) - len(barred))
+        following = (next_observation, terminal, steps, [*barred, *none])
+        transition = (observation, actions, reward, *following)
         self._ring[self.added % self.capacity] = transition
         self.added += 1
 
@@ -147,43 +153,55 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
+        self._barred: Sequence[int] = ()  # when it was made
         self._steps_left = 0  # for which it still lasts
-        self._explores = False  # whether it was random
+        self._repeats_left = 0  # of a random one
         self._stored = 0  # transitions of this episode
 
-    def act(self, observation: np.ndarray) -> tuple[list[int], str]:
+    def act(self, observation: np.ndarray, barred: Sequence[int] = ()) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
 
-        Epsilon-greedy (public code). A choice lasts ROUNDS_PER_CHOICE steps. With probability
-        EXPLORATION_PERSIST a choice that follows a random one repeats it, whatever epsilon is.
-        Both are ours (after Dabney et al. 2021): what is learned at a node shows after several
-        rounds there, and independent random choices hardly ever stay that long.
+        Epsilon-greedy (public code). A choice lasts ROUNDS_PER_CHOICE steps. With MAX_STAY a random
+        one is repeated up to that, each number of repetitions being as likely. Both are ours (after
+        Dabney et al. 2021): what is learned at a node shows after several rounds there, and
+        independent random choices hardly ever stay that long.
+
+        Args:
+            observation: (D,) float32.
+            barred: actions that a new choice leaves out.
         """
         self._steps_left -= 1
         if self._steps_left > 0:
             return self._choice, "repeated"
         self._steps_left = self.settings.ROUNDS_PER_CHOICE
-        persist, chance = self.settings.EXPLORATION_PERSIST, self._exploration.random
-        if persist and self._explores and chance() < persist:
+        self._repeats_left -= 1
+        if self._repeats_left >= 0 and not set(barred) & set(self._choice):
             return self._choice, "repeated"
-        self._explores = bool(chance() < self.epsilon)
-        if not self._explores:
-            self._choice = self.best_actions(observation, self._leader)
+        self._repeats_left, self._barred = 0, barred
+        if self._exploration.random() >= self.epsilon:
+            self._choice = self.best_actions(observation, self._leader, barred)
             return self._choice, "greedy"
         order = self._exploration.permutation(self.actions)
-        self._choice = order[: self.actions_per_step].tolist()
+        allowed = order[~np.isin(order, barred)]
+        self._choice = allowed[: self.actions_per_step].tolist()
+        longest = self.settings.MAX_STAY // self.settings.ROUNDS_PER_CHOICE
+        if longest > 1:
+            self._repeats_left = int(self._exploration.integers(longest))
         return self._choice, "random"
 
     def _draw_network(self, rng: np.random.Generator) -> int:
         networks = self.settings.Q_NETWORKS
         return int(rng.integers(networks)) if networks > 1 else 0
 
-    def best_actions(self, observation: np.ndarray, network: int = 0) -> list[int]:
-        """Return the k actions of a Q-network's greatest Q values, best first.
+    def best_actions(
+        self, observation: np.ndarray, network: int = 0, barred: Sequence[int] = ()
+    ) -> list[int]:
+        """Return the k actions of a Q-network's greatest Q values, best first, no barred ones.
 
         Of equal ones the lower number is first.
         """
         q_values = self.q.values(self.weights, observation[None])[0, network]
+        q_values[list(barred)] = -np.inf
         return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
 
     def greedy(
@@ -196,11 +214,12 @@ class DQNAgent:
 
         Args:
             observation: (D,) float32.
-            info: ``round`` and ``node`` of the last round, as the environment gives them.
+            info: ``round``, ``node`` and ``barred`` after the last round (the environment's).
             rng: draws the Q-network that decides.
         """
-        due = (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE == 0
-        return self.best_actions(observation, self._draw_network(rng)) if due else info["node"]
+        if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
+            return info["node"]
+        return self.best_actions(observation, self._draw_network(rng), info["barred"])
 
     def remember(
         self,
@@ -210,10 +229,12 @@ class DQNAgent:
         next_observation: np.ndarray,
         done: bool,
         chosen_by: str = "greedy",
+        barred: Sequence[int] = (),
     ) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
-        These are at least the rewards of a choice. The stored reward is their discounted sum, of fewer at the episode's end and before a random
+        These are at least the rewards of a choice. The stored reward is their discounted sum, of
+        fewer at the episode's end and before a random
         choice, which says nothing of the choices before it (Watkins 1989); the next observation is
         that after the last of them. N_STEP = 1 stores the step itself (public code). An episode
         that the round limit truncates ends like one that reached the goal (public code).
@@ -225,15 +246,18 @@ class DQNAgent:
             next_observation: (D,) float32, after it.
             done: whether the episode ended with it.
             chosen_by: what ``act`` returned.
+            barred: actions that may not follow the step.
         """
         if chosen_by == "random":
-            self._store(observation, False, 0)
+            self._store(observation, self._barred, False, 0)
         self._recent.append((observation, actions, reward))
         # A choice is worth what all of its rounds bring.
         steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
-        self._store(next_observation, done, 0 if done else steps - 1)
+        self._store(next_observation, barred, done, 0 if done else steps - 1)
 
-    def _store(self, next_observation: np.ndarray, done: bool, waiting: int) -> None:
+    def _store(
+        self, next_observation: np.ndarray, barred: Sequence[int], done: bool, waiting: int
+    ) -> None:
         """Store the oldest recent steps until ``waiting`` are left.
 
         A step counts only if its actions lasted for a whole choice, or to the episode's end. Else
@@ -248,7 +272,7 @@ class DQNAgent:
                 discount, total = self.settings.DISCOUNT, 0.0
                 for i, (_, _, reward) in enumerate(self._recent):
                     total += discount**i * reward
-                self.replay.add(first, chosen, total, next_observation, done, steps)
+                self.replay.add(first, chosen, total, next_observation, done, steps, barred)
                 self._stored += 1
             self._recent.pop(0)
 

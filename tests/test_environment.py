@@ -187,6 +187,25 @@ def test_check_env_without_warnings(few, per_round):
         check_env(made.unwrapped, skip_render_check=True)
 
 
+def barred(nodes, few, **settings):
+    """Return what is barred after each round."""
+    limits = {"MAX_ROUNDS": 20, "GOAL_ACCURACY": 1.0, "MAX_STAY": 2}
+    env = DecentralizedLearning(small_settings(**limits, **settings), few)
+    found = [env.reset(seed=0, options={"nodes": nodes[0]})[1]]
+    found += [env.step(np.squeeze(action))[-1] for action in nodes[1:]]
+    return [info["barred"] for info in found]
+
+
+def test_a_node_is_barred_after_its_longest_stay(few):
+    nodes = [[0], [0], [0], [1], [0], [0]]
+    assert barred(nodes, few, NUM_NODES=3) == [[], [0], [0], [], [], [0]]
+    several = [[0, 1], [1, 2], [2, 1], [0, 3]]
+    found = barred(several, few, NUM_NODES=4, NODES_PER_ROUND=2)
+    assert [sorted(some) for some in found] == [[], [1], [1, 2], []]
+    # One of three nodes is too few for the next round.
+    assert barred(several[:3], few, NUM_NODES=3, NODES_PER_ROUND=2) == [[], [1], []]
+
+
 def test_spaces_and_info(few):
     env = DecentralizedLearning(small_settings(), few)
     assert env.action_space == gymnasium.spaces.Discrete(4)

@@ -131,38 +131,45 @@ def test_share_of_random_actions():
     assert abs(kinds.count("random") - 300) < 5 * 14.5
 
 
-def test_exploration_that_persists_at_small_epsilon(monkeypatch):
-    agent = make_agent(NUM_NODES=10, EPSILON=0.1, EXPLORATION_PERSIST=0.75)
-    monkeypatch.setattr(
-        agent.q,
-        "values",
-        lambda weights, observations: -np.abs(np.arange(10.0) - 7)[None, None],
-    )
-    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(20_000)]
-    kinds = [kind for _, kind in chosen]
-    for (before, kind), (after, next_kind) in itertools.pairwise(chosen):
-        if next_kind == "repeated":
-            assert kind != "greedy"
-            assert after == before
-    # A Markov chain: a greedy choice is followed by a random one with 0.1, a random one is repeated
-    # with 0.75 and else followed by a greedy one with 0.9. So 0.1 / (0.1 + 0.225) of the choices
-    # are not greedy, with a standard deviation of 0.0074.
-    assert abs(1 - kinds.count("greedy") / 20_000 - 0.1 / 0.325) < 5 * 0.0074
-    # Each of about 1,540 random choices is followed by 0.75 / 0.25 repeated ones on average, with a
-    # standard deviation of sqrt(0.75) / 0.25.
-    assert abs(kinds.count("repeated") / kinds.count("random") - 3) < 5 * 0.088
+def test_a_random_choice_is_repeated_up_to_the_longest_stay():
+    agent = make_agent(NUM_NODES=10, EPSILON=1.0, ROUNDS_PER_CHOICE=2, MAX_STAY=7)
+    kinds = [agent.act(np.ones(4, np.float32))[1] for _ in range(12_000)]
+    starts = [*np.flatnonzero(np.array(kinds) == "random"), 12_000]
+    lengths = np.diff(starts)[:-1]
+    # One, two or three choices of two steps each; about 1,000 of each, standard deviation 26.
+    counts = np.bincount(lengths, minlength=7)
+    assert counts[[2, 4, 6]].sum() == len(lengths)
+    assert abs(counts[[2, 4, 6]] - len(lengths) / 3).max() < 5 * 26
 
 
-@pytest.mark.parametrize("per_step", [1, 3])
-def test_exploration_that_persists_ends_with_the_episode(per_step):
-    agent = make_agent(NUM_NODES=10, NODES_PER_ROUND=per_step, EPSILON=1.0, EXPLORATION_PERSIST=1.0)
+def test_repetitions_end_with_the_episode_and_where_a_node_is_barred():
+    agent = make_agent(NUM_NODES=10, EPSILON=1.0, MAX_STAY=1000)
     observation = np.ones(4, np.float32)
-    first = agent.act(observation)
-    assert first[1] == "random"
-    assert [agent.act(observation) for _ in range(9)] == [(first[0], "repeated")] * 9
+    (node,), kind = agent.act(observation)
+    assert kind == "random"
+    assert agent.act(observation) == ([node], "repeated")
+    assert agent.act(observation, [node - 1]) == ([node], "repeated")
+    (after,), kind = agent.act(observation, [node])
+    assert kind == "random"
+    assert after != node
     agent.decay_epsilon()
     agent.epsilon = 0.0
     assert agent.act(observation)[1] == "greedy"
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_barred_actions_are_never_chosen(per_step):
+    agent = make_agent(NUM_NODES=6, NODES_PER_ROUND=per_step, EPSILON=0.5)
+    observation = np.ones(4, np.float32)
+    best = agent.best_actions(observation)
+    order = np.argsort(-agent.q.values(agent.weights, observation[None])[0, 0])
+    assert agent.best_actions(observation, barred=best) == [
+        action for action in order if action not in best
+    ][:per_step]
+    for _ in range(100):
+        assert not set(agent.act(observation, best)[0]) & set(best)
+    info = {"round": 1, "node": best, "barred": best}
+    assert not set(agent.greedy(observation, info, np.random.default_rng(0))) & set(best)
 
 
 def test_a_choice_lasts_its_rounds():
@@ -181,7 +188,7 @@ def test_the_frozen_policy_chooses_every_few_rounds():
     agent = make_agent(ROUNDS_PER_CHOICE=3)
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
-    infos = [{"round": past, "node": 7} for past in range(1, 8)]
+    infos = [{"round": past, "node": 7, "barred": []} for past in range(1, 8)]
     rng = np.random.default_rng(0)
     chosen = [agent.greedy(observation, info, rng) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
@@ -217,7 +224,7 @@ def test_one_network_leads_an_episode_and_any_makes_a_tested_choice(monkeypatch)
         led.append(chosen[0][0])
         agent.decay_epsilon()
     rng = np.random.default_rng(0)
-    tested = [agent.greedy(observation, {"round": 1}, rng) for _ in range(800)]
+    tested = [agent.greedy(observation, {"round": 1, "barred": []}, rng) for _ in range(800)]
     for choices in (led, tested):
         # Standard deviations 14.1 and 12.2.
         assert abs(np.bincount(np.ravel(choices)) - [200, 200, 400]).max() < 5 * 14.1
@@ -233,6 +240,7 @@ SAMPLE = {
     "rewards": np.array([-0.5, 0.75]),
     "terminals": np.array([False, True]),
     "steps": np.array([1, 1], np.int32),
+    "barred": np.array([[-1], [-1]], np.int32),
 }
 
 
@@ -247,6 +255,12 @@ def test_targets_by_hand():
     # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
     expected = [[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]
     np.testing.assert_allclose(targets(), expected, rtol=1e-6)
+
+
+def test_targets_leave_out_barred_actions():
+    # Without action 0 the next value is 1: -0.5 + 0.9 * 1 = 0.4.
+    sample = dict(SAMPLE, barred=np.array([[0], [0]], np.int32))
+    np.testing.assert_allclose(targets(sample), [[[1.0, 0.4, 3.0], [0.5, -1.0, 0.75]]], rtol=1e-6)
 
 
 def test_normalised_targets_by_hand():
@@ -322,7 +336,7 @@ def remembered(actions=(1, 2, 0, 1, 2), random=(), **overrides):
             t["actions"][0],
             t["rewards"],
             t["next_observations"][0],
-            *t.item()[4:],
+            *t.item()[4:6],
         )
         for t in agent.replay.latest(9)
     ]
@@ -379,6 +393,22 @@ def test_waiting_steps_end_with_the_episode():
 
 
 # --- Training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("greedy", 2), ("random", 1)])
+def test_what_is_barred_is_stored_with_the_next_observation(kind, expected):
+    """That after the second step, or before it, where a random choice ends the first one's sum."""
+    agent = make_agent(N_STEP=2, EPSILON=float(kind == "random"))
+    barred = 0
+    for step in (1, 2):
+        seen, following = np.full(4, step), np.full(4, step + 1)
+        actions, chosen_by = agent.act(seen, [barred])
+        assert chosen_by == kind
+        barred = step
+        agent.remember(seen, actions, 1.0, following, False, chosen_by, [barred])
+    (stored,) = agent.replay.latest(9)
+    assert stored["barred"].tolist() == [expected]
+    assert stored["next_observations"][0] == expected + 1
 
 
 def filled(agent, count, seed=0):
@@ -502,7 +532,7 @@ TOGETHER = {
     "Q_NETWORKS": 2,
     "TARGET_RATE": 1.0,
     "Q_WEIGHT_DECAY": 0.01,
-    "EXPLORATION_PERSIST": 0.5,
+    "MAX_STAY": 4,
 }
 
 
