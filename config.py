@@ -153,6 +153,8 @@ class DQNSettings(Group):
     """Most rewards summed before the next state's value, at least a choice's (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
+    MAX_STAY: CountOrZero = 0
+    """Most rounds in a row at a node; random stays are drawn up to it; 0 = off (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training waits for so many (public code)."""
     Q_BATCH_SIZE: Count = 16
@@ -172,8 +174,6 @@ class ExplorationSettings(Group):
     """Probability of a random action in episode 1 (public code)."""
     EPSILON_DECAY: NotNegative = 0.02
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
-    MAX_STAY: CountOrZero = 0
-    """Rounds in a row after which another node must follow; 0 = never (ours)."""
 
 
 class RunSettings(Group):

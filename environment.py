@@ -283,7 +283,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
 
     def _barred(self) -> list[int]:
-        """Return the nodes that trained MAX_STAY rounds in a row, unless too few others are left.
+        """Return the nodes that trained MAX_STAY rounds in a row; none if too few others are left.
 
         The environment takes them all the same: only the agent keeps to it (ours).
         """
@@ -334,8 +334,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         ``both`` (ours): the first broadcast score of each node, then the first local ones. A
         component's sign has no meaning of its own, and by scikit-learn's rule (public code) it
         flips from round to round. Here the last node's score is never negative. The scores are
-        multiplied by 4 and 0.4, which gives both kinds the same spread: a round moves the model
-        little compared with how far the models lie apart.
+        multiplied by 4 and 0.4, which gives both kinds the same spread.
 
         Returns:
             Float32: (N * N,), for ``both`` (2 * N,), for ``last_node`` and ``zeros`` (N,).

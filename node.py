@@ -121,7 +121,7 @@ class DQNAgent:
             step. The replay buffer is no larger than EPISODES can fill it.
 
     Attributes:
-        epsilon: probability of a random action in each step that does not repeat one.
+        epsilon: probability of a random choice.
         episode: number of the present episode, from 1.
         replay: the replay buffer.
         q: the shared ``QNetwork``.
@@ -146,14 +146,14 @@ class DQNAgent:
     def _enter_episode(self, episode: int) -> None:
         self.episode = episode
         self._exploration = stream(self.settings.SEED, "exploration", episode)
-        # One of several Q-networks leads the episode (ours; after Osband et al. 2016): it follows
-        # its own guess through a whole walk, which explores more than a new network per choice.
+        # One Q-network leads the whole episode (ours; after Osband et al. 2016). This explores more
+        # than a new network per choice.
         self._leader = self._draw_network(self._exploration)
         self._draws = stream(self.settings.SEED, "replay", episode)
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
-        self._barred: Sequence[int] = ()  # when it was made
+        self._barred: Sequence[int] = ()  # before the next one
         self._steps_left = 0  # for which it still lasts
         self._repeats_left = 0  # of a random one
         self._stored = 0  # transitions of this episode
@@ -162,9 +162,9 @@ class DQNAgent:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
 
         Epsilon-greedy (public code). A choice lasts ROUNDS_PER_CHOICE steps. With MAX_STAY a random
-        one is repeated up to that, each number of repetitions being as likely. Both are ours (after
-        Dabney et al. 2021): what is learned at a node shows after several rounds there, and
-        independent random choices hardly ever stay that long.
+        choice is repeated up to so many steps; how often is drawn uniformly. Both are ours (after
+        Dabney et al. 2021). A node's effect shows after several rounds, and independent choices
+        rarely stay that long.
 
         Args:
             observation: (D,) float32.
@@ -177,21 +177,22 @@ class DQNAgent:
         self._repeats_left -= 1
         if self._repeats_left >= 0 and not set(barred) & set(self._choice):
             return self._choice, "repeated"
-        self._repeats_left, self._barred = 0, barred
+        self._repeats_left = 0
         if self._exploration.random() >= self.epsilon:
             self._choice = self.best_actions(observation, self._leader, barred)
             return self._choice, "greedy"
-        order = self._exploration.permutation(self.actions)
-        allowed = order[~np.isin(order, barred)]
-        self._choice = allowed[: self.actions_per_step].tolist()
+        self._choice = self._first(self._exploration.permutation(self.actions), barred)
         longest = self.settings.MAX_STAY // self.settings.ROUNDS_PER_CHOICE
         if longest > 1:
             self._repeats_left = int(self._exploration.integers(longest))
         return self._choice, "random"
 
     def _draw_network(self, rng: np.random.Generator) -> int:
-        networks = self.settings.Q_NETWORKS
-        return int(rng.integers(networks)) if networks > 1 else 0
+        return int(rng.integers(self.settings.Q_NETWORKS))
+
+    def _first(self, order: np.ndarray, barred: Sequence[int]) -> list[int]:
+        """Return the first k actions of an order, without barred ones."""
+        return order[~np.isin(order, barred)][: self.actions_per_step].tolist()
 
     def best_actions(
         self, observation: np.ndarray, network: int = 0, barred: Sequence[int] = ()
@@ -201,8 +202,7 @@ class DQNAgent:
         Of equal ones the lower number is first.
         """
         q_values = self.q.values(self.weights, observation[None])[0, network]
-        q_values[list(barred)] = -np.inf
-        return np.argsort(-q_values, kind="stable")[: self.actions_per_step].tolist()
+        return self._first(np.argsort(-q_values, kind="stable"), barred)
 
     def greedy(
         self, observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator
@@ -233,11 +233,11 @@ class DQNAgent:
     ) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
-        These are at least the rewards of a choice. The stored reward is their discounted sum, of
-        fewer at the episode's end and before a random
-        choice, which says nothing of the choices before it (Watkins 1989); the next observation is
-        that after the last of them. N_STEP = 1 stores the step itself (public code). An episode
-        that the round limit truncates ends like one that reached the goal (public code).
+        These are at least the rewards of a choice, and the stored reward is their discounted sum.
+        It is shorter at the episode's end and before a random choice, which says nothing of the
+        choices before it (Watkins 1989). The next observation is that after the last of them.
+        N_STEP = 1 stores the step itself (public code). An episode that the round limit truncates
+        ends like one that reached the goal (public code).
 
         Args:
             observation: (D,) float32, before the step.
@@ -254,6 +254,7 @@ class DQNAgent:
         # A choice is worth what all of its rounds bring.
         steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
         self._store(next_observation, barred, done, 0 if done else steps - 1)
+        self._barred = barred
 
     def _store(
         self, next_observation: np.ndarray, barred: Sequence[int], done: bool, waiting: int

@@ -1,10 +1,11 @@
-"""Which goal and limit of rounds suit a dataset, by the episodes of ``random`` and ``standalone``.
+"""Recommend a dataset's goal and limit of rounds, by episodes of ``random`` and ``standalone``.
 
 Usage: ``python3 -m experiments.goal results/<comparison>``
 
-A goal's limit is the round by which random has reached it in nine of ten episodes. The goal that
-suits is the lowest whole percent that at most one of twenty episodes at a node alone reaches by
-then. MNIST's values of the public code, 0.80 and 36, follow this rule to one round.
+A goal's limit is the round by which random has reached it in nine of ten episodes. The recommended
+goal is the lowest whole percent that standalone reaches by then in at most one of twenty. MNIST's
+values of the public code, 0.80 and 36, follow this rule to one round. Higher goals than that of the
+comparison are not judged: GOAL_ACCURACY = 1 and a high MAX_ROUNDS judge them all.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import cli
 from config import UserError
 from experiments import estimates
 
-REACHED_BY_RANDOM = 0.9  # share of episodes, at least
-REACHED_ALONE = 0.05  # share of episodes, at most
+RANDOM_SHARE = 0.9  # of the episodes reach the goal, at least
+STANDALONE_SHARE = 0.05  # at most
 
 
 def first_rounds(rounds: pd.DataFrame, goal: float) -> np.ndarray:
@@ -29,10 +30,12 @@ def first_rounds(rounds: pd.DataFrame, goal: float) -> np.ndarray:
     return np.sort(reached.groupby([rounds["seed"], rounds["episode"]]).min())
 
 
-def goals(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Return the goals that random reaches: ``goal``, ``limit`` and the share reached ``alone``.
+def goals(rounds: pd.DataFrame, highest: float) -> pd.DataFrame:
+    """Return ``goal``, ``limit`` and standalone's ``share`` for each goal up to the recommended.
 
-    The last row is the goal that suits, if there is one; the rows before are the lower ones.
+    Args:
+        rounds: the comparison's.
+        highest: goal that is judged.
 
     Raises:
         UserError: ``random`` or ``standalone`` is missing.
@@ -41,28 +44,34 @@ def goals(rounds: pd.DataFrame) -> pd.DataFrame:
     if random.empty or alone.empty:
         raise UserError("goal: got no episodes of random or standalone, takes both")
     found = []
-    for percent in range(1, 101):
+    for percent in range(1, round(100 * highest) + 1):
         times = first_rounds(random, percent / 100)
-        limit = times[int(np.ceil(REACHED_BY_RANDOM * len(times))) - 1]
-        share = np.mean(first_rounds(alone, percent / 100) <= limit)
-        if np.isfinite(limit):
-            found.append((percent / 100, int(limit), float(share)))
-        if np.isinf(limit) or share <= REACHED_ALONE:
+        limit = times[int(np.ceil(RANDOM_SHARE * len(times))) - 1]
+        if np.isinf(limit):
             break
-    return pd.DataFrame(found, columns=["goal", "limit", "alone"])
+        share = float(np.mean(first_rounds(alone, percent / 100) <= limit))
+        found.append((percent / 100, int(limit), share))
+        if share <= STANDALONE_SHARE:
+            break
+    return pd.DataFrame(found, columns=["goal", "limit", "share"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the last rows of ``goals``; return the exit status."""
-    parser = cli.Parser("experiments.goal", "Print which goal and limit of rounds suit a dataset.")
+    """Print the last rows of ``goals`` and what is recommended; return the exit status."""
+    parser = cli.Parser("experiments.goal", "Recommend a goal and a limit of rounds.")
     parser.usage = "experiments.goal folder"
     parser.add_argument("folder", type=Path, help="a comparison with random and standalone")
     folder = parser.parse_args(arguments).folder
 
     def show() -> int:
-        print("| goal | limit of rounds | reached alone |\n|---|---|---|")
-        for row in goals(estimates.read_comparison(folder)["rounds"]).tail(5).itertuples():
-            print(f"| {row.goal:.2f} | {row.limit} | {100 * row.alone:.0f} % |")
+        tables = estimates.read_comparison(folder)
+        rows = goals(tables["rounds"], tables["episodes"]["goal_accuracy"].min())
+        print("| goal | random's limit | standalone reaches it |\n|---|---|---|")
+        for goal, limit, share in rows.tail(5).itertuples(index=False):
+            print(f"| {goal:.2f} | {limit} | {100 * share:.0f} % |")
+        found = rows[rows["share"] <= STANDALONE_SHARE].to_dict("records")
+        goal = "GOAL_ACCURACY={goal:.2f} MAX_ROUNDS={limit}".format(**found[0]) if found else "none"
+        print(f"recommended: {goal}")
         return 0
 
     return cli.exit_status(parser.prog, show)

@@ -274,7 +274,7 @@ METHODS: dict[str, Method] = {
         on_request=True,
         least_nodes=6,
     ),
-    # It learns from the rewards of `tuned`, and sees nothing.
+    # It learns from the rewards of `tuned`, without an observation.
     "walk_search": Method(
         "a fixed walk, searched in as many episodes as train a DQN",
         None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class WalkSearch:
         lengths_from_1 = np.array([[0], [1]])
         return nodes_of(places + lengths_from_1, self.settings.MAX_ROUNDS)
 
-    def act(self, observation: np.ndarray) -> tuple[list[int], str]:
+    def act(self, observation: np.ndarray, barred: Sequence[int]) -> tuple[list[int], str]:
         """Return the next node of the episode's walk."""
         return [self._nodes[self._steps]], "walk"
 

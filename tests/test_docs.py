@@ -252,7 +252,7 @@ def test_choices_are_named():
 
 def test_the_table_of_the_tuned_settings():
     defaults, tuned = config.Settings(), config.NAMED_SETTINGS["tuned"]
-    words = {"TARGET_RATE": "none"}
+    words = {"TARGET_RATE": "none", "MAX_STAY": "none"}
 
     def shown(name, value):
         if isinstance(value, bool):

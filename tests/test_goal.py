@@ -34,23 +34,29 @@ def test_goals_by_hand():
     random = [[0.01, 0.01, 0.02, 0.03]] * 8 + [[0.03, 0.01, 0.01, 0.03], [0.0] * 4]
     # Of 20 episodes at a node alone all have 0.01, two 0.02 by round 3, one 0.03 in round 4.
     alone = [[0.01, 0.02, 0.02, 0.02], [0.01, 0.01, 0.02, 0.03], *[[0.01] * 4] * 18]
-    found = goal.goals(table(random, alone))
+    found = goal.goals(table(random, alone), 1.0)
     assert found.to_numpy().tolist() == [[0.01, 1, 1.0], [0.02, 3, 0.1], [0.03, 4, 0.05]]
 
 
 def test_no_goal_suits_if_random_reaches_none():
-    found = goal.goals(table([[0.015]] * 10, [[0.02]] * 10))
+    found = goal.goals(table([[0.015]] * 10, [[0.02]] * 10), 1.0)
     assert found.to_numpy().tolist() == [[0.01, 1, 1.0]]
+
+
+def test_no_higher_goal_than_the_highest():
+    assert goal.goals(table([[0.9]] * 10, [[0.9]] * 10), 0.29)["goal"].max() == 0.29
 
 
 def test_both_methods_are_needed():
     with pytest.raises(UserError, match="standalone"):
-        goal.goals(episodes("random", [[0.5]]))
+        goal.goals(episodes("random", [[0.5]]), 1.0)
 
 
 def test_mnist_follows_the_rule(capsys):
     assert goal.main([str(PROJECT / "results" / "reference" / "paper-mnist")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "| 0.80 | 35 | 5 % |"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "| 0.80 | 35 | 5 % |"
+    assert lines[-1].endswith("GOAL_ACCURACY=0.80 MAX_ROUNDS=35")
 
 
 def test_no_comparison(tmp_path, capsys):

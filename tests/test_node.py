@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import gymnasium
@@ -163,9 +162,10 @@ def test_barred_actions_are_never_chosen(per_step):
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
     order = np.argsort(-agent.q.values(agent.weights, observation[None])[0, 0])
-    assert agent.best_actions(observation, barred=best) == [
-        action for action in order if action not in best
-    ][:per_step]
+    assert (
+        agent.best_actions(observation, barred=best)
+        == [action for action in order if action not in best][:per_step]
+    )
     for _ in range(100):
         assert not set(agent.act(observation, best)[0]) & set(best)
     info = {"round": 1, "node": best, "barred": best}
@@ -398,14 +398,10 @@ def test_waiting_steps_end_with_the_episode():
 @pytest.mark.parametrize(("kind", "expected"), [("greedy", 2), ("random", 1)])
 def test_what_is_barred_is_stored_with_the_next_observation(kind, expected):
     """That after the second step, or before it, where a random choice ends the first one's sum."""
-    agent = make_agent(N_STEP=2, EPSILON=float(kind == "random"))
-    barred = 0
+    agent = make_agent(N_STEP=2)
     for step in (1, 2):
         seen, following = np.full(4, step), np.full(4, step + 1)
-        actions, chosen_by = agent.act(seen, [barred])
-        assert chosen_by == kind
-        barred = step
-        agent.remember(seen, actions, 1.0, following, False, chosen_by, [barred])
+        agent.remember(seen, [0], 1.0, following, False, kind, [step])
     (stored,) = agent.replay.latest(9)
     assert stored["barred"].tolist() == [expected]
     assert stored["next_observations"][0] == expected + 1

@@ -31,7 +31,7 @@ def play(agent, episodes, reward_of):
     for _ in range(episodes):
         walks.append([])
         for _ in range(10):
-            actions, chosen_by = agent.act(None)
+            actions, chosen_by = agent.act(None, [])
             walks[-1] += actions
             agent.remember(None, actions, reward_of(*actions), None, False, chosen_by)
         assert agent.train() is None
@@ -57,7 +57,7 @@ def test_the_elite_moves_the_probabilities():
         before = [table.copy() for table in agent.probabilities]
         rng = stream(0, "exploration", episode + 1)
         drawn = [[rng.choice(len(row), p=row) for row in table] for table in before]
-        assert agent.act(None) == ([drawn[0][0]], "walk")
+        assert agent.act(None, []) == ([drawn[0][0]], "walk")
         first.append(drawn[0][0])
         lengths.append(drawn[1][0])
         rewards = [-episode, 10.0 * (episode % 7)]
