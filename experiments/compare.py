@@ -64,15 +64,6 @@ COMPARISONS: dict[str, Comparison] = {
             **{f"starter-{node}": {"STARTER_NODE": node} for node in (4, 8)},
         },
     ),
-    "observation": Comparison(
-        "what the DQN sees: does it use the weights at all?",
-        ("hl",),
-        "OBSERVATION",
-        {
-            name: {"OBSERVATION": name}
-            for name in ("broadcast", "local", "both", "last_node", "zeros")
-        },
-    ),
     "ablation": Comparison(
         "the tuned settings, and the same without one of them",
         ("hl",),

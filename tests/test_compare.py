@@ -510,8 +510,10 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["--settings", "best"], "argument --settings: invalid choice: 'best'"),
         (["ablation", "--settings", "tuned"], "--settings: got it beside"),
         (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.97"),
-        (["observation", "--set", "OBSERVATION=local"], "OBSERVATION: got it with --set"),
-        (["observation", "--methods", "tuned"], "OBSERVATION: got 'broadcast', takes 'both'"),
+        (
+            ["--vary", "OBSERVATION=zeros", "--methods", "tuned"],
+            "OBSERVATION: got 'zeros', takes 'both'",
+        ),
         (["--vary", "GOAL_ACCURACY"], "--vary: got 'GOAL_ACCURACY', takes NAME=v1"),
         (["--vary", "GOAL_ACCURACY="], "--vary: got 'GOAL_ACCURACY=', takes NAME=v1"),
         (["--vary", "GOAL_ACCURACY=0.5,2"], "GOAL_ACCURACY: got 2, takes a number in [0, 1]"),
