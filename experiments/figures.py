@@ -100,7 +100,7 @@ def _set_title(figure: Figure, tables: Tables, text: str, quantity: str = "round
     plot.set_title(figure, tables["episodes"], text, f"{seeds} x {episodes}, {interval}")
 
 
-def _add_legend(figure: Figure) -> None:
+def add_legend(figure: Figure) -> None:
     """Add a legend below the figure, in rows of equal length: each panel's labels once."""
     handles: dict[str, Any] = {}
     for axis in figure.axes:
@@ -149,6 +149,15 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
+def marked_changes(tables: Tables) -> pd.DataFrame:
+    """Return ``changes``, with ``mark`` "*" at a cost saved while more episodes miss the goal."""
+    change, episodes = changes(tables["estimates"]), tables["episodes"]
+    cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
+    keys = cheaper[["variant", "method"]].to_numpy()
+    misses = [estimates.misses_more_often(episodes, *key) for key in keys]
+    return change.assign(mark=np.where(change.index.isin(cheaper.index[misses]), "*", ""))
+
+
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
@@ -168,7 +177,7 @@ def draw_headline(tables: Tables) -> Figure:
     texts = ["not stated" if name == paper else f"{100 * goal[name]:.0f} %" for name in labels]
     for y, text in enumerate(["goal reached", *texts], -1):
         plot.label_at_right(axes[1], y, text, x=1.03)
-    _add_legend(figure)
+    add_legend(figure)
     _set_title(figure, tables, "Change against random", "rounds_reduction")
     return figure
 
@@ -195,7 +204,7 @@ def draw_rows(tables: Tables) -> Figure:
         right = axis.dataLim.x1 or 1.0
         axis.set(xlabel=text, xlim=(-0.05 * right, 1.05 * right))  # room for whole marks
     axes[0].set_ylabel(config["parameter"])
-    _add_legend(figure)
+    add_legend(figure)
     _set_title(figure, tables, f"{config['comparison']}, sorted by rounds")
     return figure
 
@@ -274,7 +283,7 @@ def draw_training(tables: Tables) -> Figure:
             axis.axhline(level, color=GREY, lw=1, ls=":", label="random (test episodes)")
         axis.set(ylabel=_AXES[column], xlabel="episode", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _add_legend(figure)
+    add_legend(figure)
     seeds = _counted(training.groupby("label")["seed"].nunique(), "seed")
     plot.set_title(figure, training, f"Training, moving average with window {window}", seeds)
     return figure
@@ -303,7 +312,7 @@ def report(folder: Path, tables: Tables) -> str:
     counts = [f"{sum(jobs['state'] == name)} {name}" for name in ("finished", "waiting", "failed")]
     failed = jobs[jobs["error"] != ""]
     lines = [
-        *_markdown(table, varied, _MEANS),
+        *markdown(table, varied, _MEANS),
         "",
         "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
         "that misses the goal counts with the limit of rounds.",
@@ -311,26 +320,22 @@ def report(folder: Path, tables: Tables) -> str:
         f"in tests, {tables['training']['diverged'].sum()} in training.",
         *(failed["label"] + " seed " + failed["seed"].astype(str) + ": " + failed["error"]),
     ]
-    change = changes(table)
+    change = marked_changes(tables)
     if len(change):
-        cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
-        keys = cheaper[["variant", "method"]].to_numpy()
-        misses = [estimates.misses_more_often(episodes, *key) for key in keys]
-        change["mark"] = np.where(change.index.isin(cheaper.index[misses]), "*", "")
         lines += ["", "Change against random, on the same seeds:", ""]
-        lines += _markdown(change, varied, _CHANGES)
+        lines += markdown(change, varied, _CHANGES)
         if not varied:
             published = " | ".join(f"-{100 * share:.1f} %" for share in PUBLISHED.values())
             lines.append(f"| paper, HL on MNIST |  | {published} |")
-        if any(misses):
+        if change["mark"].any():
             lines += ["", "\\* saved while the goal is reached less often than by random."]
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Foundation models to train until the training of the DQN is paid back:", ""]
-        lines += _markdown(table, varied, _BREAK_EVENS)
+        lines += markdown(table, varied, _BREAK_EVENS)
     return "\n".join([*lines, "", f"results and figures: {folder}"])
 
 
-def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
+def markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     """Return a Markdown table of estimates with their intervals, a row per variant and method.
 
     A column ``mark`` has texts to write after the means. ``varied`` is the heading of the variants.

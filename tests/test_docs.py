@@ -17,7 +17,7 @@ import data
 import models
 import plot
 import records
-from experiments import audit, compare, estimates, figures, methods
+from experiments import audit, compare, estimates, figures, goal, methods, summary
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -93,6 +93,8 @@ PARSERS = {
     "plot.py": plot.main,
     "experiments.compare": compare.parse,
     "experiments.figures": figures.main,
+    "experiments.goal": goal.main,
+    "experiments.summary": summary.main,
     "experiments.audit": audit.parse,
 }
 
@@ -296,6 +298,8 @@ def printed(command):
         settings, _ = audit.parse(arguments)
         folder = settings.results_dir / f"audit-{settings.DATASET}"
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
+    if module == "experiments.summary":
+        return summary.report(summary.read_tasks([PROJECT / folder for folder in arguments[1:]]))
     folder = PROJECT / arguments[0]
     tables = estimates.read_comparison(folder)
     # test_estimates.py makes them again from the episodes.
@@ -346,20 +350,6 @@ def test_the_numbers_of_the_readme():
     assert len(rows) == 5
     published = [f"{-100 * plot.PUBLISHED[name]:+.1f} %" for name in plot.PUBLISHED]
     assert rows[4] == ["the paper", "", *published, ""]
-
-
-def test_the_numbers_of_the_digits():
-    rows = rows_of(TEXTS["docs/results.md"], "| method | rounds | against random |")
-    found = estimated("paper-digits")
-    for name, *cells in rows:
-        quantities = found.loc["", name.strip("`")]["mean"]
-        expected = [f"{quantities['rounds']:.1f}"]
-        for quantity in ("rounds_reduction", "communication_cost_reduction"):
-            some = quantity in quantities.index
-            expected.append(f"{-100 * quantities[quantity]:+.1f} %" if some else "")
-        expected.append(f"{100 * quantities['goal_reached']:.0f} %")
-        assert cells == expected
-    assert len(rows) == 3
 
 
 def test_the_numbers_of_the_reference_run():
