@@ -17,7 +17,7 @@ import data
 import models
 import plot
 import records
-from experiments import audit, compare, estimates, figures, goal, methods, summary
+from experiments import audit, compare, estimates, figures, goal, methods
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -94,7 +94,6 @@ PARSERS = {
     "experiments.compare": compare.parse,
     "experiments.figures": figures.main,
     "experiments.goal": goal.main,
-    "experiments.summary": summary.main,
     "experiments.audit": audit.parse,
 }
 
@@ -298,14 +297,16 @@ def printed(command):
         settings, _ = audit.parse(arguments)
         folder = settings.results_dir / f"audit-{settings.DATASET}"
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
-    if module == "experiments.summary":
-        return summary.report(summary.read_tasks([PROJECT / folder for folder in arguments[1:]]))
-    folder = PROJECT / arguments[0]
-    tables = estimates.read_comparison(folder)
-    # test_estimates.py makes them again from the episodes.
-    tables["estimates"] = records.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
-    figures.add_labels(tables)
-    return figures.report(folder, tables)
+    comparisons = []
+    for folder in (PROJECT / argument for argument in arguments):
+        tables = estimates.read_comparison(folder)
+        # test_estimates.py makes them again from the episodes.
+        path = folder / "estimates.csv"
+        tables["estimates"] = records.read_table(path, estimates.ESTIMATE_COLUMNS)
+        figures.add_labels(tables)
+        comparisons.append(tables)
+    reports = [figures.report(PROJECT, tables) for tables in comparisons]
+    return "\n".join([*reports, figures.summary(figures.by_task(comparisons))])
 
 
 GENERATED = [
