@@ -56,6 +56,18 @@ def goals(rounds: pd.DataFrame, highest: float) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["goal", "limit", "share"])
 
 
+def report(folder: Path) -> str:
+    """Return the highest goals of a comparison as a table, and what is recommended."""
+    tables = estimates.read_comparison(folder)
+    rows = goals(tables["rounds"], tables["episodes"]["goal_accuracy"].min())
+    lines = ["| goal | random's limit | standalone reaches it |", "|---|---|---|"]
+    for goal, limit, share in rows.tail(5).itertuples(index=False):
+        lines.append(f"| {goal:.2f} | {limit} | {100 * share:.0f} % |")
+    found = rows[rows["share"] <= STANDALONE_SHARE].to_dict("records")
+    goal = "GOAL_ACCURACY={goal:.2f} MAX_ROUNDS={limit}".format(**found[0]) if found else "none"
+    return "\n".join([*lines, f"recommended: {goal}"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the last rows of ``goals`` and what is recommended; return the exit status."""
     parser = cli.Parser("experiments.goal", "Recommend a goal and a limit of rounds.")
@@ -64,14 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
 
     def show() -> int:
-        tables = estimates.read_comparison(folder)
-        rows = goals(tables["rounds"], tables["episodes"]["goal_accuracy"].min())
-        print("| goal | random's limit | standalone reaches it |\n|---|---|---|")
-        for goal, limit, share in rows.tail(5).itertuples(index=False):
-            print(f"| {goal:.2f} | {limit} | {100 * share:.0f} % |")
-        found = rows[rows["share"] <= STANDALONE_SHARE].to_dict("records")
-        goal = "GOAL_ACCURACY={goal:.2f} MAX_ROUNDS={limit}".format(**found[0]) if found else "none"
-        print(f"recommended: {goal}")
+        print(report(folder))
         return 0
 
     return cli.exit_status(parser.prog, show)

@@ -297,6 +297,8 @@ def printed(command):
         settings, _ = audit.parse(arguments)
         folder = settings.results_dir / f"audit-{settings.DATASET}"
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
+    if module == "experiments.goal":
+        return goal.report(PROJECT / arguments[0])
     comparisons = []
     for folder in (PROJECT / argument for argument in arguments):
         tables = estimates.read_comparison(folder)

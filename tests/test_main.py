@@ -147,9 +147,7 @@ def test_the_config_of_a_run_gives_the_same_run_and_another_seed_another(tmp_pat
 
 
 def test_several_nodes_in_a_round_that_are_repeated(tmp_path):
-    status, folder = start(
-        tmp_path, NODES_PER_ROUND=2, OBSERVATION="local", EPISODES=3, MAX_STAY=2
-    )
+    status, folder = start(tmp_path, NODES_PER_ROUND=2, OBSERVATION="local", EPISODES=3, MAX_STAY=2)
     assert status == 0
     rounds = pd.read_csv(folder / "rounds.csv", dtype=str)
     assert set(rounds["chosen_by"]) == {"starter", "random", "repeated"}
