@@ -172,10 +172,11 @@ def load_published(name: str, settings: Settings) -> Dataset:
         path = path or _download(name)
     except Exception as error:  # whatever the network does, the user needs the ways out
         cause = " ".join(str(error).split()) or type(error).__name__
+        package = "install Debian's dataset-fashion-mnist, " if name == "fashion_mnist" else ""
         raise DataNotFound(
             f"DATASET: got {name!r}, which is not on this machine; its download failed ({cause}). "
             f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
-            "or the environment variable HL_DATA_DIR names, or run once with network"
+            f"or the environment variable HL_DATA_DIR names, {package}or run once with network"
         ) from error
     arrays = _read(path)
     try:

@@ -75,7 +75,7 @@ _ABLATIONS = {
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name in METHODS if name not in ("tuned", "best_walk", "walk_search")),
+        tuple(name for name, method in METHODS.items() if not method.on_request),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",

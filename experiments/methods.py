@@ -46,6 +46,7 @@ class Method:
     first_nodes: Callable[[Settings, int], list[int]] = lambda settings, _: [settings.STARTER_NODE]
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
+    on_request: bool = False  # whether it runs only when --methods names it
     several: bool = False  # whether the policy can choose several nodes per round
     least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
@@ -93,6 +94,51 @@ def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int 
     def policy_of(environment: DecentralizedLearning) -> Policy:
         nodes = tour(environment.distances, environment.settings.STARTER_NODE)
         return search.walk_policy([], np.repeat(nodes, rounds_per_node).tolist())
+
+    return policy_of
+
+
+def balanced_policy(environment: DecentralizedLearning) -> Policy:
+    """Choose the node whose shard makes the labels trained on most even; the nearest if equal.
+
+    After the routing of Tram-FL (Maejima et al. 2023, arXiv 2308.04762). Even is what has the least
+    sum of squared shares. All label counts are known.
+    """
+    labels, start = environment.dataset.y_train, environment.settings.STARTER_NODE
+    classes = environment.dataset.classes
+    counts = np.array([np.bincount(labels[s], minlength=classes) for s in environment.shards])
+    nodes, seen = [start], counts[start]
+    for _ in range(1, environment.settings.MAX_ROUNDS):
+        after = seen + counts
+        unevenness = np.square(after / after.sum(axis=1, keepdims=True)).sum(axis=1)
+        order = np.lexsort((environment.distances[nodes[-1]], unevenness.round(12)))
+        nodes.append(int(order[0]))
+        seen = after[nodes[-1]]
+    return search.walk_policy(nodes, nodes)
+
+
+def metropolis_chain(distances: np.ndarray) -> np.ndarray:
+    """Return (N, N) float64: the probabilities of a random walk that prefers near nodes.
+
+    A node proposes others by exp(-distance / mean distance), which is our choice. Metropolis and
+    Hastings' acceptance keeps the walk at its node now and then, so that in the long run all nodes
+    train equally often.
+    """
+    others = ~np.eye(len(distances), dtype=bool)
+    mean = distances[others].mean()
+    weights = np.exp(-distances / mean if mean > 0 else distances) * others
+    totals = weights.sum(axis=1)
+    chain = weights / np.maximum(totals[:, None], totals)  # proposed and accepted
+    return chain + np.diag(np.maximum(1 - chain.sum(axis=1), 0))  # 0 may round below it
+
+
+def _metropolis(jumps: float) -> PolicyMaker:
+    """Return the maker of random walks; ``jumps`` is the probability to go to any node instead."""
+
+    def policy_of(environment: DecentralizedLearning) -> Policy:
+        chain = metropolis_chain(environment.distances)
+        chain = (1 - jumps) * chain + jumps / len(chain)
+        return lambda observation, info, rng: int(rng.choice(len(chain), p=chain[info["node"]]))
 
     return policy_of
 
@@ -179,6 +225,7 @@ METHODS: dict[str, Method] = {
     "tuned": Method(
         "the same with the settings of --settings tuned",
         None,
+        on_request=True,
         overrides=lambda settings: NAMED_SETTINGS["tuned"],
         several=True,
     ),
@@ -216,10 +263,22 @@ METHODS: dict[str, Method] = {
         lambda _: search.walk_policy([0] * 5, [5, 5, 5, 1, 1, 0, 0]),
         least_nodes=6,
     ),
+    "balanced": Method(
+        "the node whose labels were trained on least", balanced_policy, on_request=True
+    ),
+    # After Liu et al. 2024 (arXiv 2407.20611), who prefer nodes by their data, not by distance.
+    # Their jumps are several hops on a graph. Here a jump ends at any node; how often is ours.
+    "metropolis": Method(
+        "a random walk that prefers near nodes", _metropolis(0.0), on_request=True
+    ),
+    "metropolis_jumps": Method(
+        "the same, and one step in ten is a jump", _metropolis(0.1), on_request=True
+    ),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST, a bound",
         lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
+        on_request=True,
         least_nodes=6,
     ),
     # It learns from the rewards of `tuned`, and sees nothing.
@@ -227,6 +286,7 @@ METHODS: dict[str, Method] = {
         "a fixed walk, searched in as many episodes as train a DQN",
         None,
         search.WalkSearch,
+        on_request=True,
         overrides=lambda settings: (
             {
                 name: value

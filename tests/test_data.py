@@ -411,11 +411,13 @@ def test_a_missing_idx_file_is_named(tmp_path, arrays, no_network, missing):
         load_from(tmp_path)
 
 
-def test_mnist_never_falls_back(tmp_path, no_network):
-    with pytest.raises(DataNotFound, match="DATASET: got 'mnist'") as caught:
-        data.load(Settings(DATASET="mnist"))
-    for part in ("(no network)", "mnist.npz", f"{tmp_path}/project/data", "HL_DATA_DIR"):
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_published_data_never_falls_back(tmp_path, no_network, name):
+    with pytest.raises(DataNotFound, match=f"DATASET: got '{name}'") as caught:
+        data.load(Settings(DATASET=name))
+    for part in ("(no network)", f"{name}.npz", f"{tmp_path}/project/data", "HL_DATA_DIR"):
         assert part in str(caught.value)
+    assert ("dataset-fashion-mnist" in str(caught.value)) == (name == "fashion_mnist")
 
 
 def test_auto_falls_back_with_a_warning(no_network, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import small_settings
 
-from config import NAMED_SETTINGS, ConfigError, stream
+from config import NAMED_SETTINGS, ConfigError, Settings, stream
 from environment import DecentralizedLearning, distance_matrix
 from experiments import methods
 from experiments.methods import METHODS
@@ -101,6 +101,58 @@ def test_random_draws_every_node_from_its_own_stream():
     drawn = np.array([methods.random_policy(Untrained)(None, {}, rng) for _ in range(500)])
     assert all(len(set(row)) == 4 for row in drawn.tolist())
     assert np.bincount(drawn.ravel(), minlength=10).min() > 150
+
+
+def test_balanced_by_hand():
+    class Dataset:
+        y_train = np.array([0] * 12 + [1] * 6 + [2] * 6)
+        classes = 3
+
+    class Untrained:
+        dataset = Dataset
+        settings = small_settings(NUM_NODES=4, MAX_ROUNDS=5)
+        shards = np.arange(24).reshape(4, 6)
+        distances = np.array([[0, 2, 9, 3], [2, 0, 9, 9], [9, 9, 0, 4], [3, 9, 4, 0]]) / 10
+
+    policy = methods.balanced_policy(Untrained)
+    nodes = [policy(None, {"round": past}, None) for past in range(1, 5)]
+    # After 0 (label 0), nodes 2 and 3 are as good: 3 is nearer. Then label 1 lacks, at 2. Now all
+    # are equal: from 2 that is 2 itself. Then labels 0 and 2 lack: 3 is nearer than 0 and 1.
+    assert nodes == [3, 2, 2, 3]
+
+
+def test_the_metropolis_walk_by_hand():
+    distances = np.array([[0, 1, 2], [1, 0, 3], [2, 3, 0.0]])
+    chain = methods.metropolis_chain(distances)  # the mean distance is 2
+    near, middle, far = np.exp([-0.5, -1, -1.5])
+    # A node proposes by its own sum of weights, and is accepted by the ratio of both nodes' sums if
+    # that is below 1: the greater sum counts.
+    sums = [near + middle, near + far, middle + far]
+    assert chain[0, 1] == pytest.approx(near / max(sums[0], sums[1]))
+    assert chain[2, 0] == pytest.approx(middle / max(sums[0], sums[2]))
+    assert chain[2, 1] == pytest.approx(far / max(sums[1], sums[2]))
+    for seed in range(3):
+        chain = methods.metropolis_chain(symmetric(6, seed))
+        assert chain.min() >= 0
+        np.testing.assert_allclose(chain.sum(axis=1), 1)
+        np.testing.assert_allclose(chain.sum(axis=0), 1)  # so all nodes train equally often
+    np.testing.assert_allclose(methods.metropolis_chain(np.zeros((3, 3))) * 2, 1 - np.eye(3))
+    # Rounding leaves less than 0 for a node that never waits.
+    assert methods.metropolis_chain(distance_matrix(Settings())).min() >= 0
+
+
+def test_metropolis_draws_by_its_chain():
+    class Untrained:
+        settings = small_settings(NUM_NODES=4)
+        distances = symmetric(4, 0)
+
+    chain = methods.metropolis_chain(Untrained.distances)
+    for name, jumps in (("metropolis", 0.0), ("metropolis_jumps", 0.1)):
+        policy, rng = METHODS[name].policy(Untrained), stream(0, "policy", 1)
+        drawn = [policy(None, {"node": 2}, rng) for _ in range(40_000)]
+        shares = np.bincount(drawn, minlength=4) / 40_000
+        # Three standard deviations; both methods differ by 0.02.
+        np.testing.assert_allclose(shares, (1 - jumps) * chain[2] + jumps / 4, atol=0.0075)
 
 
 def test_each_node_in_turn_is_alone():
