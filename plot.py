@@ -349,13 +349,18 @@ def draw_data(tables: Tables) -> Figure:
     return figure
 
 
+def parent_of(folders: list[Path]) -> Path:
+    """Return the deepest folder that all of them lie in."""
+    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+
+
 def _draw_all(folders: list[Path], format_: str) -> int:
     runs = {folder.resolve(): read_run(folder)["episodes"] for folder in folders}
     for folder in folders:
         draw_run(folder, format_)
         print(summary(folder))
     if len(runs) > 1:
-        parent = Path(os.path.commonpath([folder.parent for folder in runs]))
+        parent = parent_of(folders)
         path = parent / f"overlay.{format_}"
         save_figure(path, draw_overlay({str(f.relative_to(parent)): runs[f] for f in runs}))
         print(f"overlay of {len(runs)} runs: {path}")

@@ -149,6 +149,15 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(mean=0.0 - rows["mean"], low=0.0 - rows["high"], high=0.0 - rows["low"])
 
 
+def marked_changes(tables: Tables) -> pd.DataFrame:
+    """Return ``changes``, with ``mark`` "*" at a cost saved while more episodes miss the goal."""
+    change, episodes = changes(tables["estimates"]), tables["episodes"]
+    cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
+    keys = cheaper[["variant", "method"]].to_numpy()
+    misses = [estimates.misses_more_often(episodes, *key) for key in keys]
+    return change.assign(mark=np.where(change.index.isin(cheaper.index[misses]), "*", ""))
+
+
 def draw_headline(tables: Tables) -> Figure:
     """Draw the change of rounds and of cost against random, beside what the paper reports."""
     change, paper = changes(tables["estimates"]), "paper (MNIST)"
@@ -311,18 +320,14 @@ def report(folder: Path, tables: Tables) -> str:
         f"in tests, {tables['training']['diverged'].sum()} in training.",
         *(failed["label"] + " seed " + failed["seed"].astype(str) + ": " + failed["error"]),
     ]
-    change = changes(table)
+    change = marked_changes(tables)
     if len(change):
-        cheaper = change.query("quantity == 'communication_cost_reduction' and mean < 0")
-        keys = cheaper[["variant", "method"]].to_numpy()
-        misses = [estimates.misses_more_often(episodes, *key) for key in keys]
-        change["mark"] = np.where(change.index.isin(cheaper.index[misses]), "*", "")
         lines += ["", "Change against random, on the same seeds:", ""]
         lines += _markdown(change, varied, _CHANGES)
         if not varied:
             published = " | ".join(f"-{100 * share:.1f} %" for share in PUBLISHED.values())
             lines.append(f"| paper, HL on MNIST |  | {published} |")
-        if any(misses):
+        if change["mark"].any():
             lines += ["", "\\* saved while the goal is reached less often than by random."]
     if table["quantity"].str.endswith("_break_even").any():
         lines += ["", "Foundation models to train until the training of the DQN is paid back:", ""]
@@ -352,13 +357,98 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     return lines
 
 
+# --- Several comparisons ---------------------------------------------------------------------
+
+_SUMMARY: Columns = {
+    "rounds": _MEANS["rounds"],
+    "rounds against random": _CHANGES["rounds"],
+    "cost against random": _CHANGES["communication cost"],
+    "goal reached": _MEANS["goal reached"],
+}
+
+
+def by_task(comparisons: list[Tables]) -> dict[str, pd.DataFrame]:
+    """Return the rows of ``_SUMMARY`` by task, such as "mnist, 10 nodes", methods by their rounds.
+
+    A method that several comparisons of a task have is taken from the first of them. Comparisons
+    that vary something, or without random, are left out.
+    """
+    tasks: dict[str, pd.DataFrame] = {}
+    for tables in comparisons:
+        config, means = tables["config"], tables["estimates"]
+        if config["parameter"] or "random" not in set(means["method"]):
+            continue
+        means = means[means["quantity"].isin(("rounds", "goal_reached"))].assign(mark="")
+        rows = pd.concat([means, marked_changes(tables)])
+        name = f"{config['dataset']['name']}, {config['settings']['NUM_NODES']} nodes"
+        known = tasks.get(name, rows.head(0))
+        tasks[name] = pd.concat([known, rows[~rows["method"].isin(known["method"])]])
+    for name, rows in tasks.items():
+        rounds = rows[rows["quantity"] == "rounds"].set_index("method")["mean"]
+        order = rows["method"].map(rounds).argsort(kind="stable")
+        tasks[name] = rows.iloc[order]
+    return tasks
+
+
+def summary(tasks: dict[str, pd.DataFrame]) -> str:
+    """Return a Markdown table for each task."""
+    tables = (f"{name}:\n\n" + "\n".join(_markdown(r, "", _SUMMARY)) for name, r in tasks.items())
+    return "\n\n".join(tables)
+
+
+def draw_summary(tasks: dict[str, pd.DataFrame]) -> Figure:
+    """Draw the change of rounds and cost against random, methods by rows, tasks by columns.
+
+    The mark of a cost that is saved while the goal is missed more often is open.
+    """
+    methods = list(dict.fromkeys(m for rows in tasks.values() for m in rows["method"]))
+    methods.remove("random")
+    height = 0.24 * len(methods) + 1.2
+    figure, axes = plot.panels(height, 1, len(tasks), sharex=True, sharey=True)
+    figure.suptitle("Change against random, mean with 95 % interval")
+    for axis, (name, rows) in zip(axes, tasks.items(), strict=True):
+        found = rows.set_index(["quantity", "method"])
+        axis.axvline(0, color=BLACK, lw=1)
+        axis.set(title=name, xlabel="change, %", xlim=(-105, _MOST_CHANGE + 5))
+        axis.set_yticks(range(len(methods)), methods)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+        for shift, marker, color, column in (
+            (-0.15, "o", BLUE, "rounds"),
+            (0.15, "s", plot.ORANGE, "communication_cost"),
+        ):
+            label = column.replace("_", " ")
+            if name.startswith("mnist, 10 "):
+                published = -100 * PUBLISHED[column]
+                axis.axvline(published, color=color, lw=1, ls=":", label=f"{label}, published")
+            for row in found.loc[f"{column}_reduction"].itertuples():
+                mean, *ends = (100 * end for end in (row.mean, row.low, row.high))
+                y = methods.index(row.Index) + shift
+                if mean > _MOST_CHANGE:
+                    text = f"{mean:+.0f} % \N{RIGHTWARDS ARROW}"
+                    axis.text(_MOST_CHANGE, y, text, ha="right", va="center", size=7, color=color)
+                    continue
+                bars = None if np.isnan(ends).any() else np.abs(np.subtract(ends, mean))[:, None]
+                style: Any = {"color": color, "mfc": "white" if row.mark else color, "label": label}
+                axis.errorbar(mean, y, xerr=bars, fmt=marker, ms=4, capsize=2, **style)
+        goal = found.loc["goal_reached", "mean"]
+        plot.label_at_right(axis, -0.8, "goal reached", x=0.9)
+        for method in goal.index.intersection(methods):
+            plot.label_at_right(axis, methods.index(method), f"{100 * goal[method]:.0f} %")
+    _add_legend(figure)
+    return figure
+
+
 def _draw_all(folders: list[Path], format_: str) -> int:
-    status = 0
+    drawn = []
     for folder in folders:
-        tables = draw_comparison(folder, format_)
-        print(report(folder, tables))
-        status |= int((tables["jobs"]["error"] != "").any())
-    return status
+        drawn.append(draw_comparison(folder, format_))
+        print(report(folder, drawn[-1]))
+    tasks = by_task(drawn)
+    if len(folders) > 1 and tasks:
+        path = plot.parent_of(folders) / f"summary.{format_}"
+        plot.save_figure(path, draw_summary(tasks))
+        print(f"\n{summary(tasks)}\n\nsummary: {path}")
+    return int(any((tables["jobs"]["error"] != "").any() for tables in drawn))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -366,7 +456,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.Parser(
         "experiments.figures",
         "Draw the figures of comparisons again, from their CSVs, and print their reports.",
-        "  python3 -m experiments.figures results/paper-mnist",
+        "  python3 -m experiments.figures results/paper-mnist\n"
+        "  python3 -m experiments.figures results/A results/B  # and results/summary.png",
     )
     return plot.draw_folders(parser, arguments, _draw_all)
 

@@ -17,7 +17,7 @@ import data
 import models
 import plot
 import records
-from experiments import audit, compare, estimates, figures, methods
+from experiments import audit, compare, estimates, figures, goal, methods
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -93,6 +93,7 @@ PARSERS = {
     "plot.py": plot.main,
     "experiments.compare": compare.parse,
     "experiments.figures": figures.main,
+    "experiments.goal": goal.main,
     "experiments.audit": audit.parse,
 }
 
@@ -297,12 +298,18 @@ def printed(command):
         settings, _ = audit.parse(arguments)
         folder = settings.results_dir / f"audit-{settings.DATASET}"
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
-    folder = PROJECT / arguments[0]
-    tables = estimates.read_comparison(folder)
-    # test_estimates.py makes them again from the episodes.
-    tables["estimates"] = records.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
-    figures.add_labels(tables)
-    return figures.report(folder, tables)
+    if module == "experiments.goal":
+        return goal.report(PROJECT / arguments[0])
+    comparisons = []
+    for folder in (PROJECT / argument for argument in arguments):
+        tables = estimates.read_comparison(folder)
+        # test_estimates.py makes them again from the episodes.
+        path = folder / "estimates.csv"
+        tables["estimates"] = records.read_table(path, estimates.ESTIMATE_COLUMNS)
+        figures.add_labels(tables)
+        comparisons.append(tables)
+    reports = [figures.report(PROJECT, tables) for tables in comparisons]
+    return "\n".join([*reports, figures.summary(figures.by_task(comparisons))])
 
 
 GENERATED = [
@@ -347,20 +354,6 @@ def test_the_numbers_of_the_readme():
     assert len(rows) == 5
     published = [f"{-100 * plot.PUBLISHED[name]:+.1f} %" for name in plot.PUBLISHED]
     assert rows[4] == ["the paper", "", *published, ""]
-
-
-def test_the_numbers_of_the_digits():
-    rows = rows_of(TEXTS["docs/results.md"], "| method | rounds | against random |")
-    found = estimated("paper-digits")
-    for name, *cells in rows:
-        quantities = found.loc["", name.strip("`")]["mean"]
-        expected = [f"{quantities['rounds']:.1f}"]
-        for quantity in ("rounds_reduction", "communication_cost_reduction"):
-            some = quantity in quantities.index
-            expected.append(f"{-100 * quantities[quantity]:+.1f} %" if some else "")
-        expected.append(f"{100 * quantities['goal_reached']:.0f} %")
-        assert cells == expected
-    assert len(rows) == 4
 
 
 def test_the_numbers_of_the_reference_run():

@@ -15,7 +15,7 @@ from experiments import estimates
 LIMIT = 36
 
 
-def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0"):
+def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0", nodes=10):
     """Write a comparison's tables.
 
     values[variant][method][seed] is a list of (rounds, cost), one per test episode; the variant is
@@ -51,6 +51,8 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
         "comparison": "paper",
         "parameter": parameter,
         "test_episodes": len(next(iter(first.values()))),
+        "dataset": {"name": "mnist"},
+        "settings": {"NUM_NODES": nodes},
     }
     (folder / "config.json").write_text(json.dumps(config))
 

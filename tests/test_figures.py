@@ -402,3 +402,86 @@ def test_the_committed_headline_and_walks():
     walks = figures.draw_walks(tables).axes
     assert [len(texts(axis)) for axis in walks] == [29, 36, 18]
     assert "".join(texts(walks[2])) == "055555555580016580"
+
+
+# --- Several comparisons ---------------------------------------------------------------------
+
+FIRST = {
+    "random": {0: [(20, 1.0), (20, 1.0)]},
+    "hl": {0: [(10, 0.25), (10, 0.25)]},
+}
+SECOND = {
+    "stay": {0: [(LIMIT, 0.0), (LIMIT, 0.0)]},
+    "random": {0: [(20, 2.0), (20, 2.0)]},
+    "fedavg": {0: [(5, 4.0), (5, 4.0)]},
+    "hl": {0: [(30, 1.0), (30, 1.0)]},
+}
+
+
+@pytest.fixture
+def tasks(tmp_path, draw):
+    """Two comparisons of a task, and one of another."""
+    found = []
+    for name, values, nodes in (("a", FIRST, 10), ("b", SECOND, 10), ("c", FIRST, 100)):
+        write_comparison(tmp_path / name, values, nodes=nodes)
+        draw(tmp_path / name)
+        found.append(draw.tables)
+    varied = {**found[0], "config": {**found[0]["config"], "parameter": "DISCOUNT"}}
+    return figures.by_task([varied, *found])
+
+
+def test_the_tables_by_task(tasks):
+    """By rounds; each method compared with random of its own comparison; the first hl counts."""
+    lines = figures.summary(tasks).splitlines()
+    more = 100 * (LIMIT - 20) / 20
+    assert [line for line in lines if "1 x 2" in line or line.endswith(":")] == [
+        "mnist, 10 nodes:",
+        "| fedavg | 1 x 2 | 5.0 | -75.0 % | +100.0 % | 100 % |",
+        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
+        "| random | 1 x 2 | 20.0 |  |  | 100 % |",
+        f"| stay | 1 x 2 | {LIMIT:.1f} | {more:+.1f} % | -100.0 %* | 0 % |",
+        "mnist, 100 nodes:",
+        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
+        "| random | 1 x 2 | 20.0 |  |  | 100 % |",
+    ]
+
+
+def labelled_marks(axis):
+    """Where the means are: {(label, row): x}, and the rows with open marks."""
+    found, empty = {}, []
+    for container in axis.containers:
+        (x,), (y,) = container.lines[0].get_data()
+        found[container.get_label(), round(y)] = x
+        if container.lines[0].get_markerfacecolor() == "white":
+            empty.append(round(y))
+    return found, empty
+
+
+def test_the_figure_by_task(tasks):
+    first, second = figures.draw_summary(tasks).axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["fedavg", "hl", "stay"]
+    found, empty = labelled_marks(first)
+    assert found == {
+        ("rounds", 0): -75.0,
+        ("rounds", 1): -50.0,
+        ("communication cost", 1): -75.0,
+        ("communication cost", 2): -100.0,
+    }
+    assert empty == [2]
+    texts = [text.get_text() for text in first.texts]
+    assert texts == ["+80 % →", "+100 % →", "goal reached", "100 %", "100 %", "0 %"]
+    published = [line.get_xdata()[0] for line in first.lines if line.get_linestyle() == ":"]
+    assert published == pytest.approx([-50.8, -74.6])
+    assert labelled_marks(second)[0] == {("rounds", 1): -50.0, ("communication cost", 1): -75.0}
+    assert not [line for line in second.lines if line.get_linestyle() == ":"]
+
+
+def test_several_comparisons_get_a_summary(tmp_path, capsys):
+    for name, nodes in (("a", 10), ("b", 100)):
+        write_comparison(tmp_path / name, FIRST, nodes=nodes)
+    assert figures.main([str(tmp_path / "a")]) == 0
+    assert not list(tmp_path.glob("*.png"))
+    assert figures.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert out.index("mnist, 10 nodes:") < out.index("mnist, 100 nodes:")
