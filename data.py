@@ -415,6 +415,11 @@ SHARD_RULES: dict[str, Callable[[np.ndarray, Settings, np.random.Generator], Sha
 }
 
 
+def label_counts(dataset: Dataset, shards: Shards) -> np.ndarray:
+    """Return (N, classes) int64: how many training images of each class each node holds."""
+    return np.stack([np.bincount(dataset.y_train[s], minlength=dataset.classes) for s in shards])
+
+
 def make_shards(dataset: Dataset, settings: Settings) -> Shards:
     """Return which training images each node has: N int32 arrays of indices into ``x_train``.
 

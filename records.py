@@ -26,7 +26,7 @@ import pandas as pd
 
 from cli import warn
 from config import PROJECT, Settings, UserError, reason
-from data import Dataset
+from data import Dataset, label_counts
 
 if TYPE_CHECKING:
     from node import DQNAgent
@@ -459,7 +459,7 @@ def _comparable(config: Json) -> Json:
 
 def shard_table(dataset: Dataset, shards: list[np.ndarray]) -> pd.DataFrame:
     """Return SHARD_COLUMNS: how many training images of each class each node holds."""
-    counts = np.stack([np.bincount(dataset.y_train[s], minlength=dataset.classes) for s in shards])
+    counts = label_counts(dataset, shards)
     node, label = np.indices(counts.shape)
     values = (dataset.name, node.ravel(), label.ravel(), counts.ravel())
     return pd.DataFrame(dict(zip(SHARD_COLUMNS, values, strict=True)))

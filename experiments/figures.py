@@ -52,7 +52,7 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     records.write_table(folder / "estimates.csv", tables["estimates"])
     add_labels(tables)
     varies = bool(tables["config"]["parameter"])
-    compared = (tables["estimates"]["quantity"] == "rounds_reduction").any()
+    compared = _compares(tables)
     for name, draw, wanted in (
         ("variants", draw_rows, varies),
         ("methods", draw_rows, not varies),
@@ -72,6 +72,11 @@ def add_labels(tables: Tables) -> None:
         table = tables[name]
         both = (table["variant"] + " " + table["method"]).str.strip()
         tables[name] = table.assign(label=table["variant"] if by_variant else both)
+
+
+def _compares(tables: Tables) -> bool:
+    """Return whether some method is compared with random."""
+    return bool((tables["estimates"]["quantity"] == "rounds_reduction").any())
 
 
 def _rows(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -111,6 +116,11 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 
+def _bars(mean: float, low: float, high: float) -> np.ndarray | None:
+    """Return an interval as the lengths that Matplotlib's error bars take; None without one."""
+    return None if np.isnan([low, high]).any() else np.array([[mean - low], [high - mean]])
+
+
 def _add_marks(
     axis: Axes,
     tables: Tables,
@@ -138,9 +148,8 @@ def _add_marks(
             kind, marker, color = "learned (DQN)", "o", BLUE
         if goal[label] < 0.5:
             kind, color = "grey: goal reached in less than 50 % of the episodes", "0.65"
-        bars = None if np.isnan(ends).any() else np.abs(np.subtract(ends, mean))[:, None]
         style: Any = {"fmt": marker, "color": color, "ms": 4, "capsize": 2, "elinewidth": 1}
-        axis.errorbar([mean], [y], xerr=bars, label=kind, **style)
+        axis.errorbar([mean], [y], xerr=_bars(mean, *ends), label=kind, **style)
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
@@ -371,12 +380,12 @@ def by_task(comparisons: list[Tables]) -> dict[str, pd.DataFrame]:
     """Return the rows of ``_SUMMARY`` by task, such as "mnist, 10 nodes", methods by their rounds.
 
     A method that several comparisons of a task have is taken from the first of them. Comparisons
-    that vary something, or without random, are left out.
+    that vary something, or compare nothing with random, are left out.
     """
     tasks: dict[str, pd.DataFrame] = {}
     for tables in comparisons:
         config, means = tables["config"], tables["estimates"]
-        if config["parameter"] or "random" not in set(means["method"]):
+        if config["parameter"] or not _compares(tables):
             continue
         means = means[means["quantity"].isin(("rounds", "goal_reached"))].assign(mark="")
         rows = pd.concat([means, marked_changes(tables)])
@@ -394,6 +403,19 @@ def summary(tasks: dict[str, pd.DataFrame]) -> str:
     """Return a Markdown table for each task."""
     tables = (f"{name}:\n\n" + "\n".join(_markdown(r, "", _SUMMARY)) for name, r in tasks.items())
     return "\n\n".join(tables)
+
+
+def _add_changes(axis: Axes, rows: pd.DataFrame, places: pd.Index, style: dict[str, Any]) -> None:
+    """Mark the changes at their places, in percent, or write them if they are too large."""
+    for y, row in zip(places, rows.itertuples(), strict=True):
+        mean, low, high = (100 * value for value in (row.mean, row.low, row.high))
+        if mean > _MOST_CHANGE:
+            text = f"{mean:+.0f} % \N{RIGHTWARDS ARROW}"
+            aligned: Any = {"ha": "right", "va": "center", "size": 7}
+            axis.text(_MOST_CHANGE, y, text, color=style["color"], **aligned)
+            continue
+        face = "white" if row.mark else style["color"]
+        axis.errorbar(mean, y, xerr=_bars(mean, low, high), ms=4, mfc=face, capsize=2, **style)
 
 
 def draw_summary(tasks: dict[str, pd.DataFrame]) -> Figure:
@@ -420,16 +442,9 @@ def draw_summary(tasks: dict[str, pd.DataFrame]) -> Figure:
             if name.startswith("mnist, 10 "):
                 published = -100 * PUBLISHED[column]
                 axis.axvline(published, color=color, lw=1, ls=":", label=f"{label}, published")
-            for row in found.loc[f"{column}_reduction"].itertuples():
-                mean, *ends = (100 * end for end in (row.mean, row.low, row.high))
-                y = methods.index(row.Index) + shift
-                if mean > _MOST_CHANGE:
-                    text = f"{mean:+.0f} % \N{RIGHTWARDS ARROW}"
-                    axis.text(_MOST_CHANGE, y, text, ha="right", va="center", size=7, color=color)
-                    continue
-                bars = None if np.isnan(ends).any() else np.abs(np.subtract(ends, mean))[:, None]
-                style: Any = {"color": color, "mfc": "white" if row.mark else color, "label": label}
-                axis.errorbar(mean, y, xerr=bars, fmt=marker, ms=4, capsize=2, **style)
+            change = found.loc[f"{column}_reduction"]
+            places = change.index.map(methods.index) + shift
+            _add_changes(axis, change, places, {"fmt": marker, "color": color, "label": label})
         goal = found.loc["goal_reached", "mean"]
         plot.label_at_right(axis, -0.8, "goal reached", x=0.9)
         for method in goal.index.intersection(methods):

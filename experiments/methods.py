@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import data
 from config import NAMED_SETTINGS, ConfigError, RewardSettings, Settings
 from experiments import search
 
@@ -104,9 +105,8 @@ def balanced_policy(environment: DecentralizedLearning) -> Policy:
     After the routing of Tram-FL (Maejima et al. 2023, arXiv 2308.04762). Even is what has the least
     sum of squared shares. All label counts are known.
     """
-    labels, start = environment.dataset.y_train, environment.settings.STARTER_NODE
-    classes = environment.dataset.classes
-    counts = np.array([np.bincount(labels[s], minlength=classes) for s in environment.shards])
+    start = environment.settings.STARTER_NODE
+    counts = data.label_counts(environment.dataset, environment.shards)
     nodes, seen = [start], counts[start]
     for _ in range(1, environment.settings.MAX_ROUNDS):
         after = seen + counts

@@ -390,6 +390,15 @@ def test_a_killed_parent_leaves_no_process_and_a_killed_worker_loses_nothing(
     assert len(json.loads((folder / "config.json").read_text())["sessions"]) == 3
 
 
+@pytest.fixture
+def interruptible():
+    """A process that the shell started in the background ignores Ctrl-C, and so do its children."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_local_workers_end_with_their_client():
     with jobs.dask_client(2, "") as client:
         workers = set(client.run(os.getpid).values())
