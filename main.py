@@ -15,8 +15,6 @@ from config import Settings, UserError, episode_seed
 
 # Importing TensorFlow takes seconds: the functions below do so after the command line is checked.
 if TYPE_CHECKING:
-    import numpy as np
-
     from environment import DecentralizedLearning, Round
     from node import DQNAgent
     from records import Run
@@ -39,9 +37,6 @@ def train(
     run.restore(agent)
     run.start(environment.shards, environment.distances)
 
-    def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
-        return agent.act(observation, info["barred"])
-
     bar = tqdm(
         total=settings.EPISODES,
         initial=run.episodes_finished,
@@ -51,25 +46,14 @@ def train(
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
             started = time.perf_counter()
-            rounds = []
-            for round_ in rollout(environment, policy, episode_seed(settings.SEED, episode)):
-                rounds.append(round_)
+            for round_ in rollout(environment, agent.act, episode_seed(settings.SEED, episode)):
                 record_round(run, round_)
-                if round_.observation is not None:  # round 1 is the starter's, not a choice
-                    agent.remember(
-                        round_.observation,
-                        round_.action,
-                        round_.reward,
-                        round_.next_observation,
-                        round_.terminated or round_.truncated,
-                        round_.chosen_by,
-                        round_.info["barred"],
-                    )
+                agent.remember(round_)
                 bar.set_postfix_str(
                     f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "
                     f"cost {round_.info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
                 )
-            record_episode(run, rounds, agent.epsilon, agent.train(), started)
+            record_episode(run, round_.info, agent.epsilon, agent.train(), started)
             transitions = agent.new_transitions()
             agent.decay_epsilon()
             run.checkpoint(agent.state(), transitions)
@@ -85,18 +69,17 @@ def record_round(run: Run, round_: Round) -> None:
 
 
 def record_episode(
-    run: Run, rounds: list[Round], epsilon: float, q_loss: float | None, started: float
+    run: Run, info: dict[str, Any], epsilon: float, q_loss: float | None, started: float
 ) -> None:
-    """Write a row of ``episodes.csv``; ``started`` is the episode's start by ``perf_counter``."""
-    info = rounds[-1].info
-    episode_reward = 0.0
-    for round_ in rounds:  # from Python 3.12 on, sum() rounds differently
-        episode_reward += round_.reward
+    """Write a row of ``episodes.csv``; ``info`` is that of the episode's last round.
+
+    ``started`` is the episode's start by ``perf_counter``.
+    """
     row = {
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": episode_reward,
+        "episode_reward": info["episode_reward"],
         "communication_cost": info["communication_cost"],
         "epsilon": epsilon,
         "q_loss": q_loss,

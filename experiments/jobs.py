@@ -241,7 +241,7 @@ def _test_episode(
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
     whose = {**job.labels, "dataset": environment.dataset.name, "episode": episode}
     transfers, cost, megabytes = sent_before
-    holder, episode_reward = first_nodes[0], 0.0
+    holder = first_nodes[0]
     for round_ in rollout(
         environment,
         lambda seen, info: (policy(seen, info, rng), job.method),
@@ -253,7 +253,6 @@ def _test_episode(
         hops, distance = communication(environment.distances, holder, info["node"])
         transfers, cost = transfers + hops, cost + distance
         megabytes += hops * model_megabytes
-        episode_reward += round_.reward
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
     sees_weights = method.policy is None and settings.sees_weights
@@ -263,7 +262,7 @@ def _test_episode(
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": episode_reward,
+        "episode_reward": info["episode_reward"],
         "communication_cost": cost,
         "transfers": transfers,
         "megabytes": megabytes,
