@@ -27,7 +27,7 @@ import data
 import main
 import models
 import records
-from config import PROJECT, Settings, UserError, episode_seed, reason, stream
+from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
@@ -61,7 +61,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the test is recorded; its name is unique within a variant."""
-        return self.settings.results_dir / f"{self.method}-seed{self.settings.SEED}"
+        return absolute(self.settings.RESULTS_DIR) / f"{self.method}-seed{self.settings.SEED}"
 
     @property
     def training_folder(self) -> Path:
@@ -255,7 +255,7 @@ def _test_episode(
         megabytes += hops * model_megabytes
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
-    sees_weights = method.policy is None and settings.sees_weights
+    sees_weights = method.policy is None and settings.OBSERVATION in ("broadcast", "local", "both")
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
     return {
         **whose,

@@ -529,11 +529,12 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["worlds", "--validation", "--name", "x"], "--validation"),
         (["--validation", "--name", "a/b"], "NAME: got 'a/b', takes letters"),
         (["--agent", "none.npz"], "none.npz: "),
+        (["--agent", "~nosuchuser/none.npz"], "~nosuchuser/none.npz: "),
         (["--agent", "x", "--seeds", "2"], "--seeds"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
-    assert words in refusal(compare.parse, arguments, capsys)
+    assert words in refusal(compare.main, arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +552,7 @@ def test_wrong_arguments(arguments, words, capsys):
 def test_what_an_agent_was_trained_with_stays(finished, more, words, capsys):
     agent = str(finished / "agents" / "hl-seed1.npz")
     given = ["--agent", agent, "--methods", "hl", *(part.format(agent=agent) for part in more)]
-    assert words in refusal(compare.parse, given, capsys)
+    assert words in refusal(compare.main, given, capsys)
 
 
 def test_shards_that_cannot_be_filled_write_nothing(tmp_path, capsys):
@@ -592,7 +593,7 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
 
 
 def test_values_are_split_at_commas_outside_parentheses():
-    plan = compare.parse(["--vary", "HIDDEN_UNITS=(64, 64),(128,),500"])
+    plan = compare.parse(["--vary", "HIDDEN_UNITS=(64, 64),(128,),(500,)"])
     values = {"(64,64)": (64, 64), "(128,)": (128,), "(500,)": (500,)}
     expected = {name: {"HIDDEN_UNITS": value} for name, value in values.items()}
     assert plan.comparison.variants == expected
