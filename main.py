@@ -91,8 +91,11 @@ def record_episode(
     run.add("episodes.csv", row)
 
 
-def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> int:
-    """Do what ``main`` does; UserError or OSError is what the user or the system has to correct."""
+def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
+    """Do what ``main`` does; UserError or OSError is what the user or the system has to correct.
+
+    ``data_sha256`` is that of the data that the run has to have, by array; empty for any.
+    """
     import plot
     from environment import DecentralizedLearning
     from node import DQNAgent
@@ -107,10 +110,8 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
         if run.finished:
             print(f"{run.folder} is finished already; for another run choose a --name")
         else:
-            if run.episodes_finished:
-                print(f"continuing {run.folder} after episode {run.episodes_finished}", flush=True)
-            else:
-                print(f"{dataset.name}: {settings.EPISODES} episodes into {run.folder}", flush=True)
+            done = f"{run.episodes_finished} of {settings.EPISODES} episodes finished"
+            print(f"{dataset.name}: {done}; results in {run.folder}", flush=True)
             agent = DQNAgent(environment.observation_size, settings)
             train(environment, run, agent)
             plot.draw_run(run.folder)
@@ -119,13 +120,14 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
     return 0
 
 
-def main(settings: Settings, data_sha256: dict[str, str] | None = None) -> int:
-    """Run or continue a training; return the exit status of ``cli.exit_status``.
+def main(settings: Settings | None = None) -> int:
+    """Run or continue a training, by default the command line's; return the exit status."""
 
-    ``data_sha256`` is that of the data that the run has to have, by array; empty for any.
-    """
-    return exit_status("main.py", lambda: run_or_continue(settings, data_sha256))
+    def work() -> int:
+        return run_or_continue(settings, {}) if settings else run_or_continue(*settings_of_run())
+
+    return exit_status("main.py", work)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*settings_of_run()))
+    sys.exit(main())
