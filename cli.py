@@ -104,26 +104,21 @@ def value_of(name: str, text: str) -> Any:
     return text
 
 
-def read_config(
-    path: Path, kind: str, pick: Callable[[dict[str, Any]], Any], flag: str = ""
-) -> Any:
-    """Return what ``pick`` takes from a ``config.json``; UserError if it is none of that kind.
-
-    ``flag`` begins the error's line: what named the file.
-    """
+def read_config(path: Path, *needed: str) -> dict[str, Any]:
+    """Return the content of a ``config.json``; UserError if it lacks one of the needed names."""
     try:
-        return pick(json.loads(path.expanduser().read_text(encoding="utf-8")))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {**config, **{name: config[name] for name in needed}}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag}{path}: is no {kind}'s config.json ({reason(error)})") from error
+        names = ", ".join(needed)
+        raise UserError(f"{path}: is no config.json with {names} ({reason(error)})") from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
-    """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it."""
+    """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it.
 
-    def pick(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        dataset, _ = config["dataset"], config["sessions"]  # a comparison has no sessions
-        return {**config["settings"], "DATASET": dataset["name"]}, dict(dataset["sha256"])
-
+    UserError or exit with status 2 if the command line is wrong.
+    """
     examples = (
         "  python3 main.py                                     # the defaults of config.py\n"
         "  python3 main.py --settings tuned --seed 1           # the tuned agent, another seed\n"
@@ -131,32 +126,30 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     )
     parser = Parser("main.py", "Train the DQN; results go to results/<name>/.", examples)
     help_ = "run again what a run's config.json says"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=help_)
+    parser.add_argument("--config", type=os.path.expanduser, metavar="FILE", help=help_)
     add_setting_flags(parser, FLAGS)
     parsed = parser.parse_args(arguments)
-    try:
-        stored, data_sha256 = {}, {}
-        if parsed.config:
-            stored, data_sha256 = read_config(parsed.config, "run", pick, "--config: ")
-        values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
-        return Settings(**values), data_sha256
-    except UserError as error:
-        parser.error(str(error))
+    stored, data_sha256 = {}, {}
+    if parsed.config:  # a comparison has no sessions
+        config = read_config(Path(parsed.config), "settings", "dataset", "sessions")
+        data_sha256 = config["dataset"]["sha256"]
+        stored = {**config["settings"], "DATASET": config["dataset"]["name"]}
+    values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
+    return Settings(**values), data_sha256
 
 
 def seeds_of(text: str) -> list[int]:
-    """Return a command line's seeds, from "5" (0 to 4) or a list as "0,3,7-9"."""
-    spans = []
+    """Return a command line's seeds, from "5" (0 to 4) or a list as "0,3,7"."""
+    seeds: set[int] = set()
     if re.fullmatch(r"[0-9]{1,6}", text):
-        spans = [range(int(text))]
-    elif re.fullmatch(r"([0-9]{1,6}(-[0-9]{1,6})?(,|$))+", text):
-        parts = [part.partition("-") for part in text.removesuffix(",").split(",")]
-        spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-    if not spans or not all(spans):  # 5-3 is empty
+        seeds = set(range(int(text)))
+    elif re.fullmatch(r"([0-9]{1,6}(,|$))+", text):
+        seeds = set(map(int, text.removesuffix(",").split(",")))
+    if not seeds:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7-9)"
+            f"got {text!r}, takes a number of seeds (5 is 0 to 4) or a list (0,3,7)"
         )
-    return sorted({seed for span in spans for seed in span})
+    return sorted(seeds)
 
 
 def count_of(text: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -41,11 +41,6 @@ def absolute(text: str) -> Path:
     return PROJECT / os.path.expanduser(text)
 
 
-def _as_tuple(value: Any) -> Any:
-    """Return a list, or the lone integer of a user who forgot the comma of (500,), as a tuple."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
 # Transitions that the replay buffer holds (public code). 120 episodes never fill it.
 REPLAY_CAPACITY = 50_000
 
@@ -55,7 +50,7 @@ AtLeastTwo = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]  # takes a list too
 # Not "." or "..": the name is a folder inside RESULTS_DIR and must stay there.
 FolderName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 
@@ -73,18 +68,16 @@ class Group(BaseModel):
     )
 
 
-class GoalSettings(Group):
-    """Training goal"""
+class World(Group):
+    """World: the problem that methods are compared on"""
 
+    # Training goal
     GOAL_ACCURACY: Share = 0.80
     """Test accuracy that ends an episode (public code)."""
     MAX_ROUNDS: AtLeastTwo = 36
     """Rounds after which an episode ends without the goal (public code)."""
 
-
-class WorldSettings(Group):
-    """Nodes and data"""
-
+    # Nodes and data
     DATASET: str = "auto"
     """auto, mnist, fashion_mnist, digits, or a name added to data.DATASETS (ours)."""
     NUM_NODES: AtLeastTwo = 10
@@ -106,10 +99,7 @@ class WorldSettings(Group):
     DISTANCE_SEED: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the distance matrix (public code)."""
 
-
-class ModelSettings(Group):
-    """Foundation model"""
-
+    # Foundation model
     LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in local training (public code)."""
     BATCH_SIZE: Count = 32
@@ -118,25 +108,20 @@ class ModelSettings(Group):
     """Passes over the shard in a round (public code)."""
 
 
-class RewardSettings(Group):
-    """Reward"""
+class Agent(Group):
+    """Agent: what it sees and how it learns"""
 
+    # Reward
     REWARD: Literal["power", "progress"] = "power"
     """power: h ** (accuracy - goal) - distance - 1; progress: docs/tuned.md (public code)."""
     REWARD_BASE: Positive = 32.0
     """h, base of the power reward (public code)."""
 
-
-class ObservationSettings(Group):
-    """Observation"""
-
+    # Observation
     OBSERVATION: Literal["broadcast", "local", "both", "last_node", "zeros"] = "broadcast"
     """What the DQN sees of the nodes' weights (public code)."""
 
-
-class DQNSettings(Group):
-    """DQN"""
-
+    # DQN
     EPISODES: Count = 120
     """Episodes that train the DQN (public code)."""
     HIDDEN_UNITS: Counts = (500, 200)
@@ -166,18 +151,15 @@ class DQNSettings(Group):
     TARGET_RATE: Share = 0.0
     """Step of the target network to the Q-network after an episode; 0 = none (ours)."""
 
-
-class ExplorationSettings(Group):
-    """Exploration"""
-
+    # Exploration
     EPSILON: Share = 1.0
     """Probability of a random action in episode 1 (public code)."""
     EPSILON_DECAY: NotNegative = 0.02
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
 
 
-class RunSettings(Group):
-    """Run"""
+class Session(Group):
+    """Session: one run"""
 
     SEED: CountOrZero = 0
     """Seed of everything random but the distance matrix (ours)."""
@@ -187,8 +169,8 @@ class RunSettings(Group):
     """cpu, or gpu: TensorFlow's first GPU (ours)."""
 
 
-class PlaceSettings(Group):
-    """Places"""
+class Place(Group):
+    """Place: where files lie, without effect on results"""
 
     NAME: FolderName = ""
     """Folder below RESULTS_DIR; empty = <dataset>-seed<SEED> (ours)."""
@@ -219,17 +201,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Settings(
-    PlaceSettings,
-    RunSettings,
-    ExplorationSettings,
-    DQNSettings,
-    ObservationSettings,
-    RewardSettings,
-    ModelSettings,
-    WorldSettings,
-    GoalSettings,
-):
+class Settings(Place, Session, Agent, World):
     """The validated, immutable settings of one run: ``Settings(SEED=1)``.
 
     Raises:
@@ -242,47 +214,26 @@ class Settings(
             super().__init__(**plain)
         except ValidationError as error:
             raise ConfigError(_one_line(error, values)) from None
-        n = self.NUM_NODES
-        for name, high, other in (
-            ("STARTER_NODE", n - 1, f"NUM_NODES - 1 = {n - 1}"),
-            ("NODES_PER_ROUND", n, f"NUM_NODES = {n}"),
-        ):
-            if getattr(self, name) > high:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, takes at most {other}")
+        n, starter, k = self.NUM_NODES, self.STARTER_NODE, self.NODES_PER_ROUND
+        if starter >= n:
+            raise ConfigError(f"STARTER_NODE: got {starter}, takes at most NUM_NODES - 1 = {n - 1}")
+        if k > n:
+            raise ConfigError(f"NODES_PER_ROUND: got {k}, takes at most NUM_NODES = {n}")
 
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed, validated as a whole."""
         return Settings(**{**self.model_dump(), **changes})
 
-    @property
-    def sees_weights(self) -> bool:
-        """Whether the observation is made of the nodes' weights."""
-        return self.OBSERVATION in ("broadcast", "local", "both")
-
-    @property
-    def results_dir(self) -> Path:
-        """Absolute path of RESULTS_DIR."""
-        return absolute(self.RESULTS_DIR)
-
     def stored(self) -> dict[str, Any]:
         """Return what ``config.json`` keeps: settings that can change a result, as JSON types."""
-        return self.model_dump(mode="json", exclude=names_of("place"))
+        return self.model_dump(mode="json", exclude=names_of(Place))
 
 
-# Whose settings these are. "world": the problem that methods are compared on. "agent": what it sees
-# and how it learns. "run": one run. "place": where files lie, without effect on results.
-_OWNERS: dict[str, list[type[Group]]] = {
-    "world": [GoalSettings, WorldSettings, ModelSettings],
-    "agent": [RewardSettings, ObservationSettings, DQNSettings, ExplorationSettings],
-    "run": [RunSettings],
-    "place": [PlaceSettings],
-}
-GROUPS = [group for groups in _OWNERS.values() for group in groups]
+GROUPS = (World, Agent, Session, Place)
 
 
-def names_of(*owners: str) -> set[str]:
-    """Return the names of all settings of some owners: "world", "agent", "run" or "place"."""
-    groups = [group for owner in owners for group in _OWNERS[owner]]
+def names_of(*groups: type[Group]) -> set[str]:
+    """Return the names of all settings of some groups: World, Agent, Session or Place."""
     return {name for group in groups for name in group.model_fields}
 
 
@@ -302,10 +253,9 @@ def takes(name: str) -> str:
     }[schema["type"]]
     if "maximum" in schema:
         return f"{words} in [{schema['minimum']}, {schema['maximum']}]"
-    for bound, sign in (("minimum", ">="), ("exclusiveMinimum", ">")):
-        if bound in schema:
-            return f"{words} {sign} {schema[bound]}"
-    return words
+    if "exclusiveMinimum" in schema:
+        return f"{words} > {schema['exclusiveMinimum']}"
+    return f"{words} >= {schema['minimum']}" if "minimum" in schema else words
 
 
 def _one_line(error: ValidationError, values: dict[str, Any]) -> str:

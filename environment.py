@@ -147,6 +147,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         distance: how far the model travelled to this round's first node, no unit.
         communication_cost: sum of the episode's distances.
         reward: of the round.
+        episode_reward: sum of the episode's rewards.
         goal_reached: whether the accuracy is at least GOAL_ACCURACY.
         barred: the nodes that MAX_STAY keeps the agent from choosing next.
         diverged: whether some weight is not finite.
@@ -217,7 +218,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._initial = self._model
         self._own: dict[int, tf.Tensor] = {}  # each node's own last model, for `local`
         self._moments: dict[int, Moments] = {}
-        self._round, self._cost, self._accuracy = 0, 0.0, 0.0
+        self._round, self._cost, self._total, self._accuracy = 0, 0.0, 0.0, 0.0
         self._stays: dict[int, int] = {}  # rounds in a row of the nodes that trained last
         # The model starts where it is first trained: round 1 costs nothing.
         self._holder = nodes[0]
@@ -268,6 +269,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             if settings.REWARD == "power"
             else progress_reward(accuracy, before, distance, truncated, settings)
         )
+        self._total += value
         self._over = terminated or truncated
         info = {
             "round": self._round,
@@ -276,6 +278,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "distance": distance,
             "communication_cost": self._cost,
             "reward": value,
+            "episode_reward": self._total,
             "goal_reached": terminated,
             "barred": self._barred(),
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
@@ -379,6 +382,15 @@ class Round(NamedTuple):
 
     In round 1, which the policy does not choose, observation and action are None, and ``chosen_by``
     is ``starter``.
+
+    Attributes:
+        observation: (D,) float32, before the round; D is the environment's observation_size.
+        action: the next node, or the k distinct nodes, as the policy returned them.
+        chosen_by: the policy's word for what chose them.
+        reward: of the round.
+        next_observation: (D,) float32, after the round.
+        terminated, truncated: whether the episode ended with it, at the goal or at the round limit.
+        info: the environment's, after the round.
     """
 
     observation: np.ndarray | None

@@ -15,8 +15,6 @@ from config import Settings, UserError, episode_seed
 
 # Importing TensorFlow takes seconds: the functions below do so after the command line is checked.
 if TYPE_CHECKING:
-    import numpy as np
-
     from environment import DecentralizedLearning, Round
     from node import DQNAgent
     from records import Run
@@ -39,9 +37,6 @@ def train(
     run.restore(agent)
     run.start(environment.shards, environment.distances)
 
-    def policy(observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
-        return agent.act(observation, info["barred"])
-
     bar = tqdm(
         total=settings.EPISODES,
         initial=run.episodes_finished,
@@ -51,25 +46,14 @@ def train(
     with bar:
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
             started = time.perf_counter()
-            rounds = []
-            for round_ in rollout(environment, policy, episode_seed(settings.SEED, episode)):
-                rounds.append(round_)
+            for round_ in rollout(environment, agent.act, episode_seed(settings.SEED, episode)):
                 record_round(run, round_)
-                if round_.observation is not None:  # round 1 is the starter's, not a choice
-                    agent.remember(
-                        round_.observation,
-                        round_.action,
-                        round_.reward,
-                        round_.next_observation,
-                        round_.terminated or round_.truncated,
-                        round_.chosen_by,
-                        round_.info["barred"],
-                    )
+                agent.remember(round_)
                 bar.set_postfix_str(
                     f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "
                     f"cost {round_.info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
                 )
-            record_episode(run, rounds, agent.epsilon, agent.train(), started)
+            record_episode(run, round_.info, agent.epsilon, agent.train(), started)
             transitions = agent.new_transitions()
             agent.decay_epsilon()
             run.checkpoint(agent.state(), transitions)
@@ -85,18 +69,17 @@ def record_round(run: Run, round_: Round) -> None:
 
 
 def record_episode(
-    run: Run, rounds: list[Round], epsilon: float, q_loss: float | None, started: float
+    run: Run, info: dict[str, Any], epsilon: float, q_loss: float | None, started: float
 ) -> None:
-    """Write a row of ``episodes.csv``; ``started`` is the episode's start by ``perf_counter``."""
-    info = rounds[-1].info
-    episode_reward = 0.0
-    for round_ in rounds:  # from Python 3.12 on, sum() rounds differently
-        episode_reward += round_.reward
+    """Write a row of ``episodes.csv``; ``info`` is that of the episode's last round.
+
+    ``started`` is the episode's start by ``perf_counter``.
+    """
     row = {
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": episode_reward,
+        "episode_reward": info["episode_reward"],
         "communication_cost": info["communication_cost"],
         "epsilon": epsilon,
         "q_loss": q_loss,
@@ -108,8 +91,11 @@ def record_episode(
     run.add("episodes.csv", row)
 
 
-def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> int:
-    """Do what ``main`` does; UserError or OSError is what the user or the system has to correct."""
+def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:
+    """Do what ``main`` does; UserError or OSError is what the user or the system has to correct.
+
+    ``data_sha256`` is that of the data that the run has to have, by array; empty for any.
+    """
     import plot
     from environment import DecentralizedLearning
     from node import DQNAgent
@@ -124,10 +110,8 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
         if run.finished:
             print(f"{run.folder} is finished already; for another run choose a --name")
         else:
-            if run.episodes_finished:
-                print(f"continuing {run.folder} after episode {run.episodes_finished}", flush=True)
-            else:
-                print(f"{dataset.name}: {settings.EPISODES} episodes into {run.folder}", flush=True)
+            done = f"{run.episodes_finished} of {settings.EPISODES} episodes finished"
+            print(f"{dataset.name}: {done}; results in {run.folder}", flush=True)
             agent = DQNAgent(environment.observation_size, settings)
             train(environment, run, agent)
             plot.draw_run(run.folder)
@@ -136,13 +120,14 @@ def run_or_continue(settings: Settings, data_sha256: dict[str, str] | None) -> i
     return 0
 
 
-def main(settings: Settings, data_sha256: dict[str, str] | None = None) -> int:
-    """Run or continue a training; return the exit status of ``cli.exit_status``.
+def main(settings: Settings | None = None) -> int:
+    """Run or continue a training, by default the command line's; return the exit status."""
 
-    ``data_sha256`` is that of the data that the run has to have, by array; empty for any.
-    """
-    return exit_status("main.py", lambda: run_or_continue(settings, data_sha256))
+    def work() -> int:
+        return run_or_continue(settings, {}) if settings else run_or_continue(*settings_of_run())
+
+    return exit_status("main.py", work)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*settings_of_run()))
+    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cli import available_cores, without_stderr
-from config import ConfigError, DQNSettings, Settings
+from config import Agent, ConfigError, Settings, names_of
 from data import Dataset
 
 # Intel's kernels, which TensorFlow takes by itself on some processors only; docs/performance.md.
@@ -463,6 +463,6 @@ def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationM
 
 def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
     """Return the process's ``QNetwork`` for these sizes and settings."""
-    used = settings.model_dump(include=set(DQNSettings.model_fields) | {"NODES_PER_ROUND"})
+    used = settings.model_dump(include=names_of(Agent) | {"NODES_PER_ROUND"})
     key = (inputs, actions, used)
     return _shared(QNetwork, key, inputs, actions, settings)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import REPLAY_CAPACITY, Settings, stream
 from models import Moments, shared_q_network, tf
+
+if TYPE_CHECKING:
+    from environment import Round
 
 
 class ReplayBuffer:
@@ -158,7 +161,7 @@ class DQNAgent:
         self._repeats_left = 0  # of a random one
         self._stored = 0  # transitions of this episode
 
-    def act(self, observation: np.ndarray, barred: Sequence[int] = ()) -> tuple[list[int], str]:
+    def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.
 
         Epsilon-greedy (public code). A choice lasts ROUNDS_PER_CHOICE steps. With MAX_STAY a random
@@ -168,8 +171,9 @@ class DQNAgent:
 
         Args:
             observation: (D,) float32.
-            barred: actions that a new choice leaves out.
+            info: ``barred`` are the actions that a new choice leaves out, by default none.
         """
+        barred = info.get("barred", ())
         self._steps_left -= 1
         if self._steps_left > 0:
             return self._choice, "repeated"
@@ -221,40 +225,30 @@ class DQNAgent:
             return info["node"]
         return self.best_actions(observation, self._draw_network(rng), info["barred"])
 
-    def remember(
-        self,
-        observation: np.ndarray,
-        actions: list[int],
-        reward: float,
-        next_observation: np.ndarray,
-        done: bool,
-        chosen_by: str = "greedy",
-        barred: Sequence[int] = (),
-    ) -> None:
+    def remember(self, round_: Round) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
 
         These are at least the rewards of a choice, and the stored reward is their discounted sum.
         It is shorter at the episode's end and before a random choice, which says nothing of the
         choices before it (Watkins 1989). The next observation is that after the last of them.
         N_STEP = 1 stores the step itself (public code). An episode that the round limit truncates
-        ends like one that reached the goal (public code).
+        ends like one that reached the goal (public code). The starter's round, which no one chose,
+        is not stored.
 
-        Args:
-            observation: (D,) float32, before the step.
-            actions: the k distinct actions.
-            reward: of the step.
-            next_observation: (D,) float32, after it.
-            done: whether the episode ended with it.
-            chosen_by: what ``act`` returned.
-            barred: actions that may not follow the step.
+        ``round_.action`` and ``round_.chosen_by`` are what ``act`` returned. ``round_.info`` has
+        ``barred``, the actions that may not follow the step, by default none.
         """
-        if chosen_by == "random":
+        observation = round_.observation
+        if observation is None:
+            return
+        if round_.chosen_by == "random":
             self._store(observation, self._barred, False, 0)
-        self._recent.append((observation, actions, reward))
+        self._recent.append((observation, round_.action, round_.reward))
         # A choice is worth what all of its rounds bring.
         steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
-        self._store(next_observation, barred, done, 0 if done else steps - 1)
-        self._barred = barred
+        done = round_.terminated or round_.truncated
+        self._barred = round_.info.get("barred", ())
+        self._store(round_.next_observation, self._barred, done, 0 if done else steps - 1)
 
     def _store(
         self, next_observation: np.ndarray, barred: Sequence[int], done: bool, waiting: int

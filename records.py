@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from cli import warn
-from config import PROJECT, Settings, UserError, reason
+from config import PROJECT, Settings, UserError, absolute, reason
 from data import Dataset, label_counts
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class Run:
         self.settings = settings
         self.dataset = dataset
         name = settings.NAME or f"{dataset.name}-seed{settings.SEED}"
-        self.folder = settings.results_dir / name
+        self.folder = absolute(settings.RESULTS_DIR) / name
         self.episodes_finished = 0
         self.config: Json = {}
         self._threads = threads

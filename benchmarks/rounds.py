@@ -82,8 +82,8 @@ def _reference() -> Any:
 
 def start(*flags: str) -> dict[str, float]:
     """Return the seconds from the start of main.py to the end of round 1."""
-    code = "import os, main; main.record_round = lambda *_: os._exit(0)\n"
-    code += "main.main(*main.settings_of_run())"
+    code = "import os, sys, main; main.record_round = lambda *_: os._exit(0)\n"
+    code += "sys.exit(main.main())"
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-c", code, f"--set=RESULTS_DIR={folder}", *flags]
         started = time.perf_counter()

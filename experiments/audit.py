@@ -25,7 +25,17 @@ from tqdm import tqdm
 import cli
 import plot
 import records
-from config import NAMED_SETTINGS, ConfigError, Settings, UserError, episode_seed, names_of, stream
+from config import (
+    NAMED_SETTINGS,
+    Agent,
+    Settings,
+    UserError,
+    World,
+    absolute,
+    episode_seed,
+    names_of,
+    stream,
+)
 
 # Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
 if TYPE_CHECKING:
@@ -70,7 +80,7 @@ Walk = dict[str, np.ndarray]  # as record_walk returns it
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
-    """Return the settings and the number of walks of a command line; exit if one is wrong."""
+    """Return a command line's settings and walks; UserError or exit with status 2 if wrong."""
     examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
     text = "Audit the observations; results go to results/<name>/."
     parser = cli.Parser(PROGRAM, text, examples)
@@ -80,13 +90,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    try:
-        values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
-        for name in sorted(names_of("agent") & set(values)):
-            parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
-        settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
-    except ConfigError as error:
-        parser.error(str(error))
+    values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
+    for name in sorted(names_of(Agent) & set(values)):
+        parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
+    settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
     if settings.NODES_PER_ROUND != 1:
         parser.error(f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 in an audit")
     return settings, parsed.walks
@@ -238,9 +245,9 @@ def audit(settings: Settings, count: int) -> int:
     # Whatever the data can't fill is refused here, before a file is written.
     environment = DecentralizedLearning(settings)
     dataset, stored = environment.dataset, settings.stored()
-    folder = settings.results_dir / (settings.NAME or f"audit-{dataset.name}")
+    folder = absolute(settings.RESULTS_DIR) / (settings.NAME or f"audit-{dataset.name}")
     # The data that DATASET led to counts, not its name.
-    used = names_of("world") - {"DATASET"} | {"SEED"}
+    used = names_of(World) - {"DATASET"} | {"SEED"}
     about = {"sha256": dataset.sha256, "settings": {name: stored[name] for name in used}}
 
     def comparable(about: dict[str, Any]) -> dict[str, Any]:
@@ -279,8 +286,7 @@ def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list
 
 def main(arguments: list[str] | None = None) -> int:
     """Run an audit; return the exit status, as main.py's."""
-    settings, walks = parse(arguments)
-    return cli.exit_status(PROGRAM, lambda: audit(settings, walks))
+    return cli.exit_status(PROGRAM, lambda: audit(*parse(arguments)))
 
 
 if __name__ == "__main__":

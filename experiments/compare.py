@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,18 @@ from tqdm import tqdm
 import cli
 import data
 import records
-from config import NAMED_SETTINGS, ConfigError, Settings, UserError, names_of
+from config import (
+    NAMED_SETTINGS,
+    Agent,
+    ConfigError,
+    Place,
+    Session,
+    Settings,
+    UserError,
+    World,
+    absolute,
+    names_of,
+)
 from experiments.estimates import EPISODE_COLUMNS
 from experiments.methods import METHODS, check_method
 
@@ -100,7 +112,7 @@ class Plan:
     def __post_init__(self) -> None:
         variants = self.comparison.variants
         varied = {setting for changes in variants.values() for setting in changes}
-        fixed = names_of("agent") | {"NUM_NODES"} if self.agents else set()
+        fixed = names_of(Agent) | {"NUM_NODES"} if self.agents else set()
         twice = ", ".join(sorted(varied & self.named))
         trained = ", ".join(sorted(fixed & (varied | self.named)))
         got, trial = ", ".join(self.methods), self.kind == "validation"
@@ -140,10 +152,10 @@ def _parser() -> cli.Parser:
     what("comparison", nargs="?", choices=COMPARISONS, default="paper", metavar="NAME", help=help_)
     what("--vary", metavar="NAME=v1,v2,...", help="compare values of a setting instead")
     what("--validation", action="store_true", help="a tuning trial, logged in tuning.csv")
-    help_ = "a number (5 is 0 to 4) or a list (0,3,7-9) [%(default)s]"
+    help_ = "a number (5 is 0 to 4) or a list (0,3,7) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz, with its settings and its seed; repeatable"
-    who("--agent", type=Path, action="append", default=[], metavar="FILE", help=help_)
+    who("--agent", type=os.path.expanduser, action="append", default=[], metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
@@ -158,20 +170,12 @@ def _parser() -> cli.Parser:
 
 
 def parse(arguments: list[str] | None = None) -> Plan:
-    """Read the command line; exit with status 2 after one line on stderr if something is wrong."""
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    """Return the plan of a command line; UserError or exit with status 2 if it is wrong."""
+    parsed = _parser().parse_args(arguments)
     if parsed.list:
         for kind, entries in (("comparisons", COMPARISONS), ("methods", METHODS)):
             print(f"{kind}:", *(f"  {k:15} {e.description}" for k, e in entries.items()), sep="\n")
         sys.exit(0)
-    try:
-        return _plan_of(parsed)
-    except UserError as error:
-        parser.error(str(error))
-
-
-def _plan_of(parsed: argparse.Namespace) -> Plan:
     named, base = cli.overrides_of(parsed), NAMED_SETTINGS[parsed.settings]
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
@@ -204,7 +208,7 @@ def _values_of(text: str) -> tuple[str, Comparison]:
     """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate."""
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
-    if not texts or name in {"DATASET", *names_of("run", "place")}:
+    if not texts or name in {"DATASET", *names_of(Session, Place)}:
         raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
@@ -213,14 +217,14 @@ def _values_of(text: str) -> tuple[str, Comparison]:
     return name.lower(), Comparison("", ("hl", "random", "nearest_twice"), name, variants)
 
 
-def _read_agents(paths: list[Path]) -> tuple[dict[int, Path], dict[str, Any]]:
+def _read_agents(paths: list[str]) -> tuple[dict[int, Path], dict[str, Any]]:
     """Return agents by seed, and settings that they share, with their data's SHA-256 as "data"."""
     agents: dict[int, Path] = {}
     shared: dict[str, Any] = {}
-    for path in map(Path.expanduser, paths):
+    for path in map(Path, paths):
         about = records.load_agent(path)[1]
         seed = about["settings"]["SEED"]
-        own = {k: v for k, v in about["settings"].items() if k not in names_of("run")}
+        own = {k: v for k, v in about["settings"].items() if k not in names_of(Session)}
         own |= {"DATASET": about["dataset"]["name"], "data": about["dataset"]["sha256"]}
         if seed in agents:
             raise ConfigError(f"--agent: got two agents with seed {seed}, takes one of each")
@@ -265,7 +269,7 @@ def open_tables(
         "test_episodes": plan.test_episodes,
         "first_episode": plan.first_episode,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
-        "settings": plan.settings.model_dump(mode="json", exclude=names_of("run", "place")),
+        "settings": plan.settings.model_dump(mode="json", exclude=names_of(Session, Place)),
     }
     config = json.loads(json.dumps(config))  # tuples are lists there
     several = ("variants", "methods")  # those have to agree that both have
@@ -297,8 +301,8 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
     """
     key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
     default, own = Settings(), job.settings.model_dump()
-    changed = {name for name in names_of("agent") if own[name] != getattr(default, name)}
-    shown = changed | plan.named & names_of("world", "agent") - {"DATASET"}
+    changed = {name for name in names_of(Agent) if own[name] != getattr(default, name)}
+    shown = changed | plan.named & names_of(World, Agent) - {"DATASET"}
     settings = " ".join(f"{k}={v!r}".replace(" ", "") for k, v in own.items() if k in shown)
     row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings, "seconds": seconds}
     row |= {"error": error, "git_revision": records.git_revision() or ""}
@@ -312,7 +316,7 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
         }
         for name, digits in (("rounds", 2), ("goal_reached", 3), ("communication_cost", 4)):
             row[name] = round(test[name].mean(), digits)
-    path = plan.settings.results_dir / LOG
+    path = absolute(plan.settings.RESULTS_DIR) / LOG
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
         table = pd.DataFrame([row]).astype(str)
         if path.exists():
@@ -340,12 +344,13 @@ def compare(plan: Plan) -> int:
     plan = dataclasses.replace(plan, settings=settings)
     if plan.data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--agent: trained on other data; --dataset {dataset.name} tests it here")
+    results = absolute(settings.RESULTS_DIR)
     name = settings.NAME or f"{plan.name}-{dataset.name}"
     if plan.kind == "validation":
         name = f"tuning/{name}-{dataset.name}"
-        if (settings.results_dir / LOG).exists():  # refuses something else
-            records.read_table(settings.results_dir / LOG, LOG_COLUMNS)
-    folder = settings.results_dir / name
+        if (results / LOG).exists():  # refuses something else
+            records.read_table(results / LOG, LOG_COLUMNS)
+    folder = results / name
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
     for job in jobs:
@@ -411,8 +416,7 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Jo
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a comparison; return the exit status, as main.py's, and 1 if a job failed."""
-    plan = parse(arguments)
-    return cli.exit_status(PROGRAM, lambda: compare(plan))
+    return cli.exit_status(PROGRAM, lambda: compare(parse(arguments)))
 
 
 if __name__ == "__main__":

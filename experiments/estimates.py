@@ -64,12 +64,8 @@ def read_comparison(folder: Path) -> dict[str, Any]:
 
     UserError if a file is missing or damaged, or no job is finished.
     """
-
-    def pick(config: dict[str, Any]) -> dict[str, Any]:
-        str(config["comparison"]), str(config["parameter"]), int(config["test_episodes"])
-        return config
-
-    config = cli.read_config(folder / "config.json", "comparison", pick)
+    needed = ("comparison", "parameter", "test_episodes")
+    config = cli.read_config(folder / "config.json", *needed)
     jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
     finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
     if finished.empty:

@@ -27,7 +27,7 @@ import data
 import main
 import models
 import records
-from config import PROJECT, Settings, UserError, episode_seed, reason, stream
+from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
@@ -61,7 +61,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the test is recorded; its name is unique within a variant."""
-        return self.settings.results_dir / f"{self.method}-seed{self.settings.SEED}"
+        return absolute(self.settings.RESULTS_DIR) / f"{self.method}-seed{self.settings.SEED}"
 
     @property
     def training_folder(self) -> Path:
@@ -241,7 +241,7 @@ def _test_episode(
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
     whose = {**job.labels, "dataset": environment.dataset.name, "episode": episode}
     transfers, cost, megabytes = sent_before
-    holder, episode_reward = first_nodes[0], 0.0
+    holder = first_nodes[0]
     for round_ in rollout(
         environment,
         lambda seen, info: (policy(seen, info, rng), job.method),
@@ -253,17 +253,16 @@ def _test_episode(
         hops, distance = communication(environment.distances, holder, info["node"])
         transfers, cost = transfers + hops, cost + distance
         megabytes += hops * model_megabytes
-        episode_reward += round_.reward
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
-    sees_weights = method.policy is None and settings.sees_weights
+    sees_weights = method.policy is None and settings.OBSERVATION in ("broadcast", "local", "both")
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
     return {
         **whose,
         "rounds": info["round"],
         "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": episode_reward,
+        "episode_reward": info["episode_reward"],
         "communication_cost": cost,
         "transfers": transfers,
         "megabytes": megabytes,

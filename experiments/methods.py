@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import data
-from config import NAMED_SETTINGS, ConfigError, RewardSettings, Settings
+from config import NAMED_SETTINGS, ConfigError, Settings
 from experiments import search
 
 if TYPE_CHECKING:  # a command line is checked without TensorFlow
@@ -280,13 +280,9 @@ METHODS: dict[str, Method] = {
         None,
         search.WalkSearch,
         on_request=True,
-        overrides=lambda settings: (
-            {
-                name: value
-                for name, value in NAMED_SETTINGS["tuned"].items()
-                if name in RewardSettings.model_fields or name == "DISCOUNT"
-            }
-            | {"OBSERVATION": "zeros"}
-        ),
+        overrides=lambda settings: {
+            **{name: NAMED_SETTINGS["tuned"][name] for name in ("REWARD", "DISCOUNT")},
+            "OBSERVATION": "zeros",
+        },
     ),
 }

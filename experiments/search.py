@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,14 +80,18 @@ class WalkSearch:
         lengths_from_1 = np.array([[0], [1]])
         return nodes_of(places + lengths_from_1, self.settings.MAX_ROUNDS)
 
-    def act(self, observation: np.ndarray, barred: Sequence[int]) -> tuple[list[int], str]:
+    def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
         """Return the next node of the episode's walk."""
         return [self._nodes[self._steps]], "walk"
 
-    def remember(self, observation: np.ndarray, actions: list[int], reward: float, *_: Any) -> None:
-        """Add a round's reward to the walk's discounted return."""
-        self._return += self.settings.DISCOUNT**self._steps * reward
-        self._steps += 1
+    def remember(self, round_: Any) -> None:
+        """Add the reward of an ``environment.Round`` to the walk's discounted return.
+
+        The starter's round, which the walk does not choose, does not count.
+        """
+        if round_.chosen_by != "starter":
+            self._return += self.settings.DISCOUNT**self._steps * round_.reward
+            self._steps += 1
 
     def train(self) -> None:
         """End the episode's walk; after a generation's last one, move the probabilities."""

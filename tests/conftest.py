@@ -24,6 +24,7 @@ os.environ["HL_TESTS_DATA_DIR"] = DATA_DIR
 import config
 import data
 import environment
+import main
 import models
 
 # Before anything computes, as main.py does it: the number can't be changed later.
@@ -127,12 +128,21 @@ def interrupt_step(patch, number):
     patch.setattr(environment.DecentralizedLearning, "step", interrupted)
 
 
-def refusal(parse, arguments, capsys):
-    """Return the one line with which a command line is refused, status 2."""
+def main_of_run(arguments):
+    """Run main.py in this process with a command line and return its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main.py", *arguments])
+        return main.main()
+
+
+def refusal(command, arguments, capsys):
+    """Return the one line with which a command refuses its arguments, status 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        parse(arguments)
-    assert end.value.code == 2
+    try:
+        status = command(arguments)
+    except SystemExit as end:  # argparse's
+        status = end.code
+    assert status == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error

@@ -22,7 +22,7 @@ def quick(monkeypatch, few):
 
 def start(folder, *arguments, **overrides):
     settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_device(), **overrides}
-    for name in config.names_of("agent") & {"EPISODES", "REPLAY_SAMPLE"}:
+    for name in config.names_of(config.Agent) & {"EPISODES", "REPLAY_SAMPLE"}:
         del settings[name]
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return audit.main([*arguments, *sets])
@@ -298,11 +298,12 @@ def test_settings_of_an_audit():
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
         (["--set", "REWARD=progress"], "REWARD: got 'progress', takes none"),
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),
+        (["--set", "MAX_ROUNDS=1"], "MAX_ROUNDS: got 1, takes an integer >= 2"),
         (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(arguments, words, capsys):
-    assert words in refusal(audit.parse, arguments, capsys)
+    assert words in refusal(audit.main, arguments, capsys)
 
 
 def test_help():

@@ -3,12 +3,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROJECT, command, refusal, run
+from conftest import PROJECT, command, main_of_run, refusal, run, small_settings
 
 import cli
 import data
 import main
-from config import NAMED_SETTINGS, Settings
+from config import NAMED_SETTINGS, Settings, UserError
 
 
 def parse(text):
@@ -47,20 +47,20 @@ def test_named_settings_come_before_set():
         ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
         ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
         ("--settings best", "argument --settings: invalid choice: 'best'"),
-        ("--config /nowhere/config.json", "--config: /nowhere/config.json"),
+        ("--config /nowhere/config.json", "/nowhere/config.json: "),
+        ("--config ~nosuchuser/config.json", "~nosuchuser/config.json: "),
         ("--speed 9", "--speed 9"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_status_2(capsys, arguments, words):
-    assert words in refusal(cli.settings_of_run, arguments.split(), capsys)
+    assert words in refusal(main_of_run, arguments.split(), capsys)
 
 
 def test_a_bad_command_line_is_refused_without_tensorflow(tmp_path):
     results = tmp_path / "results"
     check = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import cli, main\n"
-        "try: cli.settings_of_run()\n"
-        "except SystemExit as end: print(end.code, 'tensorflow' in sys.modules)"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main\n"
+        "print(main.main(), 'tensorflow' in sys.modules)"
     )
     arguments = ["--episodes", "0", "--set", f"RESULTS_DIR={results}"]
     done = subprocess.run(
@@ -120,7 +120,7 @@ def test_config_repeats_a_run(tmp_path):
     about = {"name": "digits", "sha256": {"x_train": "ab"}}
     config = {"settings": settings.stored(), "dataset": about}
     path.write_text(json.dumps(config))
-    with pytest.raises(SystemExit):  # a comparison has no sessions
+    with pytest.raises(UserError, match="sessions"):  # a comparison has none
         cli.settings_of_run(["--config", str(path)])
     path.write_text(json.dumps({**config, "sessions": []}))
     again, sha256 = cli.settings_of_run(["--config", str(path), "--name", "second"])
@@ -132,21 +132,24 @@ def test_config_repeats_a_run(tmp_path):
 
 def test_config_insists_on_the_data_of_that_run(tmp_path, monkeypatch, capsys, few):
     monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
-    settings = Settings(DATASET="digits", RESULTS_DIR=str(tmp_path / "results"))
-    assert main.main(settings, {**few.sha256, "x_train": "0"}) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    path, results = tmp_path / "config.json", tmp_path / "results"
+    about = {"name": "digits", "sha256": {**few.sha256, "x_train": "0"}}
+    config = {"settings": small_settings().stored(), "dataset": about, "sessions": []}
+    path.write_text(json.dumps(config))
+    arguments = ["--config", str(path), "--set", f"RESULTS_DIR={results}"]
+    assert "--config: the digits data" in refusal(main_of_run, arguments, capsys)
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(
     ("text", "seeds"),
-    [("3", [0, 1, 2]), ("0,3,7-9", [0, 3, 7, 8, 9]), ("4,", [4]), ("2,1,2", [1, 2])],
+    [("3", [0, 1, 2]), ("0,7,3", [0, 3, 7]), ("4,", [4]), ("0,", [0]), ("2,1,2", [1, 2])],
 )
 def test_seeds(text, seeds):
     assert cli.seeds_of(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "5-3", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "00", "a", "7-9", "-1", "1.5", ",", "1,,2"])
 def test_wrong_seeds(text):
     with pytest.raises(cli.argparse.ArgumentTypeError):
         cli.seeds_of(text)

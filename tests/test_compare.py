@@ -159,7 +159,7 @@ def test_what_the_tables_hold_is_finished(copy, finished, capsys):
     assert same(texts(copy), texts(finished))
     assert not (copy / "jobs").exists()
     assert start(copy.parent, "--seeds", "2", methods="nearest,random") == 0
-    assert start(copy.parent, "--seeds", "2-3", methods="stay") == 0
+    assert start(copy.parent, "--seeds", "2,3", methods="stay") == 0
     table = read_table(copy / "jobs.csv", estimates.JOB_COLUMNS)
     counts = table.groupby("method", sort=False).size().to_dict()
     assert list(counts.items()) == [("hl", 2), ("random", 2), ("stay", 4), ("nearest", 2)]
@@ -311,7 +311,7 @@ def test_the_counts_are_printed_whatever_happens_to_a_figure(copy, monkeypatch, 
 
 
 def test_values_of_a_setting(tmp_path, capsys):
-    more = ["--vary", "HIDDEN_UNITS=(8,4),16", "--seeds", "1", "--test-episodes", "1"]
+    more = ["--vary", "HIDDEN_UNITS=(8,4),(16,)", "--seeds", "1", "--test-episodes", "1"]
     assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
     folder = tmp_path / "hidden_units-digits"
     stored = json.loads((folder / "config.json").read_text())
@@ -322,7 +322,7 @@ def test_values_of_a_setting(tmp_path, capsys):
         about = load_agent(folder / "agents" / variant / "hl-seed0.npz")[1]
         assert about["settings"]["HIDDEN_UNITS"] == units
     # Another value joins them; the same value with other overrides can't be.
-    more[1] = "HIDDEN_UNITS=5,16"
+    more[1] = "HIDDEN_UNITS=(5,),(16,)"
     assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
     assert texts(folder)["episodes"]["variant"].tolist() == ["(8,4)", "(16,)", "(5,)"]
     assert "jobs: 1 finished before, 1 started, 1 finished, 0 failed" in capsys.readouterr().out
@@ -529,11 +529,12 @@ def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
         (["worlds", "--validation", "--name", "x"], "--validation"),
         (["--validation", "--name", "a/b"], "NAME: got 'a/b', takes letters"),
         (["--agent", "none.npz"], "none.npz: "),
+        (["--agent", "~nosuchuser/none.npz"], "~nosuchuser/none.npz: "),
         (["--agent", "x", "--seeds", "2"], "--seeds"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
-    assert words in refusal(compare.parse, arguments, capsys)
+    assert words in refusal(compare.main, arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +552,7 @@ def test_wrong_arguments(arguments, words, capsys):
 def test_what_an_agent_was_trained_with_stays(finished, more, words, capsys):
     agent = str(finished / "agents" / "hl-seed1.npz")
     given = ["--agent", agent, "--methods", "hl", *(part.format(agent=agent) for part in more)]
-    assert words in refusal(compare.parse, given, capsys)
+    assert words in refusal(compare.main, given, capsys)
 
 
 def test_shards_that_cannot_be_filled_write_nothing(tmp_path, capsys):
@@ -592,7 +593,7 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
 
 
 def test_values_are_split_at_commas_outside_parentheses():
-    plan = compare.parse(["--vary", "HIDDEN_UNITS=(64, 64),(128,),500"])
+    plan = compare.parse(["--vary", "HIDDEN_UNITS=(64, 64),(128,),(500,)"])
     values = {"(64,64)": (64, 64), "(128,)": (128,), "(500,)": (500,)}
     expected = {name: {"HIDDEN_UNITS": value} for name, value in values.items()}
     assert plan.comparison.variants == expected

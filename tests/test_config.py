@@ -39,11 +39,11 @@ def test_every_setting_is_declared_once_with_meaning_and_source():
 
 
 def test_groups_tell_whose_a_setting_is():
-    assert config.names_of("place") == {"NAME", "RESULTS_DIR", "DATA_DIR"}
-    assert config.names_of("run") == {"SEED", "THREADS", "DEVICE"}
-    assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of("agent")
-    assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of("world")
-    assert set(NAMED_SETTINGS["tuned"]) < config.names_of("agent")
+    assert config.names_of(config.Place) == {"NAME", "RESULTS_DIR", "DATA_DIR"}
+    assert config.names_of(config.Session) == {"SEED", "THREADS", "DEVICE"}
+    assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of(config.Agent)
+    assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of(config.World)
+    assert set(NAMED_SETTINGS["tuned"]) < config.names_of(config.Agent)
 
 
 def test_settings_are_immutable():
@@ -75,6 +75,8 @@ def test_replace_changes_a_copy_and_validates():
         ("DISTANCE_SEED", 2**32, r"an integer in \[0, 4294967295\]"),
         ("OBSERVATION", "fixed", "one of broadcast, local, both, last_node, zeros"),
         ("HIDDEN_UNITS", (), "a tuple of integers >= 1"),
+        ("HIDDEN_UNITS", 500, "a tuple of integers >= 1"),
+        ("HIDDEN_UNITS", (500, True), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 0), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 2.5), "a tuple of integers >= 1"),
         ("FIT_ALL_ACTIONS", 1, "True or False"),
@@ -116,9 +118,9 @@ def test_unknown_names_are_refused_with_the_nearest_name():
 
 def test_paths_are_relative_to_the_project_or_the_users_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert Settings(RESULTS_DIR="~/hl").results_dir == Path("/home/somebody/hl")
-    assert Settings(RESULTS_DIR="/scratch").results_dir == Path("/scratch")
-    assert Settings(RESULTS_DIR="a/b").results_dir == PROJECT / "a" / "b"
+    assert config.absolute("~/hl") == Path("/home/somebody/hl")
+    assert config.absolute("/scratch") == Path("/scratch")
+    assert config.absolute("a/b") == PROJECT / "a" / "b"
     # No such user: a folder of that name, and no error.
     assert config.absolute("~nosuchuser/x") == PROJECT / "~nosuchuser" / "x"
 
@@ -128,7 +130,6 @@ def test_integers_do_for_numbers_and_lists_for_tuples():
     assert (s.REWARD_BASE, s.HIDDEN_UNITS, s.SEED) == (2.0, (7,), 5)
     assert isinstance(s.REWARD_BASE, float)
     assert type(s.SEED) is int
-    assert Settings(HIDDEN_UNITS=500).HIDDEN_UNITS == (500,)
 
 
 def test_stored_settings_give_the_same_settings_again():

@@ -295,7 +295,7 @@ def printed(command):
     module, *arguments = shlex.split(command)[2:]
     if module == "experiments.audit":
         settings, _ = audit.parse(arguments)
-        folder = settings.results_dir / f"audit-{settings.DATASET}"
+        folder = config.absolute(settings.RESULTS_DIR) / f"audit-{settings.DATASET}"
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
     if module == "experiments.goal":
         return goal.report(PROJECT / arguments[0])

@@ -213,14 +213,17 @@ def test_spaces_and_info(few):
     assert observation.shape == env.observation_space.shape == (16,)
     assert (info["round"], info["node"], info["distance"]) == (1, 0, 0.0)
     first = info["communication_cost"]
-    cost = 0.0
+    assert info["episode_reward"] == info["reward"]
+    cost, total = 0.0, info["reward"]
     for action, before in ((2, 0), (2, 2), (1, 2)):
         _, value, _, _, info = env.step(action)
         distance = env.distances[before, action]
         cost += distance
+        total += value
         assert info["node"] == action
         assert info["distance"] == distance
         assert info["communication_cost"] == pytest.approx(first + cost, abs=1e-15)
+        assert info["episode_reward"] == total
         assert value == info["reward"] == power_reward(info["accuracy"], distance, env.settings)
         # Whole images of a whole test set.
         assert info["accuracy"] * 359 == pytest.approx(round(info["accuracy"] * 359), abs=1e-9)

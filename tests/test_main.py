@@ -19,9 +19,17 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CORES, PROJECT, SMALL, as_flags, command, small_settings, without_times
+from conftest import (
+    CORES,
+    PROJECT,
+    SMALL,
+    as_flags,
+    command,
+    main_of_run,
+    small_settings,
+    without_times,
+)
 
-import cli
 import data
 import main
 import node
@@ -136,8 +144,7 @@ def test_the_trained_agent_is_one_that_learned_from_the_recorded_rounds(few, fin
 def test_the_config_of_a_run_gives_the_same_run_and_another_seed_another(tmp_path, finished):
     flags = ["--config", str(finished / "config.json"), "--set", f"RESULTS_DIR={tmp_path}"]
     for name, more in (("same", []), ("other", ["--seed", "1"])):
-        settings, data_sha256 = cli.settings_of_run([*flags, "--name", name, *more])
-        assert main.main(settings, data_sha256) == 0
+        assert main_of_run([*flags, "--name", name, *more]) == 0
     same, other = tmp_path / "same", tmp_path / "other"
     assert without_times(same) == without_times(finished)
     assert agents_are_equal(same, finished)
@@ -238,7 +245,7 @@ def test_a_run_stopped_twice_continues_twice(tmp_path, monkeypatch, capsys, capa
         status, folder = stop_in_episode(tmp_path, monkeypatch, episode, **overrides)
         assert status == 130
     assert start(tmp_path, **overrides)[0] == 0
-    assert re.findall(r"after episode (\d)", capsys.readouterr().out) == ["1", "3"]
+    assert re.findall(r"(\d) of 4 episodes", capsys.readouterr().out) == ["0", "1", "3"]
     _, whole = start(tmp_path, "whole", **overrides)
     assert without_times(folder) == without_times(whole)
     assert agents_are_equal(folder, whole)
@@ -284,7 +291,7 @@ def test_a_killed_process_continues_with_the_same_bits(tmp_path):
     with process_on_noise(values, "killed", "whole") as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert re.search(r"after episode [1-5]", output)
+    assert re.search(r"[1-5] of 6 episodes", output)
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     assert agents_are_equal(tmp_path / "killed", tmp_path / "whole")
     session = json.loads((tmp_path / "whole" / "config.json").read_text())["sessions"][0]

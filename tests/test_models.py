@@ -143,7 +143,7 @@ def test_one_compiled_model_serves_a_dataset(few):
 
 def test_one_compiled_q_network_serves_its_settings():
     one = models.shared_q_network(6, 3, small_settings())
-    assert models.shared_q_network(6, 3, small_settings(SEED=3, EPSILON=0.5)) is one
+    assert models.shared_q_network(6, 3, small_settings(SEED=3, MAX_ROUNDS=9)) is one
     changes = {
         "HIDDEN_UNITS": (9,),
         "DISCOUNT": 0.5,

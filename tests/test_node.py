@@ -7,6 +7,7 @@ import pytest
 import models
 import node
 from config import Settings
+from environment import Round
 from models import tf
 from node import DQNAgent, ReplayBuffer
 
@@ -115,9 +116,9 @@ def test_epsilon_0_and_1():
     observation = np.ones(4, np.float32)
     greedy = make_agent(EPSILON=0.0)
     best = greedy.best_actions(observation)
-    assert all(greedy.act(observation) == (best, "greedy") for _ in range(50))
+    assert all(greedy.act(observation, {}) == (best, "greedy") for _ in range(50))
     uniform = make_agent(EPSILON=1.0)
-    chosen = [uniform.act(observation) for _ in range(600)]
+    chosen = [uniform.act(observation, {}) for _ in range(600)]
     assert {kind for _, kind in chosen} == {"random"}
     # 200 of each action expected, standard deviation 11.5.
     assert abs(np.bincount([a for (a,), _ in chosen]) - 200).max() < 5 * 11.5
@@ -125,14 +126,14 @@ def test_epsilon_0_and_1():
 
 def test_share_of_random_actions():
     agent = make_agent(EPSILON=0.3)
-    kinds = [agent.act(np.ones(4, np.float32))[1] for _ in range(1000)]
+    kinds = [agent.act(np.ones(4, np.float32), {})[1] for _ in range(1000)]
     # 300 expected, standard deviation 14.5.
     assert abs(kinds.count("random") - 300) < 5 * 14.5
 
 
 def test_a_random_choice_is_repeated_up_to_the_longest_stay():
     agent = make_agent(NUM_NODES=10, EPSILON=1.0, ROUNDS_PER_CHOICE=2, MAX_STAY=7)
-    kinds = [agent.act(np.ones(4, np.float32))[1] for _ in range(12_000)]
+    kinds = [agent.act(np.ones(4, np.float32), {})[1] for _ in range(12_000)]
     starts = [*np.flatnonzero(np.array(kinds) == "random"), 12_000]
     lengths = np.diff(starts)[:-1]
     # One, two or three choices of two steps each; about 1,000 of each, standard deviation 26.
@@ -144,16 +145,16 @@ def test_a_random_choice_is_repeated_up_to_the_longest_stay():
 def test_repetitions_end_with_the_episode_and_where_a_node_is_barred():
     agent = make_agent(NUM_NODES=10, EPSILON=1.0, MAX_STAY=1000)
     observation = np.ones(4, np.float32)
-    (node,), kind = agent.act(observation)
+    (node,), kind = agent.act(observation, {})
     assert kind == "random"
-    assert agent.act(observation) == ([node], "repeated")
-    assert agent.act(observation, [node - 1]) == ([node], "repeated")
-    (after,), kind = agent.act(observation, [node])
+    assert agent.act(observation, {}) == ([node], "repeated")
+    assert agent.act(observation, {"barred": [node - 1]}) == ([node], "repeated")
+    (after,), kind = agent.act(observation, {"barred": [node]})
     assert kind == "random"
     assert after != node
     agent.decay_epsilon()
     agent.epsilon = 0.0
-    assert agent.act(observation)[1] == "greedy"
+    assert agent.act(observation, {})[1] == "greedy"
 
 
 @pytest.mark.parametrize("per_step", [1, 3])
@@ -167,14 +168,14 @@ def test_barred_actions_are_never_chosen(per_step):
         == [action for action in order if action not in best][:per_step]
     )
     for _ in range(100):
-        assert not set(agent.act(observation, best)[0]) & set(best)
+        assert not set(agent.act(observation, {"barred": best})[0]) & set(best)
     info = {"round": 1, "node": best, "barred": best}
     assert not set(agent.greedy(observation, info, np.random.default_rng(0))) & set(best)
 
 
 def test_a_choice_lasts_its_rounds():
     agent = make_agent(NUM_NODES=10, EPSILON=0.5, ROUNDS_PER_CHOICE=3)
-    chosen = [agent.act(np.ones(4, np.float32)) for _ in range(300)]
+    chosen = [agent.act(np.ones(4, np.float32), {}) for _ in range(300)]
     for first in range(0, 300, 3):
         nodes, kinds = zip(*chosen[first : first + 3], strict=True)
         assert nodes[0] == nodes[1] == nodes[2]
@@ -198,10 +199,10 @@ def test_several_actions():
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
     q_values = agent.q.values(agent.weights, observation[None])[0, 0]
-    assert agent.act(observation)[0] == np.argsort(-q_values)[:3].tolist()
+    assert agent.act(observation, {})[0] == np.argsort(-q_values)[:3].tolist()
     agent.epsilon = 1.0
     for _ in range(50):
-        assert len(set(agent.act(observation)[0])) == 3
+        assert len(set(agent.act(observation, {})[0])) == 3
 
 
 def test_equal_q_values_give_the_lower_number(monkeypatch):
@@ -219,7 +220,7 @@ def test_one_network_leads_an_episode_and_any_makes_a_tested_choice(monkeypatch)
     monkeypatch.setattr(agent.q, "values", lambda weights, observations: votes)
     observation, led = np.ones(4, np.float32), []
     for _ in range(800):
-        chosen = [agent.act(observation) for _ in range(3)]
+        chosen = [agent.act(observation, {}) for _ in range(3)]
         assert chosen == [chosen[0]] * 3
         led.append(chosen[0][0])
         agent.decay_epsilon()
@@ -329,7 +330,8 @@ def remembered(actions=(1, 2, 0, 1, 2), random=(), **overrides):
     for step in (1, 2, 3, 4, 5, 1, 2):
         chosen_by = "random" if step in random else "greedy"
         seen, following = np.full(4, step), np.full(4, step + 1)
-        agent.remember(seen, [actions[step - 1]], float(step), following, step == 5, chosen_by)
+        choice = (seen, [actions[step - 1]], chosen_by)
+        agent.remember(Round(*choice, float(step), following, step == 5, False, {}))
     return [
         (
             t["observations"][0],
@@ -386,9 +388,17 @@ def test_a_choice_of_two_rounds_is_stored_where_it_lasted():
 
 def test_waiting_steps_end_with_the_episode():
     agent = make_agent(N_STEP=3)
-    agent.remember(np.zeros(4), [0], 1.0, np.zeros(4), False)
+    agent.remember(Round(np.zeros(4), [0], "greedy", 1.0, np.zeros(4), False, False, {}))
     agent.decay_epsilon()
-    agent.remember(np.ones(4), [1], 2.0, np.ones(4), True)
+    agent.remember(Round(np.ones(4), [1], "greedy", 2.0, np.ones(4), False, True, {}))
+    assert agent.replay.latest(9)["rewards"].tolist() == [2.0]
+
+
+def test_the_starters_round_is_not_stored():
+    agent = make_agent()
+    agent.remember(Round(None, None, "starter", 1.0, np.ones(4), False, False, {"barred": [0]}))
+    assert len(agent.replay) == 0
+    agent.remember(Round(np.ones(4), [1], "greedy", 2.0, np.ones(4), False, False, {}))
     assert agent.replay.latest(9)["rewards"].tolist() == [2.0]
 
 
@@ -401,7 +411,8 @@ def test_what_is_barred_is_stored_with_the_next_observation(kind, expected):
     agent = make_agent(N_STEP=2)
     for step in (1, 2):
         seen, following = np.full(4, step), np.full(4, step + 1)
-        agent.remember(seen, [0], 1.0, following, False, kind, [step])
+        info = {"barred": [step]}
+        agent.remember(Round(seen, [0], kind, 1.0, following, False, False, info))
     (stored,) = agent.replay.latest(9)
     assert stored["barred"].tolist() == [expected]
     assert stored["next_observations"][0] == expected + 1
@@ -455,7 +466,7 @@ def test_agent_state_round_trip():
     copy = make_agent(**overrides)
     copy.load_state(agent.state(), agent.replay.latest(50))
     for each in (agent, copy):
-        each.choices = [each.act(np.full(4, i, np.float32)) for i in range(20)]
+        each.choices = [each.act(np.full(4, i, np.float32), {}) for i in range(20)]
         each.loss = each.train()
     assert (agent.choices, agent.loss) == (copy.choices, copy.loss)
     for name, array in agent.state().items():
@@ -486,7 +497,7 @@ def test_a_state_of_another_agent_is_refused_and_changes_nothing():
 def test_seed_decides():
     def play(seed):
         agent = filled(make_agent(SEED=seed, REPLAY_SAMPLE=32, EPSILON=0.5), 50)
-        choices = [agent.act(np.full(4, i, np.float32)) for i in range(20)]
+        choices = [agent.act(np.full(4, i, np.float32), {}) for i in range(20)]
         agent.train()
         return choices, agent.weights.numpy().tobytes()
 
@@ -554,11 +565,11 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         observation, _ = env.reset(seed=episode if episode == 0 else None)
         done = False
         while not done:
-            actions, chosen_by = agent.act(observation)
-            following, reward, terminated, truncated, _ = env.step(actions[0])
-            done = terminated or truncated
-            agent.remember(observation, actions, reward, following, done, chosen_by)
-            observation = following
+            actions, chosen_by = agent.act(observation, {})
+            following, reward, terminated, truncated, info = env.step(actions[0])
+            result = (reward, following, terminated, truncated, info)
+            agent.remember(Round(observation, actions, chosen_by, *result))
+            observation, done = following, terminated or truncated
         agent.train()
         agent.decay_epsilon()
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.

@@ -5,6 +5,7 @@ import pytest
 from conftest import small_settings
 
 from config import stream
+from environment import Round
 from experiments import search
 from experiments.methods import METHODS
 
@@ -31,9 +32,10 @@ def play(agent, episodes, reward_of):
     for _ in range(episodes):
         walks.append([])
         for _ in range(10):
-            actions, chosen_by = agent.act(None, [])
+            actions, chosen_by = agent.act(None, {})
             walks[-1] += actions
-            agent.remember(None, actions, reward_of(*actions), None, False, chosen_by)
+            reward = reward_of(*actions)
+            agent.remember(Round(None, actions, chosen_by, reward, None, False, False, {}))
         assert agent.train() is None
         agent.decay_epsilon()
     return walks
@@ -57,12 +59,13 @@ def test_the_elite_moves_the_probabilities():
         before = [table.copy() for table in agent.probabilities]
         rng = stream(0, "exploration", episode + 1)
         drawn = [[rng.choice(len(row), p=row) for row in table] for table in before]
-        assert agent.act(None, []) == ([drawn[0][0]], "walk")
+        assert agent.act(None, {}) == ([drawn[0][0]], "walk")
         first.append(drawn[0][0])
         lengths.append(drawn[1][0])
+        agent.remember(Round(None, None, "starter", 1e6 * episode, None, False, False, {}))
         rewards = [-episode, 10.0 * (episode % 7)]
         for reward in rewards:
-            agent.remember(None, [0], reward, None, False, "walk")
+            agent.remember(Round(None, [0], "walk", reward, None, False, False, {}))
         returns.append(rewards[0] + 0.5 * rewards[1])
         assert all((a == b).all() for a, b in zip(before, agent.probabilities, strict=True))
         agent.train()
