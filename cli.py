@@ -105,10 +105,14 @@ def value_of(name: str, text: str) -> Any:
 
 
 def read_config(path: Path, *needed: str) -> dict[str, Any]:
-    """Return the content of a ``config.json``; UserError if it lacks one of the needed names."""
+    """Return a ``config.json``; UserError without settings, dataset or another needed name."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {**config, **{name: config[name] for name in needed}}
+        if not isinstance(config["settings"], dict) or not {"name", "sha256"} <= {
+            *config["dataset"]
+        }:
+            raise ValueError("its settings or dataset are damaged")
+        return config | {name: config[name] for name in needed}
     except (OSError, ValueError, KeyError, TypeError) as error:
         names = ", ".join(needed)
         raise UserError(f"{path}: is no config.json with {names} ({reason(error)})") from error
@@ -131,7 +135,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     parsed = parser.parse_args(arguments)
     stored, data_sha256 = {}, {}
     if parsed.config:  # a comparison has no sessions
-        config = read_config(Path(parsed.config), "settings", "dataset", "sessions")
+        config = read_config(Path(parsed.config), "sessions")
         data_sha256 = config["dataset"]["sha256"]
         stored = {**config["settings"], "DATASET": config["dataset"]["name"]}
     values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}

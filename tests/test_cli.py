@@ -122,6 +122,10 @@ def test_config_repeats_a_run(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="sessions"):  # a comparison has none
         cli.settings_of_run(["--config", str(path)])
+    for damage in ({"settings": []}, {"settings": None}, {"dataset": "digits"}, {"dataset": {}}):
+        path.write_text(json.dumps({**config, "sessions": [], **damage}))
+        with pytest.raises(UserError, match="damaged"):
+            cli.settings_of_run(["--config", str(path)])
     path.write_text(json.dumps({**config, "sessions": []}))
     again, sha256 = cli.settings_of_run(["--config", str(path), "--name", "second"])
     assert again == settings.replace(NAME="second", DATASET="digits")
