@@ -75,9 +75,14 @@ def panels(height: float, rows: int, columns: int, **shared: Any) -> tuple[Figur
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
+def data_name(dataset: str) -> str:
+    """Return a dataset's name for a figure."""
+    return "bundled digits, NOT MNIST" if dataset == "digits" else dataset
+
+
 def set_title(figure: Figure, table: pd.DataFrame, text: str, *notes: str) -> None:
     """Set a figure's title: what it shows, of which data, and more notes."""
-    datasets = table["dataset"].replace("digits", "bundled digits, NOT MNIST").unique()
+    datasets = map(data_name, table["dataset"].unique())
     figure.suptitle(f"{text} (data: {'; '.join([*datasets, *notes])})")
 
 
@@ -190,12 +195,14 @@ def published_levels(tables: Tables) -> dict[str, float]:
 
 # --- Figures of a run ------------------------------------------------------------------------
 
-# The quantities of a learning curve, with the labels of their axes.
-_CURVES = {
+# Axis labels of the quantities of episodes, here and in experiments.
+LABELS = {
     "episode_reward": "episode reward\n(sum over the rounds)",
     "rounds": "rounds to the goal\n(or the limit)",
     "communication_cost": "communication cost\n(sum of distances)",
+    "goal_reached": "goal reached\n(share of episodes)",
 }
+_CURVES = ("episode_reward", "rounds", "communication_cost")
 
 
 def draw_run(folder: Path, format_: str = "png") -> None:
@@ -209,9 +216,9 @@ def draw_run(folder: Path, format_: str = "png") -> None:
 def _draw_curves(draw: Callable[[Axes, str], None]) -> Figure:
     """Draw each quantity of ``_CURVES`` over the episodes, in a panel of its own."""
     figure, axes = panels(5.2, len(_CURVES), 1, sharex=True)
-    for axis, (column, label) in zip(axes, _CURVES.items(), strict=True):
+    for axis, column in zip(axes, _CURVES, strict=True):
         draw(axis, column)
-        axis.set_ylabel(label)
+        axis.set_ylabel(LABELS[column])
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
     axes[-1].set_xlabel("episode")

@@ -1,16 +1,15 @@
 """Measure what a round costs: against the machine, plain Keras, and with more nodes.
 
-Usage: ``python3 -m benchmarks.rounds [--output results/benchmark]``
+Usage: ``python3 -m benchmarks.rounds``
 
-Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it as
-``report.md``. Nothing else should use the cores meanwhile. Linux only: it reads memory from /proc.
+Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it to
+``results/benchmark/report.md``. Nothing else should use the cores meanwhile. Linux only: it reads
+memory from /proc.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import gc
 import importlib
 import itertools
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ import pandas as pd
 import data
 import main
 from cli import Parser, available_cores
-from config import NAMED_SETTINGS, PROJECT, Settings, absolute
+from config import NAMED_SETTINGS, PROJECT, Settings
 from environment import DecentralizedLearning
 from models import tf, use_device
 from node import DQNAgent
@@ -98,7 +98,6 @@ def play(**overrides: Any) -> dict[str, float]:
         Seconds per round (``seconds``) and of its parts (``training``, ``evaluation``, ``agent``,
         ``checkpoint``), and ``memory``, the most that the process ever held, in MB.
     """
-    gc.collect()  # the timed methods below tie an earlier turn's agent to itself
     parts: defaultdict[str, float] = defaultdict(float)
 
     def clock(part: str, owner: Any, name: str) -> None:
@@ -110,22 +109,20 @@ def play(**overrides: Any) -> dict[str, float]:
             parts[part] += time.perf_counter() - started
             return result
 
-        setattr(owner, name, timed)
+        stack.enter_context(patch.object(owner, name, timed))
 
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         fixed = {"EPISODES": 1, "EPSILON": 0.4, "GOAL_ACCURACY": 1.0, "RESULTS_DIR": folder}
         settings = Settings(**overrides, **fixed)
         use_device(settings.THREADS)  # before data is loaded, which may start TensorFlow
         environment = DecentralizedLearning(settings, _load(Settings(DATASET=settings.DATASET)))
-        # A copy, for later turns share the original.
-        environment.foundation = foundation = copy.copy(environment.foundation)
         agent = DQNAgent(environment.observation_size, settings.replace(EPISODES=120))
         empty = np.zeros(environment.observation_size, np.float32)
         for _ in range(120 * (settings.MAX_ROUNDS - 1)):
             agent.replay.add(empty, [0], 0.0, empty, False)
         with Run(settings, environment.dataset, environment.threads) as run:
-            clock("training", foundation, "train_epoch")
-            clock("evaluation", foundation, "evaluate")
+            clock("training", environment.foundation, "train_epoch")
+            clock("evaluation", environment.foundation, "evaluate")
             clock("agent", agent, "act")
             clock("agent", agent, "train")
             clock("checkpoint", run, "checkpoint")
@@ -213,8 +210,8 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
 def run(arguments: list[str] | None = None) -> None:
     """Measure everything, print the report and write it."""
     parser = Parser("benchmarks.rounds", "Measure what a round costs.")
-    parser.add_argument("--output", default="results/benchmark", help="folder of report.md")
-    output = absolute(parser.parse_args(arguments).output)
+    parser.parse_args(arguments)
+    output = PROJECT / "results" / "benchmark"
     found: dict[str, Turns] = {}
     for kinds in MEASURES:
         found |= measure(kinds, TURNS)

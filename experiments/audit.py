@@ -182,8 +182,9 @@ def r2_interval(
 def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.DataFrame:
     """Return AUDIT_COLUMNS with a row for each observation and target.
 
-    ``walks`` are the environment's, at least 6, each of two rounds or more. Each value is predicted
-    by extremely randomised trees that were fitted to other walks.
+    ``walks`` are the environment's, at least 6 of them with a second round; one without holds no
+    choice and adds no row. Each value is predicted by extremely randomised trees that were fitted
+    to other walks.
     """
     settings, n = environment.settings, environment.settings.NUM_NODES
     observed = [observations(walk, n, settings.MAX_ROUNDS) for walk in walks]
@@ -269,18 +270,16 @@ def audit(settings: Settings, count: int) -> int:
 
 
 def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list[Walk]:
-    """Return walks 1 to ``count``, but for those of one round; record what is missing."""
+    """Return walks 1 to ``count``; record what is missing."""
     folder.mkdir(exist_ok=True)
-    walks = []
-    for episode in tqdm(range(1, count + 1), desc="walks", disable=None):
-        path = folder / f"walk-{episode}.npz"
+    paths = [folder / f"walk-{episode}.npz" for episode in range(1, count + 1)]
+    for episode, path in enumerate(tqdm(paths, desc="walks", disable=None), 1):
         if not path.exists():
             records.write_arrays(path, record_walk(environment, episode))
-        walk = records.read_arrays(path)
-        if len(walk["nodes"]) > 1:  # with one, the starter reached the goal: it holds no choice
-            walks.append(walk)
-    if len(walks) < _FOLDS:
-        raise UserError(f"--walks: got {len(walks)} with a second round, takes at least {_FOLDS}")
+    walks = [records.read_arrays(path) for path in paths]
+    longer = sum(len(walk["nodes"]) > 1 for walk in walks)
+    if longer < _FOLDS:
+        raise UserError(f"--walks: got {longer} with a second round, takes at least {_FOLDS}")
     return walks
 
 

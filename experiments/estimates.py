@@ -11,7 +11,6 @@ An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one ove
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,30 +105,24 @@ def misses_more_often(episodes: pd.DataFrame, variant: str, method: str) -> bool
     return bool(ours < theirs)
 
 
-def bootstrap(
-    statistic: Statistic, *values: np.ndarray
-) -> tuple[float, float | None, float | None]:
+def bootstrap(statistic: Statistic, *values: np.ndarray) -> tuple[float, float, float]:
     """Return a statistic of (S, E) arrays, drawn together, and its interval's low and high.
 
-    With a single seed low and high are None. The draws are always the same.
+    With a single seed low and high are NaN. The draws are always the same: seeds first, then
+    episodes of each.
     """
     mean = float(statistic(*values))
     if len(values[0]) < 2:
-        return mean, None, None
-    draws = np.array_split(_draws(*values[0].shape), 20)  # in parts, which take less memory
-    resampled = np.concatenate([statistic(*(v.take(part) for v in values)) for part in draws])
+        return mean, np.nan, np.nan
+    seeds, episodes = values[0].shape
+    rng = np.random.default_rng(0)
+    draws = rng.integers(seeds, size=(RESAMPLES, seeds, 1)) * episodes
+    draws = draws + rng.integers(episodes, size=(RESAMPLES, seeds, episodes))
+    resampled = statistic(*(array.take(draws) for array in values))
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
     tail = (1 - 0.95) / 2  # a little above 0.025, so another draw than at 0.025
     low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
     return mean, float(low), float(high)
-
-
-@functools.lru_cache(maxsize=2)
-def _draws(seeds: int, episodes: int) -> np.ndarray:
-    """Return (RESAMPLES, S, E) indices into the S x E values, seeds drawn first."""
-    rng = np.random.default_rng(0)
-    first = rng.integers(seeds, size=(RESAMPLES, seeds, 1)) * episodes
-    return first + rng.integers(episodes, size=(RESAMPLES, seeds, episodes))
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -170,9 +163,7 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
         for quantity, statistic, values in _quantities(tables, variant, method):
             size = len(values[0]), values[0].size
             rows.append((variant, method, quantity, *bootstrap(statistic, *values), *size))
-    # Numbers also where no row has an interval, which would be a column of objects.
-    table = pd.DataFrame(rows, columns=list(ESTIMATE_COLUMNS))
-    return table.astype({"low": float, "high": float})
+    return pd.DataFrame(rows, columns=list(ESTIMATE_COLUMNS))
 
 
 def _quantities(

@@ -193,6 +193,24 @@ def test_more_walks_make_another_table(tmp_path):
         assert set(table["rounds"]) == {count * 4}
 
 
+def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "audit-digits"
+    prepare_folder(folder, small_settings(), 8)
+    path = folder / "walks" / "walk-3.npz"
+    write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
+    assert start(tmp_path, "--walks", "8") == 0
+    table = pd.read_csv(folder / "audit.csv")
+    assert (set(table["episodes"]), set(table["rounds"])) == ({8}, {7 * 4})
+    # The same table as without this walk.
+    walks = [read_arrays(folder / "walks" / f"walk-{e}.npz") for e in range(1, 9) if e != 3]
+    others = audit.audit_table(walks, DecentralizedLearning(small_settings()))
+    columns = ["observation", "target", "r2", "low", "high"]
+    pd.testing.assert_frame_equal(table[columns], others[columns], check_exact=True)
+    # The finished table is only drawn: no regression is fitted again.
+    monkeypatch.setattr(audit, "audit_table", None)
+    assert start(tmp_path, "--walks", "8") == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -81,6 +81,8 @@ def test_a_training_is_measured_by_its_parts(monkeypatch, few):
         return tables[-1]
 
     monkeypatch.setattr(rounds.pd, "read_csv", spy)
+    shared = models.shared_foundation_model(few, rounds.Settings(**TINY))
+    untimed = shared.train_epoch, shared.evaluate
     measured = rounds.play(**TINY, MAX_ROUNDS=4)
     assert measured.pop("memory") > 100
     seconds = measured.pop("seconds")
@@ -89,6 +91,8 @@ def test_a_training_is_measured_by_its_parts(monkeypatch, few):
     assert sum(measured.values()) < seconds
     assert tables[0]["rounds"].tolist() == [4]
     assert tables[0]["q_loss"].notna().all()  # the replay buffer is full from the start
+    # The next turn shares the foundation model: nothing of it stays timed.
+    assert (shared.train_epoch, shared.evaluate) == untimed
 
 
 def test_the_reference_and_the_matrix_product_are_measured(monkeypatch, digits):

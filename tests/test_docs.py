@@ -305,7 +305,7 @@ def printed(command):
         # test_estimates.py makes them again from the episodes.
         path = folder / "estimates.csv"
         tables["estimates"] = records.read_table(path, estimates.ESTIMATE_COLUMNS)
-        figures.add_labels(tables)
+        figures.prepare(tables)
         comparisons.append(tables)
     reports = [figures.report(PROJECT, tables) for tables in comparisons]
     return "\n".join([*reports, figures.summary(figures.by_task(comparisons))])

@@ -51,7 +51,7 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
         "comparison": "paper",
         "parameter": parameter,
         "test_episodes": len(next(iter(first.values()))),
-        "dataset": {"name": "mnist"},
+        "dataset": {"name": "mnist", "sha256": {}},
         "settings": {"NUM_NODES": nodes},
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -194,7 +194,8 @@ def test_the_bootstrap_draws_seeds_and_their_episodes():
     _, low, high = estimates.bootstrap(estimates.mean, flips)
     assert low == pytest.approx(0.402, abs=0.011)
     assert high == pytest.approx(0.598, abs=0.011)
-    assert estimates.bootstrap(estimates.mean, flips[:1]) == (0.5, None, None)
+    one_seed = estimates.bootstrap(estimates.mean, flips[:1])
+    np.testing.assert_array_equal(one_seed, (0.5, np.nan, np.nan))
 
 
 def test_failed_jobs_are_not_averaged(tmp_path):
@@ -234,6 +235,17 @@ def test_nothing_to_estimate(tmp_path):
         estimates.read_comparison(tmp_path)
     (tmp_path / "config.json").write_text('{"comparison": "paper"}')
     with pytest.raises(UserError, match=r"config\.json: .*parameter"):
+        estimates.read_comparison(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["comparison", "parameter", "dataset", "settings"])
+def test_a_config_without_a_name_is_refused(tmp_path, name):
+    write_comparison(tmp_path, VALUES)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json: .*{name}"):
         estimates.read_comparison(tmp_path)
 
 
