@@ -65,7 +65,10 @@ class Comparison:
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name, method in METHODS.items() if not method.on_request),
+        (
+            *("hl", "random", "standalone", "stay", "centralized", "fedavg", "round_robin"),
+            *("nearest", "shortest", "nearest_twice", "shortest_twice"),
+        ),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",

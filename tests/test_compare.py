@@ -587,9 +587,9 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
         assert len({job.folder for job in made}) == len(made)
         assert len(made) == 2 * len(comparison.methods) * len(comparison.variants)
         assert not any("/" in variant for variant in comparison.variants)  # a folder's name
-    on_request = set(methods.METHODS) - set(compare.COMPARISONS["paper"].methods)
+    others = set(methods.METHODS) - set(compare.COMPARISONS["paper"].methods)
     baselines = {"balanced", "metropolis", "metropolis_jumps"}
-    assert on_request == {"tuned", "best_walk", "walk_search"} | baselines
+    assert others == {"tuned", "best_walk", "walk_search"} | baselines
 
 
 def test_values_are_split_at_commas_outside_parentheses():
