@@ -126,7 +126,7 @@ class Plan:
             (self.agent and trial, "--agent: got it beside --validation, takes none"),
             (self.agent and "hl" not in self.methods, f"--agent: got {got}, takes hl as well"),
             (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
-            (trial and got not in ("hl", "tuned"), f"--validation: got {got}, takes hl or tuned"),
+            (trial and got != "hl", f"--validation: got {got}, takes hl, with any --settings"),
         ):
             if wrong:
                 raise ConfigError(message)
@@ -183,8 +183,6 @@ def parse(arguments: list[str] | None = None) -> Plan:
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
-    elif parsed.vary:
-        name, comparison = _values_of(parsed.vary)
     seeds, stored, data_sha256 = parsed.seeds, {}, {}
     if parsed.agent:
         about = records.load_agent(Path(parsed.agent))[1]
@@ -193,6 +191,9 @@ def parse(arguments: list[str] | None = None) -> Plan:
         seeds = [about["settings"]["SEED"]]
     if base and (parsed.agent or name == "ablation"):
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
+    settings = Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named})
+    if parsed.vary:
+        name, comparison = _values_of(parsed.vary, settings)
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
     return Plan(
         name=name,
@@ -202,7 +203,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
         first_episode=parsed.first_episode,
         kind="validation" if parsed.validation else "test",
-        settings=Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named}),
+        settings=settings,
         named=set(named),
         agent=str(Path(parsed.agent).resolve()) if parsed.agent else "",
         data_sha256={} if "DATASET" in named else data_sha256,
@@ -211,15 +212,18 @@ def parse(arguments: list[str] | None = None) -> Plan:
     )
 
 
-def _values_of(text: str) -> tuple[str, Comparison]:
-    """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate."""
+def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
+    """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate.
+
+    Each value has to go together with the other settings.
+    """
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
     if not texts or name in {"DATASET", *names_of(Session, Place)}:
         raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
-        valid = getattr(Settings(**{name: cli.value_of(name, value)}), name)
+        valid = getattr(settings.replace(**{name: cli.value_of(name, value)}), name)
         variants[str(valid).replace(" ", "")] = {name: valid}
     return name.lower(), Comparison("", ("hl", "random", "nearest_twice"), name, variants)
 
@@ -312,7 +316,7 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
             old = pd.read_csv(path, dtype=str, keep_default_na=False)
             table = pd.concat([old, table]).drop_duplicates(list(key), keep="last")
         records.write_table(path, table)
-    if error != "not finished":
+    if not error:
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
 
@@ -351,10 +355,8 @@ def compare(plan: Plan) -> int:
         tables, waiting = open_tables(plan, dataset, folder, jobs)
         tables.create(settings)
         print(
-            f"{plan.name}: {cli.counted(len(plan.methods), 'method')}, "
-            f"{cli.counted(len(plan.seeds), 'seed')}, "
-            f"{cli.counted(len(plan.comparison.variants), 'value')}, "
-            f"{cli.counted(plan.test_episodes, 'test episode')} each: "
+            f"{', '.join(plan.methods)}; seeds {', '.join(map(str, plan.seeds))}; "
+            f"{cli.counted(plan.test_episodes, f'{plan.kind} episode')} each\n"
             f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
             flush=True,
         )
@@ -362,17 +364,15 @@ def compare(plan: Plan) -> int:
         failed = _run(plan, tables, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
-            f"{len(waiting) - len(failed)} finished, {len(failed)} failed"
+            f"{len(waiting) - failed} finished, {failed} failed"
         )
-        for job, error in failed.items():
-            print(f"failed: {job.folder}: {error}")
-        if len(failed) < len(jobs) and plan.kind == "test":
+        if failed < len(jobs) and plan.kind == "test":
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
 
 
-def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Job, str]:
-    """Run the waiting jobs and collect each as it ends; return the errors of those that failed."""
+def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
+    """Run the waiting jobs, log and collect each as it ends; return how many failed."""
     from experiments.jobs import run_jobs
 
     if plan.kind == "validation":
@@ -384,7 +384,7 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Jo
         bar_format="episode {n_fmt}/{total_fmt} of all jobs |{bar}| {remaining} left{postfix}",
         disable=None,  # no bar where the output is not a terminal
     )
-    failed = {}
+    failed = 0
     with bar:
         for ended in run_jobs(waiting, client):
             bar.update(sum(job.episodes_finished() for job in waiting) - bar.n)
@@ -392,14 +392,16 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Jo
                 continue
             job, outcome = ended
             error = outcome["error"]
-            if error:
-                failed[job] = error
-            else:
-                tables.collect(job)
-            tables.set_jobs({job: "failed" if error else "finished"}, **outcome)
+            state = "failed" if error else "finished"
+            # Logged before it is collected: a job in the tables is not run again.
             if plan.kind == "validation":
                 log_trial(plan, job, error, outcome.get("seconds", 0.0))
-            bar.write(f"{job.variant} {job.folder.name} {error or 'finished'}".strip())
+            if error:
+                failed += 1
+            else:
+                tables.collect(job)
+            tables.set_jobs({job: state}, **outcome)
+            bar.write(f"{job.variant} {job.folder.name} {state}: {error}".strip(" :"))
     return failed
 
 

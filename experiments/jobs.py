@@ -300,6 +300,7 @@ def attempt(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     error = ""
     try:
+        (job.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         if job.method not in METHODS:
             raise UserError(f"method: got {job.method!r}, takes one in methods.py, or --jobs 1")
         run_job(job)
