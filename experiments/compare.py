@@ -355,7 +355,7 @@ def compare(plan: Plan) -> int:
         tables, waiting = open_tables(plan, dataset, folder, jobs)
         tables.create(settings)
         print(
-            f"{', '.join(plan.methods)}; seeds {', '.join(map(str, plan.seeds))}; "
+            f"{', '.join(plan.methods)}; {cli.counted(len(plan.seeds), 'seed')}; "
             f"{cli.counted(plan.test_episodes, f'{plan.kind} episode')} each\n"
             f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
             flush=True,
