@@ -65,7 +65,10 @@ class Comparison:
 COMPARISONS: dict[str, Comparison] = {
     "paper": Comparison(
         "the paper's: HL against random and standalone, and other baselines",
-        tuple(name for name, method in METHODS.items() if not method.on_request),
+        (
+            *("hl", "random", "standalone", "stay", "centralized", "fedavg", "round_robin"),
+            *("nearest", "shortest", "nearest_twice", "shortest_twice"),
+        ),
     ),
     "worlds": Comparison(
         "the tuned settings with other distances and starters",
@@ -104,15 +107,15 @@ class Plan:
     kind: str  # of the episodes: test or validation
     settings: Settings  # of all jobs, before variants and methods change them
     named: set[str]  # settings that the command line names
-    agents: dict[int, Path]  # the given agent of each seed
-    data_sha256: dict[str, str]  # of the data that these were trained on; {} for any
+    agent: str  # path of the given agent; "" for none
+    data_sha256: dict[str, str]  # of the data that it was trained on; {} for any
     workers: int  # processes on this machine
     cluster: str  # address of a Dask scheduler; "" for none
 
     def __post_init__(self) -> None:
         variants = self.comparison.variants
         varied = {setting for changes in variants.values() for setting in changes}
-        fixed = names_of(Agent) | {"NUM_NODES"} if self.agents else set()
+        fixed = names_of(Agent) | {"NUM_NODES"} if self.agent else set()
         twice = ", ".join(sorted(varied & self.named))
         trained = ", ".join(sorted(fixed & (varied | self.named)))
         got, trial = ", ".join(self.methods), self.kind == "validation"
@@ -120,10 +123,10 @@ class Plan:
             ("SEED" in self.named, "SEED: got it, takes --seeds in a comparison"),
             (twice, f"{twice}: got it with --set, takes the comparison's values"),
             (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
-            (self.agents and trial, "--agent: got it beside --validation, takes none"),
-            (self.agents and "hl" not in self.methods, f"--agent: got {got}, takes hl as well"),
+            (self.agent and trial, "--agent: got it beside --validation, takes none"),
+            (self.agent and "hl" not in self.methods, f"--agent: got {got}, takes hl as well"),
             (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
-            (trial and got not in ("hl", "tuned"), f"--validation: got {got}, takes hl or tuned"),
+            (trial and got != "hl", f"--validation: got {got}, takes hl, with any --settings"),
         ):
             if wrong:
                 raise ConfigError(message)
@@ -154,8 +157,8 @@ def _parser() -> cli.Parser:
     what("--validation", action="store_true", help="a tuning trial, logged in tuning.csv")
     help_ = "a number (5 is 0 to 4) or a list (0,3,7) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
-    help_ = "test this agent.npz, with its settings and its seed; repeatable"
-    who("--agent", type=os.path.expanduser, action="append", default=[], metavar="FILE", help=help_)
+    help_ = "test this agent.npz, with its settings and its seed"
+    who("--agent", type=os.path.expanduser, default="", metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
@@ -180,59 +183,49 @@ def parse(arguments: list[str] | None = None) -> Plan:
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
-    elif parsed.vary:
-        name, comparison = _values_of(parsed.vary)
-    agents, stored = _read_agents(parsed.agent)
-    data_sha256 = stored.pop("data", {})
-    if base and (agents or name == "ablation"):
+    seeds, stored, data_sha256 = parsed.seeds, {}, {}
+    if parsed.agent:
+        about = records.load_agent(Path(parsed.agent))[1]
+        stored = {k: v for k, v in about["settings"].items() if k not in names_of(Session)}
+        stored["DATASET"], data_sha256 = about["dataset"]["name"], about["dataset"]["sha256"]
+        seeds = [about["settings"]["SEED"]]
+    if base and (parsed.agent or name == "ablation"):
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
+    settings = Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named})
+    if parsed.vary:
+        name, comparison = _values_of(parsed.vary, settings)
     methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
     return Plan(
         name=name,
         comparison=comparison,
         methods=list(dict.fromkeys(m.strip() for m in methods)),
-        seeds=sorted(agents) or parsed.seeds,
+        seeds=seeds,
         test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
         first_episode=parsed.first_episode,
         kind="validation" if parsed.validation else "test",
-        settings=Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named}),
+        settings=settings,
         named=set(named),
-        agents=agents,
+        agent=str(Path(parsed.agent).resolve()) if parsed.agent else "",
         data_sha256={} if "DATASET" in named else data_sha256,
         workers=parsed.jobs,
         cluster=parsed.cluster,
     )
 
 
-def _values_of(text: str) -> tuple[str, Comparison]:
-    """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate."""
+def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
+    """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate.
+
+    Each value has to go together with the other settings.
+    """
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
     if not texts or name in {"DATASET", *names_of(Session, Place)}:
         raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
-        valid = getattr(Settings(**{name: cli.value_of(name, value)}), name)
+        valid = getattr(settings.replace(**{name: cli.value_of(name, value)}), name)
         variants[str(valid).replace(" ", "")] = {name: valid}
     return name.lower(), Comparison("", ("hl", "random", "nearest_twice"), name, variants)
-
-
-def _read_agents(paths: list[str]) -> tuple[dict[int, Path], dict[str, Any]]:
-    """Return agents by seed, and settings that they share, with their data's SHA-256 as "data"."""
-    agents: dict[int, Path] = {}
-    shared: dict[str, Any] = {}
-    for path in map(Path, paths):
-        about = records.load_agent(path)[1]
-        seed = about["settings"]["SEED"]
-        own = {k: v for k, v in about["settings"].items() if k not in names_of(Session)}
-        own |= {"DATASET": about["dataset"]["name"], "data": about["dataset"]["sha256"]}
-        if seed in agents:
-            raise ConfigError(f"--agent: got two agents with seed {seed}, takes one of each")
-        if agents and own != shared:
-            differing = "; ".join(records.differences(shared, own))
-            raise ConfigError(f"--agent: {path}: differs from the first ({differing})")
-        agents[seed], shared = path.resolve(), own
-    return agents, shared
 
 
 # --- The comparison's folder -----------------------------------------------------------------
@@ -248,7 +241,7 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
     ):
         run = {"SEED": seed, "NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
         own = settings.replace(**METHODS[method].overrides(settings), **run)
-        agent = str(plan.agents.get(seed, "")) if method == "hl" else ""
+        agent = plan.agent if method == "hl" else ""
         episodes = (plan.test_episodes, plan.first_episode)
         jobs.append(Job(method, own, variant, *episodes, agent, plan.kind))
     return sorted(jobs, key=lambda job: -job.episodes)
@@ -323,7 +316,7 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
             old = pd.read_csv(path, dtype=str, keep_default_na=False)
             table = pd.concat([old, table]).drop_duplicates(list(key), keep="last")
         records.write_table(path, table)
-    if error != "not finished":
+    if not error:
         print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
 
 
@@ -362,10 +355,8 @@ def compare(plan: Plan) -> int:
         tables, waiting = open_tables(plan, dataset, folder, jobs)
         tables.create(settings)
         print(
-            f"{plan.name}: {cli.counted(len(plan.methods), 'method')}, "
-            f"{cli.counted(len(plan.seeds), 'seed')}, "
-            f"{cli.counted(len(plan.comparison.variants), 'value')}, "
-            f"{cli.counted(plan.test_episodes, 'test episode')} each: "
+            f"{', '.join(plan.methods)}; {cli.counted(len(plan.seeds), 'seed')}; "
+            f"{cli.counted(plan.test_episodes, f'{plan.kind} episode')} each\n"
             f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
             flush=True,
         )
@@ -373,17 +364,15 @@ def compare(plan: Plan) -> int:
         failed = _run(plan, tables, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
-            f"{len(waiting) - len(failed)} finished, {len(failed)} failed"
+            f"{len(waiting) - failed} finished, {failed} failed"
         )
-        for job, error in failed.items():
-            print(f"failed: {job.folder}: {error}")
-        if len(failed) < len(jobs) and plan.kind == "test":
+        if failed < len(jobs) and plan.kind == "test":
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
 
 
-def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Job, str]:
-    """Run the waiting jobs and collect each as it ends; return the errors of those that failed."""
+def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
+    """Run the waiting jobs, log and collect each as it ends; return how many failed."""
     from experiments.jobs import run_jobs
 
     if plan.kind == "validation":
@@ -395,7 +384,7 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Jo
         bar_format="episode {n_fmt}/{total_fmt} of all jobs |{bar}| {remaining} left{postfix}",
         disable=None,  # no bar where the output is not a terminal
     )
-    failed = {}
+    failed = 0
     with bar:
         for ended in run_jobs(waiting, client):
             bar.update(sum(job.episodes_finished() for job in waiting) - bar.n)
@@ -403,14 +392,16 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> dict[Jo
                 continue
             job, outcome = ended
             error = outcome["error"]
-            if error:
-                failed[job] = error
-            else:
-                tables.collect(job)
-            tables.set_jobs({job: "failed" if error else "finished"}, **outcome)
+            state = "failed" if error else "finished"
+            # Logged before it is collected: a job in the tables is not run again.
             if plan.kind == "validation":
                 log_trial(plan, job, error, outcome.get("seconds", 0.0))
-            bar.write(f"{job.variant} {job.folder.name} {error or 'finished'}".strip())
+            if error:
+                failed += 1
+            else:
+                tables.collect(job)
+            tables.set_jobs({job: state}, **outcome)
+            bar.write(f"{job.variant} {job.folder.name} {state}: {error}".strip(" :"))
     return failed
 
 

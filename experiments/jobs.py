@@ -31,6 +31,7 @@ from config import PROJECT, Settings, UserError, absolute, episode_seed, reason,
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
+from node import DQNAgent
 from records import CsvTable, Run, circumstances, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
@@ -211,7 +212,8 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
     """Return an agent's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     settings = job.settings.replace(NAME=job.training_folder.name)
-    agent = METHODS[job.method].agent(environment.observation_size, settings)
+    make_agent = METHODS[job.method].agent or DQNAgent
+    agent = make_agent(environment.observation_size, settings)
     if job.trains:
         with Run(settings, environment.dataset, environment.threads) as run:
             if not run.finished:
@@ -298,6 +300,7 @@ def attempt(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     error = ""
     try:
+        (job.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         if job.method not in METHODS:
             raise UserError(f"method: got {job.method!r}, takes one in methods.py, or --jobs 1")
         run_job(job)

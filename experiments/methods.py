@@ -24,13 +24,6 @@ PolicyMaker = Callable[["DecentralizedLearning"], Policy]
 Sent = tuple[int, float, float]  # number of transfers, sum of their distances, megabytes
 
 
-def dqn_agent(observation_size: int, settings: Settings) -> Any:
-    """Return an untrained ``DQNAgent``."""
-    from node import DQNAgent  # imports TensorFlow
-
-    return DQNAgent(observation_size, settings)
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to train the foundation model."""
@@ -38,8 +31,8 @@ class Method:
     description: str  # one line, for --list and the docs
     # Makes the policy of an environment, once for all its episodes. None: an agent, trained first.
     policy: PolicyMaker | None
-    # Makes the agent, from the observation's size and the settings.
-    agent: Callable[[int, Settings], Any] = dqn_agent
+    # Makes the agent, from the observation's size and the settings. None: a DQNAgent.
+    agent: Callable[[int, Settings], Any] | None = None
     # The settings that the method changes, from the comparison's settings.
     overrides: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     # Who trains round 1, from the settings and the number of the test episode, which starts at 0
@@ -47,7 +40,6 @@ class Method:
     first_nodes: Callable[[Settings, int], list[int]] = lambda settings, _: [settings.STARTER_NODE]
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
-    on_request: bool = False  # whether it runs only when --methods names it
     several: bool = False  # whether the policy can choose several nodes per round
     least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
@@ -225,7 +217,6 @@ METHODS: dict[str, Method] = {
     "tuned": Method(
         "the same with the settings of --settings tuned",
         None,
-        on_request=True,
         overrides=lambda settings: NAMED_SETTINGS["tuned"],
         several=True,
     ),
@@ -256,22 +247,15 @@ METHODS: dict[str, Method] = {
     "shortest": Method("the shortest tour through all nodes", _touring(shortest_tour)),
     "nearest_twice": Method("as nearest, two rounds on each node", _touring(nearest_tour, 2)),
     "shortest_twice": Method("as shortest, two rounds on each node", _touring(shortest_tour, 2)),
-    "balanced": Method(
-        "the node whose labels were trained on least", balanced_policy, on_request=True
-    ),
+    "balanced": Method("the node whose labels were trained on least", balanced_policy),
     # After Liu et al. 2024 (arXiv 2407.20611), who prefer nodes by their data, not by distance.
     # Their jumps are several hops on a graph. Here a jump ends at any node; how often is ours.
-    "metropolis": Method(
-        "a random walk that prefers near nodes", _metropolis(0.0), on_request=True
-    ),
-    "metropolis_jumps": Method(
-        "the same, and one step in ten is a jump", _metropolis(0.1), on_request=True
-    ),
+    "metropolis": Method("a random walk that prefers near nodes", _metropolis(0.0)),
+    "metropolis_jumps": Method("the same, and one step in ten is a jump", _metropolis(0.1)),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST, a bound",
         lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
-        on_request=True,
         least_nodes=6,
     ),
     # It learns from the rewards of `tuned`, without an observation.
@@ -279,7 +263,6 @@ METHODS: dict[str, Method] = {
         "a fixed walk, searched in as many episodes as train a DQN",
         None,
         search.WalkSearch,
-        on_request=True,
         overrides=lambda settings: {
             **{name: NAMED_SETTINGS["tuned"][name] for name in ("REWARD", "DISCOUNT")},
             "OBSERVATION": "zeros",

@@ -35,9 +35,12 @@ def walk_policy(first: list[int], cycle: list[int]) -> Callable[..., int]:
     return policy
 
 
-def nodes_of(stays: np.ndarray, rounds: int) -> list[int]:
-    """Return the nodes that train after the starter, (rounds,), from (2, S) nodes and lengths."""
-    walk = [[node] * length for node, length in stays.T.tolist()]
+def nodes_of(places: np.ndarray, rounds: int) -> list[int]:
+    """Return the nodes that train after the starter, (rounds,).
+
+    ``places``, (2, S) int64, are the nodes of the S stays, and their lengths less 1.
+    """
+    walk = [[node] * (length + 1) for node, length in places.T.tolist()]
     nodes = itertools.chain(*walk, itertools.cycle(walk[-2] + walk[-1]))
     return list(itertools.islice(nodes, rounds))
 
@@ -72,13 +75,8 @@ class WalkSearch:
         self._drawn = np.array(
             [[rng.choice(len(row), p=row) for row in table] for table in self.probabilities]
         )
-        self._nodes = self._walk(self._drawn)
+        self._nodes = nodes_of(self._drawn, self.settings.MAX_ROUNDS)
         self._return, self._steps = 0.0, 0
-
-    def _walk(self, places: np.ndarray) -> list[int]:
-        """Return a walk's nodes, from the (2, S) places in the tables of probabilities."""
-        lengths_from_1 = np.array([[0], [1]])
-        return nodes_of(places + lengths_from_1, self.settings.MAX_ROUNDS)
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
         """Return the next node of the episode's walk."""
@@ -132,17 +130,10 @@ class WalkSearch:
         return dict(zip(("nodes", "lengths"), self.probabilities, strict=True))
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take over the probabilities.
-
-        Raises:
-            ValueError: they are missing or have another shape.
-        """
-        for name, table in self.arrays().items():
-            if name not in arrays or arrays[name].shape != table.shape:
-                raise ValueError(f"no array {name} of shape {table.shape}")
-            table[:] = arrays[name]
+        """Take over the probabilities of another search's ``arrays``."""
+        self.probabilities = [arrays[name].copy() for name in self.arrays()]
 
     def greedy(self, observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
         """Return the next node of the most probable walk."""
         places = np.array([table.argmax(axis=1) for table in self.probabilities])
-        return self._walk(places)[info["round"] - 1]
+        return nodes_of(places, self.settings.MAX_ROUNDS)[info["round"] - 1]
