@@ -58,12 +58,8 @@ Arrays = dict[str, np.ndarray]
 _ADVICE = "move the folder away, or choose another --name"
 
 
-class RunError(UserError):
-    """A folder or file of results that can't be used, with what to do about it."""
-
-
-def _damaged(path: Path | str, error: Exception) -> RunError:
-    return RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
+def _damaged(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -89,16 +85,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def locked(folder: Path, program: str) -> Iterator[None]:
-    """Make a folder and keep other processes out, each probably a ``program``; RunError if not."""
+    """Make a folder and keep other processes out, each probably a ``program``; UserError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise RunError(
+        raise UserError(
             f"{folder}: another {program} is writing there; wait for it, or choose another --name"
         ) from None
     except OSError as error:
-        raise RunError(
+        raise UserError(
             f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
         ) from error
     with lock:
@@ -176,7 +172,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Read all of an ``.npz`` file, never unpickling; RunError if a checksum shows a damage."""
+    """Read all of an ``.npz`` file, never unpickling; UserError if a checksum shows a damage."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
@@ -276,21 +272,21 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
     """Return the JSON file that identifies a folder; None if the folder is empty.
 
     ``comparable`` takes from the file's content the values that have to be those of ``now``. If
-    they differ, the folder holds another ``kind`` (run, comparison or audit): a RunError.
+    they differ, the folder holds another ``kind`` (run, comparison or audit): a UserError.
     """
     folder = path.parent
     try:
         if not path.exists():
             others = sorted(file.name for file in folder.glob("[!.]*"))  # .lock does not count
             if others:
-                raise RunError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
+                raise UserError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     if differing:
-        raise RunError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
+        raise UserError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
     return stored
 
 
@@ -301,7 +297,7 @@ class Run:
     """The folder of one run; a context manager that holds its lock.
 
     ``episodes_finished`` counts those of earlier sessions too; ``config`` is ``config.json``.
-    Entering raises a RunError if the folder is in use, damaged, or holds something else.
+    Entering raises a UserError if the folder is in use, damaged, or holds something else.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
@@ -370,15 +366,15 @@ class Run:
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
-                    raise RunError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
+                    raise UserError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
         else:
             # The first checkpoint follows the first row: with more rows, one was there.
             episodes = self.folder / "episodes.csv"
             if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
-                raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
+                raise UserError(f"{self._checkpoint_path}: missing; {_ADVICE}")
 
     def restore(self, agent: DQNAgent) -> None:
-        """Take an agent to the last checkpoint, if there is one; RunError if it does not fit."""
+        """Take an agent to the last checkpoint, if there is one; UserError if it does not fit."""
         if not self._state:
             return
         try:

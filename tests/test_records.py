@@ -15,7 +15,7 @@ import records
 from config import Settings, UserError
 from data import make_shards
 from environment import distance_matrix
-from records import CsvTable, Run, RunError
+from records import CsvTable, Run
 
 # --- Files -----------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_folder_that_may_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(RunError, match=f"^{folder}: ") as error, records.locked(folder, "run"):
+        with pytest.raises(UserError, match=f"^{folder}: ") as error, records.locked(folder, "run"):
             pass
         assert "\n" not in str(error.value)
 
@@ -46,10 +46,10 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 def test_a_locked_folder_keeps_other_processes_out(tmp_path):
     folder = tmp_path / "new" / "folder"
     code = (
-        "import pathlib, sys, records\n"
+        "import config, pathlib, sys, records\n"
         "try:\n"
         "    with records.locked(pathlib.Path(sys.argv[1]), 'program'): print('entered')\n"
-        "except records.RunError as error: print(error)"
+        "except config.UserError as error: print(error)"
     )
 
     def enter():
@@ -171,7 +171,7 @@ def test_arrays_are_never_pickled(tmp_path):
         records.write_arrays(path, {"a": np.array([{}])})
     assert not list(tmp_path.iterdir())
     np.savez(path, a=np.array([{}]))
-    with pytest.raises(RunError, match=f"^{path}: damaged"):
+    with pytest.raises(UserError, match=f"^{path}: damaged"):
         records.read_arrays(path)
 
 
@@ -463,7 +463,7 @@ def test_other_circumstances_are_warned_of(tmp_path, few, stopped, monkeypatch, 
 )
 def test_other_settings_never_overwrite(tmp_path, few, stopped, overrides, words):
     before = contents(stopped)
-    with pytest.raises(RunError, match=rf"^{stopped}: .*\({words}\)") as error:
+    with pytest.raises(UserError, match=rf"^{stopped}: .*\({words}\)") as error:
         Run(settings_of(tmp_path, **overrides), few, 2).__enter__()
     assert "\n" not in str(error.value)
     assert contents(stopped) == before
@@ -472,7 +472,7 @@ def test_other_settings_never_overwrite(tmp_path, few, stopped, overrides, words
 def test_other_data_never_continue(tmp_path, few, stopped):
     other = dataclasses.replace(few, name="other")
     other.sha256["x_train"] = "0" * 64
-    with pytest.raises(RunError, match=r"data = 'digits .* there, 'other 000000 .* now"):
+    with pytest.raises(UserError, match=r"data = 'digits .* there, 'other 000000 .* now"):
         Run(settings_of(tmp_path), other, 2).__enter__()
 
 
@@ -482,14 +482,14 @@ def test_the_data_counts_and_not_the_name_that_led_to_it(tmp_path, few, stopped)
 
 
 def test_two_runs_at_once(tmp_path, few):
-    with Run(settings_of(tmp_path), few, 2), pytest.raises(RunError, match=f"^{tmp_path}/run: "):
+    with Run(settings_of(tmp_path), few, 2), pytest.raises(UserError, match=f"^{tmp_path}/run: "):
         Run(settings_of(tmp_path), few, 2).__enter__()
 
 
 def test_a_folder_that_is_no_run_is_left(tmp_path, few):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match=r"holds thesis.txt .* config.json"):
+    with pytest.raises(UserError, match=r"holds thesis.txt .* config.json"):
         Run(settings_of(tmp_path), few, 2).__enter__()
     assert contents(tmp_path / "run") == {"thesis.txt": b"years of work"}
     # The refusal has released the folder.
@@ -524,7 +524,7 @@ def test_damaged_files_are_named_and_left(tmp_path, stopped, few, name, spoil, w
     else:
         path.write_bytes(spoil(path.read_bytes()))
     before = contents(stopped)
-    with pytest.raises(RunError, match=f"^{path}: {words}") as error:
+    with pytest.raises(UserError, match=f"^{path}: {words}") as error:
         Run(settings_of(tmp_path), few, 2).__enter__()
     assert "--name" in str(error.value)
     assert "\n" not in str(error.value)
