@@ -83,12 +83,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, program: str) -> Iterator[None]:
-    """Make a folder and keep other processes out, each probably a ``program``; UserError if not."""
+def locked(folder: Path, program: str) -> contextlib.AbstractContextManager[object]:
+    """Make a folder and return its lock, held until the context ends.
+
+    UserError if another process, probably a ``program``, holds it, or it can't be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{folder}: another {program} is writing there; wait for it, or choose another --name"
@@ -97,8 +99,6 @@ def locked(folder: Path, program: str) -> Iterator[None]:
         raise UserError(
             f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
         ) from error
-    with lock:
-        yield
 
 
 class CsvTable:
