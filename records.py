@@ -1,8 +1,9 @@
 """The record of one run: its folder with settings, CSVs, checkpoint and weights.
 
-A run that stops, even by a power cut, loses at most the episode in progress. Rows are flushed as
-soon as they are known. A file that replaces another is written beside it, synced and renamed. A
-checkpoint after each episode states the sizes of the growing files; a continued run cuts them back.
+A run that stops, even by a power cut, loses at most the episode in progress. Each row is in its
+file as soon as it is known. A file that replaces another is written beside it, synced and renamed.
+A checkpoint after each episode states the sizes of the growing files; a continued run cuts them
+back.
 """
 
 from __future__ import annotations
@@ -101,35 +102,22 @@ def locked(folder: Path, program: str) -> contextlib.AbstractContextManager[obje
         ) from error
 
 
-class CsvTable:
-    """A CSV file with fixed columns, one flushed row at a time.
+def append_rows(path: Path, columns: tuple[str, ...], *rows: dict[str, Any]) -> None:
+    """Add rows to a CSV file, and the header before its first row; the file is closed again.
 
     Reading gives the same bits. None is an empty field, a truth value is 0 or 1, a list its members
-    joined by "+". A file that exists is continued.
+    joined by "+". Values that no column names are left out; KeyError if one is missing.
     """
-
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self._columns = columns
-        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        if self._file.tell() == 0:
-            self._writer.writerow(columns)
-            self._file.flush()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write one row and flush it; ValueError if its names are not the columns."""
-        if set(row) != set(self._columns):
-            raise ValueError(f"{self._file.name}: {sorted(set(row) ^ set(self._columns))}")
-        self._writer.writerow([_field(row[column]) for column in self._columns])
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    fields = [[_field(row[column]) for column in columns] for row in rows]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(columns)
+        writer.writerows(fields)
 
 
 def _field(value: Any) -> Any:
-    """Return what the csv module writes as CsvTable promises; it does so for None and floats."""
+    """Return what the csv module writes as append_rows promises; it does so for None and floats."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     value = value.item() if isinstance(value, np.generic) else value
@@ -309,23 +297,18 @@ class Run:
         self.config: Json = {}
         self._threads = threads
         self._checkpoint_path = self.folder / "checkpoint.npz"
-        self._tables: dict[str, CsvTable] = {}
         self._sizes: dict[str, int] = {}  # of the files at the last checkpoint, in bytes
         self._state: Arrays = {}  # of the agent, at the last checkpoint
-        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder, "run"))
             self._read()
-            self._open = stack.pop_all()
+            self._lock = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A full disk makes this fail as well: the error that stopped the run is the one to show.
-        with contextlib.suppress(OSError), self._open:
-            if kind is not None and self._tables and not self.finished:
-                self._set_state("interrupted")
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -336,11 +319,7 @@ class Run:
         """Read what an earlier session left. Nothing is written before ``start``."""
         dataset = self.dataset
         new: Json = {
-            "name": self.folder.name,
             "state": "running",
-            "started": None,
-            "ended": None,
-            "seed": self.settings.SEED,
             "dataset": {
                 "name": dataset.name,
                 "source": dataset.source,
@@ -398,27 +377,19 @@ class Run:
             if sessions and sessions[-1][key] != session[key]:
                 warn(f"{self.folder}: continued with other {key}, bit-equality is not promised")
         sessions.append(session)
-        self.config["started"] = sessions[0]["started"]
-        self._set_state("running")
+        write_json(self.folder / "config.json", self.config)
         for name in (*_TABLES, _TRANSITIONS):
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, self._sizes.get(name, 0))
         for name, columns in _TABLES.items():
-            self._tables[name] = CsvTable(self.folder / name, columns)
-            self._open.callback(self._tables[name].close)
+            append_rows(self.folder / name, columns)
         write_table(self.folder / "shards.csv", shard_table(self.dataset, shards))
         write_table(self.folder / "distances.csv", distance_table(self.dataset.name, distances))
-
-    def _set_state(self, state: str) -> None:
-        ended = None if state == "running" else _now()
-        self.config["state"] = state
-        self.config["ended"] = self.config["sessions"][-1]["ended"] = ended
-        write_json(self.folder / "config.json", self.config)
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """Write a row of one of the tables; dataset and episode are filled in."""
         now = {"dataset": self.dataset.name, "episode": self.episodes_finished + 1}
-        self._tables[table].add({**now, **row})
+        append_rows(self.folder / table, _TABLES[table], {**now, **row})
 
     def checkpoint(self, agent_state: Arrays, transitions: np.ndarray) -> None:
         """Make the episode just recorded part of what a later session continues.
@@ -437,7 +408,9 @@ class Run:
 
     def finish(self) -> None:
         """Declare the run finished."""
-        self._set_state("finished")
+        self.config["state"] = "finished"
+        self.config["sessions"][-1]["ended"] = _now()
+        write_json(self.folder / "config.json", self.config)
         self._remove_checkpoint()
 
     def _remove_checkpoint(self) -> None:
