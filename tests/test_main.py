@@ -77,7 +77,7 @@ def finished(tmp_path_factory, few):
 
 
 def test_files_of_a_run(finished):
-    figures = {f"{name}.png" for name in ("learning", "accuracy", "transitions", "data")}
+    figures = {f"{name}.png" for name in ("learning", "accuracy", "data")}
     tables = {"episodes.csv", "rounds.csv", "shards.csv", "distances.csv"}
     found = {path.name for path in finished.iterdir() if path.name != ".lock"}
     assert found == figures | tables | {"config.json", "agent.npz"}
