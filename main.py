@@ -15,7 +15,7 @@ from config import Settings, UserError, episode_seed
 
 # Importing TensorFlow takes seconds: the functions below do so after the command line is checked.
 if TYPE_CHECKING:
-    from environment import DecentralizedLearning, Round
+    from environment import DecentralizedLearning
     from node import DQNAgent
     from records import Run
 
@@ -47,13 +47,16 @@ def train(
         for episode in range(run.episodes_finished + 1, settings.EPISODES + 1):
             started = time.perf_counter()
             for round_ in rollout(environment, agent.act, episode_seed(settings.SEED, episode)):
-                record_round(run, round_)
+                run.add("rounds.csv", {**round_.info, "chosen_by": round_.chosen_by})
                 agent.remember(round_)
                 bar.set_postfix_str(
                     f"round {round_.info['round']}, accuracy {round_.info['accuracy']:.3f}, "
                     f"cost {round_.info['communication_cost']:.2f}, epsilon {agent.epsilon:.2f}"
                 )
-            record_episode(run, round_.info, agent.epsilon, agent.train(), started)
+            q_loss = agent.train()
+            row = episode_row(round_.info, settings, started)
+            row["diverged"] |= q_loss is not None and not math.isfinite(q_loss)
+            run.add("episodes.csv", {**row, "epsilon": agent.epsilon, "q_loss": q_loss})
             transitions = agent.new_transitions()
             agent.decay_epsilon()
             run.checkpoint(agent.state(), transitions)
@@ -62,33 +65,19 @@ def train(
     save_agent(run.folder / "agent.npz", agent.arrays(), settings, environment.dataset)
 
 
-def record_round(run: Run, round_: Round) -> None:
-    """Write a row of ``rounds.csv``."""
-    row = {name: round_.info[name] for name in ("round", "node", "distance", "accuracy", "reward")}
-    run.add("rounds.csv", {"chosen_by": round_.chosen_by, **row})
-
-
-def record_episode(
-    run: Run, info: dict[str, Any], epsilon: float, q_loss: float | None, started: float
-) -> None:
-    """Write a row of ``episodes.csv``; ``info`` is that of the episode's last round.
+def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
+    """Return what a run and a test record of an episode, from the info of its last round.
 
     ``started`` is the episode's start by ``perf_counter``.
     """
-    row = {
+    return {
+        **info,
         "rounds": info["round"],
-        "goal_reached": info["goal_reached"],
         "final_accuracy": info["accuracy"],
-        "episode_reward": info["episode_reward"],
-        "communication_cost": info["communication_cost"],
-        "epsilon": epsilon,
-        "q_loss": q_loss,
-        "diverged": info["diverged"] or (q_loss is not None and not math.isfinite(q_loss)),
-        "goal_accuracy": run.settings.GOAL_ACCURACY,
-        "max_rounds": run.settings.MAX_ROUNDS,
+        "goal_accuracy": settings.GOAL_ACCURACY,
+        "max_rounds": settings.MAX_ROUNDS,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    run.add("episodes.csv", row)
 
 
 def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:

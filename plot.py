@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +167,6 @@ def moving_average(values: pd.Series) -> pd.Series:
     return values.rolling(WINDOW, min_periods=WINDOW if len(values) >= WINDOW else 1).mean()
 
 
-def transition_shares(rounds: pd.DataFrame, count: int) -> np.ndarray:
-    """Return (N, N) float64: of the transfers from node i, the share that went to node j, or 0.
-
-    The first of several nodes in a round ("3+5") transfers the model to each node of the next.
-    """
-    counts = np.zeros((count, count))
-    for _, episode in rounds.sort_values(["episode", "round"]).groupby("episode"):
-        nodes = [[int(n) for n in text.split("+")] for text in episode["node"]]
-        for current, following in pairwise(nodes):
-            np.add.at(counts, (current[0], following), 1)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def published_levels(tables: Tables) -> dict[str, float]:
     """Return the rounds and cost that the published reductions of the first 10 episodes give.
 
@@ -208,7 +195,7 @@ _CURVES = ("episode_reward", "rounds", "communication_cost")
 def draw_run(folder: Path, format_: str = "png") -> None:
     """Draw all figures of a run into its folder, in one of FORMATS; raises as ``read_run``."""
     tables = read_run(folder)
-    for draw in (draw_learning, draw_accuracy, draw_transitions, draw_data):
+    for draw in (draw_learning, draw_accuracy, draw_data):
         name = draw.__name__.removeprefix("draw_")
         save_figure(folder / f"{name}.{format_}", draw(tables))
 
@@ -318,22 +305,6 @@ def _cell_text(value: float, digits: int) -> str:
     """Return a number below 1 as ".12"; nothing if it rounds to 0."""
     text = f"{value:.{digits}f}".removeprefix("0")
     return text if text.strip(".0") else ""
-
-
-def draw_transitions(tables: Tables) -> Figure:
-    """Draw which node transfers the model to which, in the first and last episodes."""
-    parts = _first_and_last(tables)
-    count = 1 + tables["shards"]["node"].astype(int).max()
-    matrices = [transition_shares(rounds, count) for _, rounds in parts]
-    top = max(shares.max() for shares in matrices) or 1.0
-    figure, axes = panels(3.4, 1, len(parts), sharey=True)
-    for axis, (title, _), shares in zip(axes, parts, matrices, strict=True):
-        image = _heatmap(axis, shares, top, 2)
-        axis.set(title=title, xlabel="next node")
-    axes[0].set_ylabel("current node")
-    figure.colorbar(image, ax=axes, label="share of the current node's transfers", aspect=30)
-    set_title(figure, tables["episodes"], "Transfers of the model")
-    return figure
 
 
 def draw_data(tables: Tables) -> Figure:

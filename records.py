@@ -1,8 +1,9 @@
 """The record of one run: its folder with settings, CSVs, checkpoint and weights.
 
-A run that stops, even by a power cut, loses at most the episode in progress. Rows are flushed as
-soon as they are known. A file that replaces another is written beside it, synced and renamed. A
-checkpoint after each episode states the sizes of the growing files; a continued run cuts them back.
+A run that stops, even by a power cut, loses at most the episode in progress. Each row is in its
+file as soon as it is known. A file that replaces another is written beside it, synced and renamed.
+A checkpoint after each episode states the sizes of the growing files; a continued run cuts them
+back.
 """
 
 from __future__ import annotations
@@ -58,12 +59,8 @@ Arrays = dict[str, np.ndarray]
 _ADVICE = "move the folder away, or choose another --name"
 
 
-class RunError(UserError):
-    """A folder or file of results that can't be used, with what to do about it."""
-
-
-def _damaged(path: Path | str, error: Exception) -> RunError:
-    return RunError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
+def _damaged(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -87,53 +84,40 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, program: str) -> Iterator[None]:
-    """Make a folder and keep other processes out, each probably a ``program``; RunError if not."""
+def locked(folder: Path, program: str) -> contextlib.AbstractContextManager[object]:
+    """Make a folder and return its lock, held until the context ends.
+
+    UserError if another process, probably a ``program``, holds it, or it can't be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise RunError(
+        raise UserError(
             f"{folder}: another {program} is writing there; wait for it, or choose another --name"
         ) from None
     except OSError as error:
-        raise RunError(
+        raise UserError(
             f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
         ) from error
-    with lock:
-        yield
 
 
-class CsvTable:
-    """A CSV file with fixed columns, one flushed row at a time.
+def append_rows(path: Path, columns: tuple[str, ...], *rows: dict[str, Any]) -> None:
+    """Add rows to a CSV file, and the header before its first row; the file is closed again.
 
     Reading gives the same bits. None is an empty field, a truth value is 0 or 1, a list its members
-    joined by "+". A file that exists is continued.
+    joined by "+". Values that no column names are left out; KeyError if one is missing.
     """
-
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self._columns = columns
-        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        if self._file.tell() == 0:
-            self._writer.writerow(columns)
-            self._file.flush()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write one row and flush it; ValueError if its names are not the columns."""
-        if set(row) != set(self._columns):
-            raise ValueError(f"{self._file.name}: {sorted(set(row) ^ set(self._columns))}")
-        self._writer.writerow([_field(row[column]) for column in self._columns])
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    fields = [[_field(row[column]) for column in columns] for row in rows]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(columns)
+        writer.writerows(fields)
 
 
 def _field(value: Any) -> Any:
-    """Return what the csv module writes as CsvTable promises; it does so for None and floats."""
+    """Return what the csv module writes as append_rows promises; it does so for None and floats."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     value = value.item() if isinstance(value, np.generic) else value
@@ -176,7 +160,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Read all of an ``.npz`` file, never unpickling; RunError if a checksum shows a damage."""
+    """Read all of an ``.npz`` file, never unpickling; UserError if a checksum shows a damage."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
@@ -276,21 +260,21 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
     """Return the JSON file that identifies a folder; None if the folder is empty.
 
     ``comparable`` takes from the file's content the values that have to be those of ``now``. If
-    they differ, the folder holds another ``kind`` (run, comparison or audit): a RunError.
+    they differ, the folder holds another ``kind`` (run, comparison or audit): a UserError.
     """
     folder = path.parent
     try:
         if not path.exists():
             others = sorted(file.name for file in folder.glob("[!.]*"))  # .lock does not count
             if others:
-                raise RunError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
+                raise UserError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     if differing:
-        raise RunError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
+        raise UserError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
     return stored
 
 
@@ -301,7 +285,7 @@ class Run:
     """The folder of one run; a context manager that holds its lock.
 
     ``episodes_finished`` counts those of earlier sessions too; ``config`` is ``config.json``.
-    Entering raises a RunError if the folder is in use, damaged, or holds something else.
+    Entering raises a UserError if the folder is in use, damaged, or holds something else.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, threads: int) -> None:
@@ -313,23 +297,18 @@ class Run:
         self.config: Json = {}
         self._threads = threads
         self._checkpoint_path = self.folder / "checkpoint.npz"
-        self._tables: dict[str, CsvTable] = {}
         self._sizes: dict[str, int] = {}  # of the files at the last checkpoint, in bytes
         self._state: Arrays = {}  # of the agent, at the last checkpoint
-        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder, "run"))
             self._read()
-            self._open = stack.pop_all()
+            self._lock = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A full disk makes this fail as well: the error that stopped the run is the one to show.
-        with contextlib.suppress(OSError), self._open:
-            if kind is not None and self._tables and not self.finished:
-                self._set_state("interrupted")
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -340,11 +319,7 @@ class Run:
         """Read what an earlier session left. Nothing is written before ``start``."""
         dataset = self.dataset
         new: Json = {
-            "name": self.folder.name,
             "state": "running",
-            "started": None,
-            "ended": None,
-            "seed": self.settings.SEED,
             "dataset": {
                 "name": dataset.name,
                 "source": dataset.source,
@@ -370,15 +345,15 @@ class Run:
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
-                    raise RunError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
+                    raise UserError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
         else:
             # The first checkpoint follows the first row: with more rows, one was there.
             episodes = self.folder / "episodes.csv"
             if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
-                raise RunError(f"{self._checkpoint_path}: missing; {_ADVICE}")
+                raise UserError(f"{self._checkpoint_path}: missing; {_ADVICE}")
 
     def restore(self, agent: DQNAgent) -> None:
-        """Take an agent to the last checkpoint, if there is one; RunError if it does not fit."""
+        """Take an agent to the last checkpoint, if there is one; UserError if it does not fit."""
         if not self._state:
             return
         try:
@@ -402,27 +377,19 @@ class Run:
             if sessions and sessions[-1][key] != session[key]:
                 warn(f"{self.folder}: continued with other {key}, bit-equality is not promised")
         sessions.append(session)
-        self.config["started"] = sessions[0]["started"]
-        self._set_state("running")
+        write_json(self.folder / "config.json", self.config)
         for name in (*_TABLES, _TRANSITIONS):
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, self._sizes.get(name, 0))
         for name, columns in _TABLES.items():
-            self._tables[name] = CsvTable(self.folder / name, columns)
-            self._open.callback(self._tables[name].close)
+            append_rows(self.folder / name, columns)
         write_table(self.folder / "shards.csv", shard_table(self.dataset, shards))
         write_table(self.folder / "distances.csv", distance_table(self.dataset.name, distances))
-
-    def _set_state(self, state: str) -> None:
-        ended = None if state == "running" else _now()
-        self.config["state"] = state
-        self.config["ended"] = self.config["sessions"][-1]["ended"] = ended
-        write_json(self.folder / "config.json", self.config)
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """Write a row of one of the tables; dataset and episode are filled in."""
         now = {"dataset": self.dataset.name, "episode": self.episodes_finished + 1}
-        self._tables[table].add({**now, **row})
+        append_rows(self.folder / table, _TABLES[table], {**now, **row})
 
     def checkpoint(self, agent_state: Arrays, transitions: np.ndarray) -> None:
         """Make the episode just recorded part of what a later session continues.
@@ -441,7 +408,9 @@ class Run:
 
     def finish(self) -> None:
         """Declare the run finished."""
-        self._set_state("finished")
+        self.config["state"] = "finished"
+        self.config["sessions"][-1]["ended"] = _now()
+        write_json(self.folder / "config.json", self.config)
         self._remove_checkpoint()
 
     def _remove_checkpoint(self) -> None:

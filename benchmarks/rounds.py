@@ -82,7 +82,7 @@ def _reference() -> Any:
 
 def start(*flags: str) -> dict[str, float]:
     """Return the seconds from the start of main.py to the end of round 1."""
-    code = "import os, sys, main; main.record_round = lambda *_: os._exit(0)\n"
+    code = "import os, sys, main, records; records.Run.add = lambda *_: os._exit(0)\n"
     code += "sys.exit(main.main())"
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-c", code, f"--set=RESULTS_DIR={folder}", *flags]

@@ -245,11 +245,12 @@ def audit(settings: Settings, count: int) -> int:
 
     # Whatever the data can't fill is refused here, before a file is written.
     environment = DecentralizedLearning(settings)
-    dataset, stored = environment.dataset, settings.stored()
+    dataset = environment.dataset
     folder = absolute(settings.RESULTS_DIR) / (settings.NAME or f"audit-{dataset.name}")
     # The data that DATASET led to counts, not its name.
-    used = names_of(World) - {"DATASET"} | {"SEED"}
-    about = {"sha256": dataset.sha256, "settings": {name: stored[name] for name in used}}
+    names = names_of(World) - {"DATASET"} | {"SEED"}
+    used = {name: value for name, value in settings.stored().items() if name in names}
+    about = {"sha256": dataset.sha256, "settings": used}
 
     def comparable(about: dict[str, Any]) -> dict[str, Any]:
         data = records.fingerprint(dataset.name, about["sha256"])

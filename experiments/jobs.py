@@ -32,7 +32,7 @@ from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
-from records import CsvTable, Run, circumstances, load_agent, locked, read_table
+from records import Run, append_rows, circumstances, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
@@ -196,16 +196,12 @@ def run_job(job: Job) -> None:
     environment = DecentralizedLearning(settings, load_dataset(settings.DATASET, settings.DATA_DIR))
     sent_before = method.prepare(environment)
     policy = method.policy(environment) if method.policy else _learned_policy(job, environment)
-    with locked(job.folder, "job"), contextlib.ExitStack() as stack:
-        tables = {}
+    with locked(job.folder, "job"):
         for name in ("rounds", "episodes"):
-            path = job.folder / f"{name}.csv"
-            path.unlink(missing_ok=True)
-            tables[name] = CsvTable(path, TABLES[name])
-            stack.callback(tables[name].close)
+            (job.folder / f"{name}.csv").unlink(missing_ok=True)
         for episode in range(job.first_episode, job.first_episode + job.test_episodes):
-            row = _test_episode(job, environment, policy, episode, sent_before, tables["rounds"])
-            tables["episodes"].add(row)
+            row = _test_episode(job, environment, policy, episode, sent_before)
+            append_rows(job.folder / "episodes.csv", TABLES["episodes"], row)
 
 
 def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
@@ -233,7 +229,6 @@ def _test_episode(
     policy: Policy,
     episode: int,
     sent_before: Sent,
-    rounds: CsvTable,
 ) -> dict[str, Any]:
     """Play a test episode, record its rounds and return its row of ``episodes.csv``."""
     started = time.perf_counter()
@@ -251,7 +246,7 @@ def _test_episode(
         first_nodes,
     ):
         info = round_.info
-        rounds.add({name: (info | whose)[name] for name in TABLES["rounds"]})
+        append_rows(job.folder / "rounds.csv", TABLES["rounds"], info | whose)
         hops, distance = communication(environment.distances, holder, info["node"])
         transfers, cost = transfers + hops, cost + distance
         megabytes += hops * model_megabytes
@@ -260,19 +255,12 @@ def _test_episode(
     sees_weights = method.policy is None and settings.OBSERVATION in ("broadcast", "local", "both")
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
     return {
+        **main.episode_row(info, settings, started),
         **whose,
-        "rounds": info["round"],
-        "goal_reached": info["goal_reached"],
-        "final_accuracy": info["accuracy"],
-        "episode_reward": info["episode_reward"],
         "communication_cost": cost,
         "transfers": transfers,
         "megabytes": megabytes,
         "observation_megabytes": sees_weights * models_seen * model_megabytes,
-        "diverged": info["diverged"],
-        "goal_accuracy": settings.GOAL_ACCURACY,
-        "max_rounds": settings.MAX_ROUNDS,
-        "seconds": round(time.perf_counter() - started, 3),
     }
 
 

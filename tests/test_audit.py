@@ -148,6 +148,9 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     assert nothing["r2"].item() <= 0
     about = json.loads((folder / "audit.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
+    # In the order of their declaration: the same bytes in each process.
+    used = {*config.names_of(config.World), "SEED"} - {"DATASET"}
+    assert list(about["settings"]) == [n for n in config.Settings.model_fields if n in used]
     assert about["versions"]["numpy"] == np.__version__
     assert (folder / "audit.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

@@ -77,7 +77,7 @@ def finished(tmp_path_factory, few):
 
 
 def test_files_of_a_run(finished):
-    figures = {f"{name}.png" for name in ("learning", "accuracy", "transitions", "data")}
+    figures = {f"{name}.png" for name in ("learning", "accuracy", "data")}
     tables = {"episodes.csv", "rounds.csv", "shards.csv", "distances.csv"}
     found = {path.name for path in finished.iterdir() if path.name != ".lock"}
     assert found == figures | tables | {"config.json", "agent.npz"}
@@ -196,15 +196,15 @@ def test_a_goal_that_the_starter_reaches(tmp_path):
 
 def stop_in_episode(tmp_path, monkeypatch, episode, sent=signal.SIGINT, **overrides):
     """Start a run that gets a signal after two rounds of an episode."""
-    record_round = main.record_round
+    add = records.Run.add
 
-    def record(run, round_):
-        record_round(run, round_)
-        if (run.episodes_finished + 1, round_.info["round"]) == (episode, 2):
+    def add_and_stop(run, table, row):
+        add(run, table, row)
+        if (table, run.episodes_finished + 1, row["round"]) == ("rounds.csv", episode, 2):
             os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "record_round", record)
+        patch.setattr(records.Run, "add", add_and_stop)
         return start(tmp_path, **overrides)
 
 
@@ -215,7 +215,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys, finished, n
     status, folder = stop_in_episode(tmp_path, monkeypatch, episode, number)
     assert status == 128 + number
     assert capsys.readouterr().err.count("\n") == 1
-    assert json.loads((folder / "config.json").read_text())["state"] == "interrupted"
+    assert json.loads((folder / "config.json").read_text())["state"] == "running"
     assert len(pd.read_csv(folder / "episodes.csv")) == episode - 1
     assert start(tmp_path)[0] == 0
     assert without_times(folder) == without_times(finished)

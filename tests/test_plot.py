@@ -10,7 +10,7 @@ import plot
 from config import PROJECT, UserError
 from records import DISTANCE_COLUMNS, EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLUMNS
 
-FIGURES = ("accuracy", "data", "learning", "transitions")
+FIGURES = ("accuracy", "data", "learning")
 
 
 def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by="random", nodes=4):
@@ -48,28 +48,6 @@ def text_of(axis):
 
 
 # --- Tables ----------------------------------------------------------------------------------
-
-
-def test_transition_shares_by_hand():
-    rounds = pd.DataFrame(
-        {
-            "episode": [1, 1, 1, 1, 2, 2],
-            "round": [1, 2, 3, 4, 1, 2],
-            "node": ["0", "1", "0", "0", "0", "2"],
-        }
-    )
-    # From 0: to 1, to 0, and in episode 2 to 2. From 1: to 0. Nothing from episode to episode.
-    expected = [[1 / 3, 1 / 3, 1 / 3], [1, 0, 0], [0, 0, 0]]
-    np.testing.assert_allclose(plot.transition_shares(rounds, 3), expected)
-    shuffled = rounds.sample(frac=1, random_state=0)
-    np.testing.assert_allclose(plot.transition_shares(shuffled, 3), expected)
-
-
-def test_transition_shares_of_several_nodes_per_round():
-    rounds = pd.DataFrame({"episode": [1, 1, 1], "round": [1, 2, 3], "node": ["0", "2+1", "1+0"]})
-    # From 0 to 2 and 1; then from 2, the first of its round, to 1 and 0.
-    expected = [[0, 0.5, 0.5], [0, 0, 0], [0.5, 0.5, 0]]
-    np.testing.assert_allclose(plot.transition_shares(rounds, 3), expected)
 
 
 def test_summary_by_hand(tmp_path):
@@ -222,14 +200,6 @@ def test_accuracy_keeps_the_last_value_of_ended_episodes(tmp_path):
     assert mean.get_ydata()[-1] == pytest.approx((19 * 0.6 + 0.2) / 20)
 
 
-def test_transitions_of_first_and_last_episodes(tmp_path):
-    figure = plot.draw_transitions(plot.read_run(make_run(tmp_path / "x")))
-    first, last = (axis.images[0].get_array() for axis in figure.axes[:2])
-    np.testing.assert_array_equal(first, np.roll(np.eye(4), 1, axis=1))
-    np.testing.assert_array_equal(last, np.diag([0, 0, 1, 0]))
-    assert [text for text in text_of(figure.axes[1]) if text] == ["1.00"]
-
-
 def test_data_figure_has_the_shards_and_both_halves_of_the_distances(tmp_path):
     folder = make_run(tmp_path / "x", nodes=3)
     shards = pd.read_csv(folder / "shards.csv")
@@ -244,8 +214,7 @@ def test_data_figure_has_the_shards_and_both_halves_of_the_distances(tmp_path):
 
 def test_no_numbers_in_the_cells_of_many_nodes(tmp_path):
     tables = plot.read_run(make_run(tmp_path / "x", nodes=100))
-    for draw in (plot.draw_transitions, plot.draw_data):
-        assert not any(text_of(axis) for axis in draw(tables).axes)
+    assert not any(text_of(axis) for axis in plot.draw_data(tables).axes)
 
 
 @pytest.mark.filterwarnings("error")
