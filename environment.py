@@ -171,7 +171,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
-        self.foundation = shared_foundation_model(self.dataset, self.settings)
+        training = self.settings.BATCH_SIZE, self.settings.LEARNING_RATE
+        self.foundation = shared_foundation_model(self.dataset, *training)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
         self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes([n] * k)
         sizes = {"broadcast": n * n, "local": n * n, "both": 2 * n, "last_node": n, "zeros": n}

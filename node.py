@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from config import REPLAY_CAPACITY, Settings, stream
-from models import Moments, shared_q_network, tf
+from config import REPLAY_CAPACITY, DQNSettings, Settings, stream
+from models import Moments, shared_q_network, tf, use_device
 
 
 class ReplayBuffer:
@@ -129,6 +129,7 @@ class DQNAgent:
     """
 
     def __init__(self, observation_size: int, settings: Settings) -> None:
+        use_device(settings.THREADS, settings.DEVICE)
         self.settings = settings
         self.actions = settings.NUM_NODES
         self.actions_per_step = settings.NODES_PER_ROUND
@@ -136,7 +137,8 @@ class DQNAgent:
         steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
         capacity = min(REPLAY_CAPACITY, steps)
         self.replay = ReplayBuffer(capacity, observation_size, self.actions_per_step)
-        self.q = shared_q_network(observation_size, self.actions, settings)
+        used = DQNSettings(**settings.model_dump(include=set(DQNSettings.model_fields)))
+        self.q = shared_q_network(observation_size, self.actions, self.actions_per_step, used)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
         self.moments = Moments.fresh(self.q.network.size)
