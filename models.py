@@ -387,6 +387,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
 
     Raises:
         ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
+            Whatever computes with TensorFlow before the first call starts it otherwise.
     """
     wanted = threads or available_cores()
     if device == "cpu":
@@ -404,13 +405,14 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         tf.config.threading.set_intra_op_parallelism_threads(wanted)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.list_logical_devices()  # TensorFlow starts here
-    except RuntimeError as error:  # it has started before; 0 threads are all cores then
-        used = tf.config.threading.get_intra_op_parallelism_threads() or available_cores()
-        if wanted != used or gpus != tf.config.get_visible_devices("GPU"):
-            raise ConfigError(
-                f"THREADS, DEVICE: got {threads}, {device!r}, takes {used} threads and the device "
-                "with which TensorFlow has started in this process"
-            ) from error
+    except RuntimeError as error:  # it has started otherwise
+        used = tf.config.threading.get_intra_op_parallelism_threads()
+        ours = used and tf.config.threading.get_inter_op_parallelism_threads() == 1
+        takes = f"{used} threads and the same device: use_device" if ours else "none: other code"
+        raise ConfigError(
+            f"THREADS, DEVICE: got {threads}, {device!r}, takes {takes} has started TensorFlow in "
+            "this process"
+        ) from error
     return wanted
 
 

@@ -337,17 +337,13 @@ class DQNAgent:
         """Take over another agent's ``state`` and its last transitions, oldest first.
 
         Raises:
-            ValueError, KeyError: it belongs to another kind of agent; nothing has changed.
+            ValueError: the transitions do not fit the replay buffer.
+            KeyError: an array is missing.
         """
-        size = self.q.network.size
-        vectors = ["weights", "target_weights", "first_moments", "second_moments"]
-        for name in vectors:
-            if state[name].shape != (size,) or state[name].dtype != np.float32:
-                raise ValueError(f"agent: {name} has shape {state[name].shape}, not ({size},)")
-        episode, epsilon = int(state["episode"]), float(state["epsilon"])
-        weights, target, first, second = (tf.constant(state[name]) for name in vectors)
-        moments = Moments(first, second, tf.constant(state["moments_step"], tf.float32))
         self.replay.restore(transitions, int(state["transitions_added"]))
-        self.weights, self.target_weights, self.moments = weights, target, moments
-        self.epsilon = epsilon
-        self._enter_episode(episode)
+        self.weights = tf.constant(state["weights"])
+        self.target_weights = tf.constant(state["target_weights"])
+        moments = ("first_moments", "second_moments", "moments_step")
+        self.moments = Moments(*(tf.constant(state[name]) for name in moments))
+        self.epsilon = float(state["epsilon"])
+        self._enter_episode(int(state["episode"]))

@@ -1,10 +1,12 @@
 import dataclasses
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import small_settings
+from conftest import PROJECT, small_settings
 
 import models
 from cli import available_cores
@@ -343,6 +345,40 @@ def test_threads_can_not_change_in_a_process():
     assert threads == models.use_device(threads) == available_cores()
     with pytest.raises(ConfigError, match=f"THREADS, DEVICE: got 1000, 'cpu', takes {threads} "):
         models.use_device(1000)
+
+
+@pytest.mark.parametrize(
+    ("before", "printed"),
+    [
+        ("tf.zeros(1)", "THREADS, DEVICE: got 1, 'cpu', takes none: "),
+        (
+            "tf.config.threading.set_intra_op_parallelism_threads(1); tf.zeros(1)",
+            "THREADS, DEVICE: got 1, 'cpu', takes none: ",
+        ),
+        ("node.DQNAgent(4, Settings(THREADS=1))", "started with 1"),
+        (
+            "node.DQNAgent(4, Settings(THREADS=3))",
+            "THREADS, DEVICE: got 1, 'cpu', takes 3 threads ",
+        ),
+    ],
+)
+def test_what_starts_tensorflow_decides_the_threads(before, printed):
+    code = f"""
+import node
+from config import ConfigError, Settings
+from models import tf, use_device
+
+{before}
+try:
+    print("started with", use_device(1))
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True
+    )
+    assert done.stdout.startswith(printed)
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused():
