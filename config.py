@@ -154,7 +154,7 @@ class DQNSettings(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Most rounds in a row at a node; random stays are drawn up to it; 0 = off (ours)."""
+    """Rounds at a node after which another is chosen; limits random stays; 0 = off (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training waits for so many (public code)."""
     Q_BATCH_SIZE: Count = 16
