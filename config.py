@@ -68,7 +68,7 @@ class Group(BaseModel):
     )
 
 
-class World(Group):
+class WorldSettings(Group):
     """World: the problem that methods are compared on"""
 
     # Training goal
@@ -108,7 +108,7 @@ class World(Group):
     """Passes over the shard in a round (public code)."""
 
 
-class Agent(Group):
+class AgentSettings(Group):
     """Agent: what it sees and how it learns"""
 
     # Reward
@@ -139,7 +139,7 @@ class Agent(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Most rounds in a row at a node; random stays are drawn up to it; 0 = off (ours)."""
+    """Rounds at a node after which another is chosen; limits random stays; 0 = off (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training waits for so many (public code)."""
     Q_BATCH_SIZE: Count = 16
@@ -158,7 +158,7 @@ class Agent(Group):
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
 
 
-class Session(Group):
+class SessionSettings(Group):
     """Session: one run"""
 
     SEED: CountOrZero = 0
@@ -169,7 +169,7 @@ class Session(Group):
     """cpu, or gpu: TensorFlow's first GPU (ours)."""
 
 
-class Place(Group):
+class PlaceSettings(Group):
     """Place: where files lie, without effect on results"""
 
     NAME: FolderName = ""
@@ -201,7 +201,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Settings(Place, Session, Agent, World):
+class Settings(PlaceSettings, SessionSettings, AgentSettings, WorldSettings):
     """The validated, immutable settings of one run: ``Settings(SEED=1)``.
 
     Raises:
@@ -226,14 +226,14 @@ class Settings(Place, Session, Agent, World):
 
     def stored(self) -> dict[str, Any]:
         """Return what ``config.json`` keeps: settings that can change a result, as JSON types."""
-        return self.model_dump(mode="json", exclude=names_of(Place))
+        return self.model_dump(mode="json", exclude=names_of(PlaceSettings))
 
 
-GROUPS = (World, Agent, Session, Place)
+GROUPS = (WorldSettings, AgentSettings, SessionSettings, PlaceSettings)
 
 
 def names_of(*groups: type[Group]) -> set[str]:
-    """Return the names of all settings of some groups: World, Agent, Session or Place."""
+    """Return the names of all settings of some groups."""
     return {name for group in groups for name in group.model_fields}
 
 

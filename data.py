@@ -33,7 +33,7 @@ class DataNotFound(UserError):
     """A dataset is nowhere on this machine and can't be downloaded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Dataset:
     """Images with labels, split into training and test.
 

@@ -109,22 +109,15 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
 class DistinctNodes(spaces.MultiDiscrete):
     """Actions of several nodes a round: k distinct nodes of N, as an int64 array of shape (k,)."""
 
-    def __init__(self, nodes: int, per_round: int) -> None:
-        super().__init__([nodes] * per_round)
-        self._nodes, self._per_round = nodes, per_round
-
-    def __repr__(self) -> str:
-        return f"DistinctNodes({self._nodes}, {self._per_round})"
-
     def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
         """Draw k nodes without replacement; masks are not supported."""
         if mask is not None or probability is not None:
             raise ValueError("DistinctNodes samples without a mask")
-        return self.np_random.permutation(self._nodes)[: self._per_round]
+        return self.np_random.permutation(self.nvec[0])[: len(self.nvec)]
 
     def contains(self, x: Any) -> bool:
         """Return whether x is an array of k distinct nodes."""
-        return super().contains(x) and len(set(np.asarray(x).tolist())) == self._per_round
+        return super().contains(x) and len(np.unique(x)) == len(self.nvec)
 
 
 class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
@@ -149,7 +142,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         reward: of the round.
         episode_reward: sum of the episode's rewards.
         goal_reached: whether the accuracy is at least GOAL_ACCURACY.
-        barred: the nodes that MAX_STAY keeps the agent from choosing next.
+        barred: the nodes that trained MAX_STAY rounds in a row, which the agent may not choose
+            next; none if too few others are left.
         diverged: whether some weight is not finite.
 
     A node is a shard, a weight vector and Adam's moments, kept within an episode (public code).
@@ -169,8 +163,6 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         threads: how many CPU threads compute.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012  # as Gymnasium declares it
-
     def __init__(
         self, settings: Settings | None = None, dataset: data.Dataset | None = None
     ) -> None:
@@ -180,9 +172,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self.dataset = dataset or data.load(self.settings)
         self.shards = data.make_shards(self.dataset, self.settings)
         self.distances = distance_matrix(self.settings)
-        self.foundation = shared_foundation_model(self.dataset, self.settings)
+        training = self.settings.BATCH_SIZE, self.settings.LEARNING_RATE
+        self.foundation = shared_foundation_model(self.dataset, *training)
         n, k = self.settings.NUM_NODES, self.settings.NODES_PER_ROUND
-        self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes(n, k)
+        self.action_space = spaces.Discrete(n) if k == 1 else DistinctNodes([n] * k)
         sizes = {"broadcast": n * n, "local": n * n, "both": 2 * n, "last_node": n, "zeros": n}
         self.observation_size = sizes[self.settings.OBSERVATION]
         greatest = np.finfo(np.float32).max  # Gymnasium warns of infinite bounds
@@ -206,9 +199,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             The first observation and info. With ``info["goal_reached"]`` the episode is over.
 
         Raises:
-            ValueError: the nodes are not distinct nodes, or none.
+            ValueError: the nodes are not a list of distinct nodes, or it is empty.
         """
         nodes = (options or {}).get("nodes", [self.settings.STARTER_NODE])
+        if np.ndim(nodes) != 1:
+            raise ValueError(f"nodes: got {nodes!r}, takes a list of distinct nodes")
         nodes = self._distinct_nodes(nodes, len(nodes) or 1)
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**63))
@@ -271,6 +266,9 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         )
         self._total += value
         self._over = terminated or truncated
+        longest = settings.MAX_STAY or math.inf  # ours; only the agent keeps to it
+        barred = [node for node, rounds in self._stays.items() if rounds >= longest]
+        enough = settings.NUM_NODES - len(barred) >= settings.NODES_PER_ROUND
         info = {
             "round": self._round,
             "node": nodes[0] if len(nodes) == 1 else nodes,
@@ -280,20 +278,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "reward": value,
             "episode_reward": self._total,
             "goal_reached": terminated,
-            "barred": self._barred(),
+            "barred": barred if enough else [],
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
         return self.observe(settings.OBSERVATION), value, terminated, truncated, info
-
-    def _barred(self) -> list[int]:
-        """Return the nodes that trained MAX_STAY rounds in a row; none if too few others are left.
-
-        The environment takes them all the same: only the agent keeps to it (ours).
-        """
-        settings = self.settings
-        longest = settings.MAX_STAY or math.inf
-        barred = [node for node, rounds in self._stays.items() if rounds >= longest]
-        return barred if settings.NUM_NODES - len(barred) >= settings.NODES_PER_ROUND else []
 
     def _judged(self) -> float:
         """Return the accuracy that the round counts with: of all test images (public code).

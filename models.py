@@ -7,13 +7,14 @@ TensorFlow backend disables their ``stateless_apply``, so ``adam`` is ours.
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cli import available_cores, without_stderr
-from config import Agent, ConfigError, Settings, names_of
+from config import AgentSettings, ConfigError
 from data import Dataset
 
 # Intel's kernels, which TensorFlow takes by itself on some processors only; docs/performance.md.
@@ -60,7 +61,7 @@ def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int 
     ``hidden`` is the units of each hidden layer.
 
     Returns:
-        A network from (n, inputs) to (n, networks * actions) float32.
+        A network from (n, inputs) to (n, networks, actions) float32.
     """
     observation = keras.Input((inputs,))
     outputs = []
@@ -70,7 +71,8 @@ def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int 
             x = keras.layers.Dense(units, activation="relu")(x)
         outputs.append(keras.layers.Dense(actions)(x))
     together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
-    return keras.Model(observation, together, name="q_network")
+    shaped = keras.layers.Reshape((networks, actions))(together)
+    return keras.Model(observation, shaped, name="q_network")
 
 
 class Moments(NamedTuple):
@@ -163,15 +165,18 @@ class FlatNetwork:
 
 
 class FoundationModel:
-    """Local training (LEARNING_RATE, BATCH_SIZE) and evaluation on one dataset.
+    """Local training and evaluation on one dataset.
+
+    Args:
+        dataset: its images train and test.
+        batch_size, learning_rate: BATCH_SIZE and LEARNING_RATE of local training.
 
     Attributes:
         network: the model as a function of its weight vector.
         test_size: number of test images.
     """
 
-    def __init__(self, dataset: Dataset, settings: Settings) -> None:
-        use_device(settings.THREADS, settings.DEVICE)
+    def __init__(self, dataset: Dataset, batch_size: int, learning_rate: float) -> None:
         self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
         self.test_size = len(dataset.y_test)
         shape = (-1, *dataset.input_shape)
@@ -179,8 +184,7 @@ class FoundationModel:
         self._y_train = tf.constant(dataset.y_train.astype(np.int32))
         self._x_test = _to_input(tf.constant(dataset.x_test.reshape(shape)))
         self._y_test = tf.constant(dataset.y_test.astype(np.int32))
-        self._batch_size = settings.BATCH_SIZE
-        self._learning_rate = settings.LEARNING_RATE
+        self._batch_size, self._learning_rate = batch_size, learning_rate
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         order = tf.TensorSpec([None], tf.int32)
@@ -237,7 +241,10 @@ class FoundationModel:
 
 
 def q_targets(
-    q_values: tf.Tensor, next_values: tf.Tensor, sample: dict[str, tf.Tensor], settings: Settings
+    q_values: tf.Tensor,
+    next_values: tf.Tensor,
+    sample: dict[str, tf.Tensor],
+    settings: AgentSettings,
 ) -> tf.Tensor:
     """Return what the Q values are fitted to: (n, K, A) float32 (public code).
 
@@ -279,40 +286,38 @@ class QNetwork:
     Args:
         inputs: length of the flat observation.
         actions: A, number of actions.
-        settings: for the DQN's.
+        actions_per_step: k.
+        settings: the DQN's.
 
     Attributes:
         network: the model as a function of its weight vector.
     """
 
-    def __init__(self, inputs: int, actions: int, settings: Settings) -> None:
-        use_device(settings.THREADS, settings.DEVICE)
-        networks = settings.Q_NETWORKS
-        self.network = FlatNetwork(q_network(inputs, settings.HIDDEN_UNITS, actions, networks))
+    def __init__(
+        self, inputs: int, actions: int, actions_per_step: int, settings: AgentSettings
+    ) -> None:
+        model = q_network(inputs, settings.HIDDEN_UNITS, actions, settings.Q_NETWORKS)
+        self.network = FlatNetwork(model)
         self._settings = settings
-        self._shape = (-1, networks, actions)
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
         observations = tf.TensorSpec([None, inputs], tf.float32)
         transitions = {
             "observations": observations,
-            "actions": tf.TensorSpec([None, settings.NODES_PER_ROUND], tf.int32),
+            "actions": tf.TensorSpec([None, actions_per_step], tf.int32),
             "rewards": tf.TensorSpec([None], tf.float64),
             "next_observations": observations,
             "terminals": tf.TensorSpec([None], tf.bool),
             "steps": tf.TensorSpec([None], tf.int32),
-            "barred": tf.TensorSpec([None, settings.NODES_PER_ROUND], tf.int32),
+            "barred": tf.TensorSpec([None, actions_per_step], tf.int32),
         }
         draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
-        # Traced once here, so that many agents in one process cause no retracing.
-        values = tf.function(self.network.apply, [vector, observations])
-        self._values = values.get_concrete_function()
+        self._values = tf.function(self.network.apply, [vector, observations])
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
         """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
-        values = self._values(weights, tf.constant(observations, tf.float32))
-        return values.numpy().reshape(self._shape)
+        return self._values(weights, tf.constant(observations, tf.float32)).numpy()
 
     def _train(
         self,
@@ -325,7 +330,9 @@ class QNetwork:
         """Fit to one sample after the other; compiled as ``train``.
 
         Q(s') is that of the network before the sample's fit, or with TARGET_RATE > 0 that of the
-        target network (Mnih et al. 2015).
+        target network (Mnih et al. 2015). A fit passes over the sample in its order with Adam.
+        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. With it the targets of
+        all others hold them back at their values from before the first batch.
 
         Args:
             weights: (P,) float32.
@@ -335,70 +342,36 @@ class QNetwork:
             draws: (U, n) int32, the transitions of each sample.
 
         Returns:
-            The new weights and moments, and the mean of ``fit``'s losses.
-        """
-        total = 0.0
-        for draw in draws:
-            sample = {name: tf.gather(field, draw) for name, field in transitions.items()}
-            bootstrap = target_weights if self._settings.TARGET_RATE else weights
-            q_values = self.network.apply(weights, sample["observations"])
-            next_values = self.network.apply(bootstrap, sample["next_observations"])
-            targets = q_targets(
-                tf.reshape(q_values, self._shape),
-                tf.reshape(next_values, self._shape),
-                sample,
-                self._settings,
-            )
-            weights, moments, loss = self.fit(
-                weights, moments, sample["observations"], targets, sample["actions"]
-            )
-            total += loss
-        return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
-
-    def fit(
-        self,
-        weights: tf.Tensor,
-        moments: Moments,
-        observations: tf.Tensor,
-        targets: tf.Tensor,
-        actions: tf.Tensor,
-    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
-        """Pass over the observations in their order with Adam.
-
-        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. With it the targets of
-        all others hold them back at their values from before the first batch.
-
-        Args:
-            weights: (P,) float32.
-            moments: of the steps before.
-            observations: (n, inputs) float32.
-            targets: (n, K, A) float32.
-            actions: (n, k) int32, those taken.
-
-        Returns:
             The new weights and moments, and the mean squared error of all samples and actions (0
             for those without an error), each batch's taken before its step (as Keras reports it).
         """
         settings, total = self._settings, 0.0
-        for start in tf.range(0, tf.shape(observations)[0], settings.Q_BATCH_SIZE):
-            stop = start + settings.Q_BATCH_SIZE
-            batch = targets[start:stop]
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                outputs = self.network.apply(weights, observations[start:stop])
-                errors = tf.square(tf.reshape(outputs, self._shape) - batch)
-                if not settings.FIT_ALL_ACTIONS:
-                    taken = actions_taken(actions[start:stop], self._shape[2])
-                    errors = tf.where(taken, errors, 0.0)
-                loss = tf.reduce_mean(errors)
-                # Each network's gradient is the one that it would have alone.
-                losses = loss * self._shape[1]
-            total += loss * tf.cast(tf.shape(batch)[0], tf.float32)
-            gradient = tape.gradient(losses, weights)
-            if settings.Q_WEIGHT_DECAY:  # decoupled from the gradient (Loshchilov and Hutter 2019)
-                weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
-            weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
-        return weights, moments, total / tf.cast(tf.shape(targets)[0], tf.float32)
+        for draw in draws:
+            sample = {name: tf.gather(field, draw) for name, field in transitions.items()}
+            bootstrap = target_weights if settings.TARGET_RATE else weights
+            q_values = self.network.apply(weights, sample["observations"])
+            next_values = self.network.apply(bootstrap, sample["next_observations"])
+            targets, lost = q_targets(q_values, next_values, sample, settings), 0.0
+            for start in tf.range(0, settings.REPLAY_SAMPLE, settings.Q_BATCH_SIZE):
+                stop = start + settings.Q_BATCH_SIZE
+                batch = targets[start:stop]
+                with tf.GradientTape() as tape:
+                    tape.watch(weights)
+                    outputs = self.network.apply(weights, sample["observations"][start:stop])
+                    errors = tf.square(outputs - batch)
+                    if not settings.FIT_ALL_ACTIONS:
+                        taken = actions_taken(sample["actions"][start:stop], outputs.shape[2])
+                        errors = tf.where(taken, errors, 0.0)
+                    loss = tf.reduce_mean(errors)
+                    # Each network's gradient is the one that it would have alone.
+                    losses = loss * settings.Q_NETWORKS
+                lost += loss * tf.cast(tf.shape(batch)[0], tf.float32)
+                gradient = tape.gradient(losses, weights)
+                if settings.Q_WEIGHT_DECAY:  # decoupled (Loshchilov and Hutter 2019)
+                    weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
+                weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
+            total += lost / settings.REPLAY_SAMPLE
+        return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
 
 
 def _to_input(images: tf.Tensor) -> tf.Tensor:
@@ -417,6 +390,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
 
     Raises:
         ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
+            Whatever computes with TensorFlow before the first call starts it otherwise.
     """
     wanted = threads or available_cores()
     if device == "cpu":
@@ -434,35 +408,18 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         tf.config.threading.set_intra_op_parallelism_threads(wanted)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.list_logical_devices()  # TensorFlow starts here
-    except RuntimeError as error:  # it has started before; 0 threads are all cores then
-        used = tf.config.threading.get_intra_op_parallelism_threads() or available_cores()
-        if wanted != used or gpus != tf.config.get_visible_devices("GPU"):
-            raise ConfigError(
-                f"THREADS, DEVICE: got {threads}, {device!r}, takes {used} threads and the device "
-                "with which TensorFlow has started in this process"
-            ) from error
+    except RuntimeError as error:  # it has started otherwise
+        used = tf.config.threading.get_intra_op_parallelism_threads()
+        ours = used and tf.config.threading.get_inter_op_parallelism_threads() == 1
+        takes = f"{used} threads and the same device: use_device" if ours else "none: other code"
+        raise ConfigError(
+            f"THREADS, DEVICE: got {threads}, {device!r}, takes {takes} has started TensorFlow in "
+            "this process"
+        ) from error
     return wanted
 
 
 # Compiling takes a second and memory, and the models hold no weights. So the environments and
 # agents of a process share the latest of each kind as long as what it is made of stays the same.
-_latest: dict[type, tuple[tuple[Any, ...], Any]] = {}
-
-
-def _shared(kind: type, key: tuple[Any, ...], *arguments: Any) -> Any:
-    if kind not in _latest or _latest[kind][0] != key:
-        _latest[kind] = key, kind(*arguments)
-    return _latest[kind][1]
-
-
-def shared_foundation_model(dataset: Dataset, settings: Settings) -> FoundationModel:
-    """Return the process's ``FoundationModel`` for this dataset and these settings."""
-    key = (dataset.sha256, settings.BATCH_SIZE, settings.LEARNING_RATE)
-    return _shared(FoundationModel, key, dataset, settings)
-
-
-def shared_q_network(inputs: int, actions: int, settings: Settings) -> QNetwork:
-    """Return the process's ``QNetwork`` for these sizes and settings."""
-    used = settings.model_dump(include=names_of(Agent) | {"NODES_PER_ROUND"})
-    key = (inputs, actions, used)
-    return _shared(QNetwork, key, inputs, actions, settings)
+shared_foundation_model = functools.lru_cache(maxsize=1)(FoundationModel)
+shared_q_network = functools.lru_cache(maxsize=1)(QNetwork)

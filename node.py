@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import REPLAY_CAPACITY, Settings, stream
-from models import Moments, shared_q_network, tf
+from config import REPLAY_CAPACITY, AgentSettings, Settings, stream
+from models import Moments, shared_q_network, tf, use_device
 
 if TYPE_CHECKING:
     from environment import Round
@@ -132,6 +132,7 @@ class DQNAgent:
     """
 
     def __init__(self, observation_size: int, settings: Settings) -> None:
+        use_device(settings.THREADS, settings.DEVICE)
         self.settings = settings
         self.actions = settings.NUM_NODES
         self.actions_per_step = settings.NODES_PER_ROUND
@@ -139,7 +140,8 @@ class DQNAgent:
         steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
         capacity = min(REPLAY_CAPACITY, steps)
         self.replay = ReplayBuffer(capacity, observation_size, self.actions_per_step)
-        self.q = shared_q_network(observation_size, self.actions, settings)
+        used = AgentSettings(**settings.model_dump(include=set(AgentSettings.model_fields)))
+        self.q = shared_q_network(observation_size, self.actions, self.actions_per_step, used)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
         self.moments = Moments.fresh(self.q.network.size)
@@ -329,17 +331,13 @@ class DQNAgent:
         """Take over another agent's ``state`` and its last transitions, oldest first.
 
         Raises:
-            ValueError, KeyError: it belongs to another kind of agent; nothing has changed.
+            ValueError: the transitions do not fit the replay buffer.
+            KeyError: an array is missing.
         """
-        size = self.q.network.size
-        vectors = ["weights", "target_weights", "first_moments", "second_moments"]
-        for name in vectors:
-            if state[name].shape != (size,) or state[name].dtype != np.float32:
-                raise ValueError(f"agent: {name} has shape {state[name].shape}, not ({size},)")
-        episode, epsilon = int(state["episode"]), float(state["epsilon"])
-        weights, target, first, second = (tf.constant(state[name]) for name in vectors)
-        moments = Moments(first, second, tf.constant(state["moments_step"], tf.float32))
         self.replay.restore(transitions, int(state["transitions_added"]))
-        self.weights, self.target_weights, self.moments = weights, target, moments
-        self.epsilon = epsilon
-        self._enter_episode(episode)
+        self.weights = tf.constant(state["weights"])
+        self.target_weights = tf.constant(state["target_weights"])
+        moments = ("first_moments", "second_moments", "moments_step")
+        self.moments = Moments(*(tf.constant(state[name]) for name in moments))
+        self.epsilon = float(state["epsilon"])
+        self._enter_episode(int(state["episode"]))

@@ -27,10 +27,10 @@ import plot
 import records
 from config import (
     NAMED_SETTINGS,
-    Agent,
+    AgentSettings,
     Settings,
     UserError,
-    World,
+    WorldSettings,
     absolute,
     episode_seed,
     names_of,
@@ -91,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
     values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
-    for name in sorted(names_of(Agent) & set(values)):
+    for name in sorted(names_of(AgentSettings) & set(values)):
         parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
     if settings.NODES_PER_ROUND != 1:
@@ -248,7 +248,7 @@ def audit(settings: Settings, count: int) -> int:
     dataset = environment.dataset
     folder = absolute(settings.RESULTS_DIR) / (settings.NAME or f"audit-{dataset.name}")
     # The data that DATASET led to counts, not its name.
-    names = names_of(World) - {"DATASET"} | {"SEED"}
+    names = names_of(WorldSettings) - {"DATASET"} | {"SEED"}
     used = {name: value for name, value in settings.stored().items() if name in names}
     about = {"sha256": dataset.sha256, "settings": used}
 

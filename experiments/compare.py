@@ -24,13 +24,13 @@ import data
 import records
 from config import (
     NAMED_SETTINGS,
-    Agent,
+    AgentSettings,
     ConfigError,
-    Place,
-    Session,
+    PlaceSettings,
+    SessionSettings,
     Settings,
     UserError,
-    World,
+    WorldSettings,
     absolute,
     names_of,
 )
@@ -115,7 +115,7 @@ class Plan:
     def __post_init__(self) -> None:
         variants = self.comparison.variants
         varied = {setting for changes in variants.values() for setting in changes}
-        fixed = names_of(Agent) | {"NUM_NODES"} if self.agent else set()
+        fixed = names_of(AgentSettings) | {"NUM_NODES"} if self.agent else set()
         twice = ", ".join(sorted(varied & self.named))
         trained = ", ".join(sorted(fixed & (varied | self.named)))
         got, trial = ", ".join(self.methods), self.kind == "validation"
@@ -186,7 +186,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     seeds, stored, data_sha256 = parsed.seeds, {}, {}
     if parsed.agent:
         about = records.load_agent(Path(parsed.agent))[1]
-        stored = {k: v for k, v in about["settings"].items() if k not in names_of(Session)}
+        stored = {k: v for k, v in about["settings"].items() if k not in names_of(SessionSettings)}
         stored["DATASET"], data_sha256 = about["dataset"]["name"], about["dataset"]["sha256"]
         seeds = [about["settings"]["SEED"]]
     if base and (parsed.agent or name == "ablation"):
@@ -219,7 +219,7 @@ def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
     """
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
-    if not texts or name in {"DATASET", *names_of(Session, Place)}:
+    if not texts or name in {"DATASET", *names_of(SessionSettings, PlaceSettings)}:
         raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
@@ -262,7 +262,9 @@ def open_tables(
         "test_episodes": plan.test_episodes,
         "first_episode": plan.first_episode,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
-        "settings": plan.settings.model_dump(mode="json", exclude=names_of(Session, Place)),
+        "settings": plan.settings.model_dump(
+            mode="json", exclude=names_of(SessionSettings, PlaceSettings)
+        ),
     }
     config = json.loads(json.dumps(config))  # tuples are lists there
     several = ("variants", "methods")  # those have to agree that both have
@@ -294,8 +296,8 @@ def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
     """
     key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
     default, own = Settings(), job.settings.model_dump()
-    changed = {name for name in names_of(Agent) if own[name] != getattr(default, name)}
-    shown = changed | plan.named & names_of(World, Agent) - {"DATASET"}
+    changed = {name for name in names_of(AgentSettings) if own[name] != getattr(default, name)}
+    shown = changed | plan.named & names_of(WorldSettings, AgentSettings) - {"DATASET"}
     settings = " ".join(f"{k}={v!r}".replace(" ", "") for k, v in own.items() if k in shown)
     row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings, "seconds": seconds}
     row |= {"error": error, "git_revision": records.git_revision() or ""}

@@ -22,7 +22,7 @@ def quick(monkeypatch, few):
 
 def start(folder, *arguments, **overrides):
     settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_device(), **overrides}
-    for name in config.names_of(config.Agent) & {"EPISODES", "REPLAY_SAMPLE"}:
+    for name in config.names_of(config.AgentSettings) & {"EPISODES", "REPLAY_SAMPLE"}:
         del settings[name]
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return audit.main([*arguments, *sets])
@@ -149,7 +149,7 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     about = json.loads((folder / "audit.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
     # In the order of their declaration: the same bytes in each process.
-    used = {*config.names_of(config.World), "SEED"} - {"DATASET"}
+    used = {*config.names_of(config.WorldSettings), "SEED"} - {"DATASET"}
     assert list(about["settings"]) == [n for n in config.Settings.model_fields if n in used]
     assert about["versions"]["numpy"] == np.__version__
     assert (folder / "audit.png").read_bytes().startswith(b"\x89PNG")

@@ -39,11 +39,13 @@ def test_every_setting_is_declared_once_with_meaning_and_source():
 
 
 def test_groups_tell_whose_a_setting_is():
-    assert config.names_of(config.Place) == {"NAME", "RESULTS_DIR", "DATA_DIR"}
-    assert config.names_of(config.Session) == {"SEED", "THREADS", "DEVICE"}
-    assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of(config.Agent)
-    assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of(config.World)
-    assert set(NAMED_SETTINGS["tuned"]) < config.names_of(config.Agent)
+    assert config.names_of(config.PlaceSettings) == {"NAME", "RESULTS_DIR", "DATA_DIR"}
+    assert config.names_of(config.SessionSettings) == {"SEED", "THREADS", "DEVICE"}
+    assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of(
+        config.AgentSettings
+    )
+    assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of(config.WorldSettings)
+    assert set(NAMED_SETTINGS["tuned"]) < config.names_of(config.AgentSettings)
 
 
 def test_settings_are_immutable():

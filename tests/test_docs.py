@@ -276,7 +276,7 @@ def test_the_table_of_the_tuned_settings():
 
 def test_the_committed_agents_have_the_tuned_settings():
     settings = config.Settings(**config.NAMED_SETTINGS["tuned"])
-    q = models.shared_q_network(20, 10, settings)
+    q = models.shared_q_network(20, 10, 1, settings)
     paths = sorted((REFERENCE / "headline-mnist" / "agents").glob("tuned-seed*.npz"))
     assert len(paths) == 2
     for path in paths:

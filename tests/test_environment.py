@@ -441,6 +441,13 @@ def test_round_1_takes_distinct_nodes(few, nodes):
         environment.reset(seed=3, options={"nodes": nodes})
 
 
+@pytest.mark.parametrize("nodes", [2, None, "1", {1, 2}, [[1]]])
+def test_round_1_takes_a_list_of_nodes(few, nodes):
+    environment = DecentralizedLearning(small_settings(), few)
+    with pytest.raises(ValueError, match="nodes: got"):
+        environment.reset(seed=3, options={"nodes": nodes})
+
+
 # --- Observations ----------------------------------------------------------------------------
 
 

@@ -1,15 +1,19 @@
 import dataclasses
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import small_settings
+from conftest import PROJECT, small_settings
 
 import models
 from cli import available_cores
 from config import ConfigError, stream
+from environment import DecentralizedLearning
 from models import FlatNetwork, FoundationModel, Moments, QNetwork
+from node import DQNAgent
 
 NAMES = ("kernel", "bias")
 
@@ -31,7 +35,7 @@ def flat_weights(twin):
 
 @pytest.fixture(scope="module")
 def foundation(few):
-    return FoundationModel(few, small_settings())
+    return FoundationModel(few, 32, 0.001)
 
 
 def test_number_of_weights(foundation):
@@ -40,7 +44,7 @@ def test_number_of_weights(foundation):
 
 
 def test_number_of_weights_of_the_q_network():
-    q = QNetwork(100, 10, small_settings(HIDDEN_UNITS=(500, 200)))
+    q = QNetwork(100, 10, 1, small_settings(HIDDEN_UNITS=(500, 200)))
     assert q.network.size == 100 * 500 + 500 + 500 * 200 + 200 + 200 * 10 + 10
 
 
@@ -109,7 +113,7 @@ def test_evaluation_is_keras_predict(foundation, few):
 
 def test_evaluation_of_some_images_is_that_of_each(foundation, few, monkeypatch):
     monkeypatch.setattr(models, "_EVALUATION_BATCH", 4)  # 10 = 2 * 4 + 2
-    small = FoundationModel(few, small_settings())
+    small = FoundationModel(few, 32, 0.001)
     weights = small.network.initial_weights(stream(0, "initialisation"))
     order = np.arange(2000, dtype=np.int32)
     weights, _ = small.train_epoch(weights, Moments.fresh(small.network.size), order)
@@ -124,26 +128,30 @@ def test_evaluation_in_batches_counts_every_image_once(foundation, few, monkeypa
     weights = foundation.network.initial_weights(stream(0, "initialisation"))
     whole = foundation.evaluate(weights)
     monkeypatch.setattr(models, "_EVALUATION_BATCH", 100)  # 359 = 3 * 100 + 59
-    assert FoundationModel(few, small_settings()).evaluate(weights) == whole
+    assert FoundationModel(few, 32, 0.001).evaluate(weights) == whole
 
 
 def test_one_compiled_model_serves_a_dataset(few):
-    one = models.shared_foundation_model(few, small_settings())
-    same = dataclasses.replace(few)
-    assert models.shared_foundation_model(same, small_settings(SEED=3, NUM_NODES=3)) is one
-    fewer = {"x_test": few.x_test[:100], "y_test": few.y_test[:100]}
-    other = dataclasses.replace(few, **fewer)
+    def foundation(dataset, **overrides):
+        return DecentralizedLearning(small_settings(**overrides), dataset).foundation
+
+    one = foundation(few)
+    assert foundation(few, SEED=3, NUM_NODES=3) is one
+    other = dataclasses.replace(few, x_test=few.x_test[:100], y_test=few.y_test[:100])
     latest = one
-    for changed in ((few, {"LEARNING_RATE": 0.1}), (few, {"BATCH_SIZE": 9}), (other, {})):
-        model = models.shared_foundation_model(changed[0], small_settings(**changed[1]))
+    for dataset, changes in ((few, {"LEARNING_RATE": 0.1}), (few, {"BATCH_SIZE": 9}), (other, {})):
+        model = foundation(dataset, **changes)
         assert model is not latest
         latest = model
     assert latest.test_size == 100
 
 
 def test_one_compiled_q_network_serves_its_settings():
-    one = models.shared_q_network(6, 3, small_settings())
-    assert models.shared_q_network(6, 3, small_settings(SEED=3, MAX_ROUNDS=9)) is one
+    def network(inputs=6, **overrides):
+        return DQNAgent(inputs, small_settings(**overrides)).q
+
+    one = network()
+    assert network(SEED=3, MAX_ROUNDS=9) is one
     changes = {
         "HIDDEN_UNITS": (9,),
         "DISCOUNT": 0.5,
@@ -154,13 +162,15 @@ def test_one_compiled_q_network_serves_its_settings():
         "Q_WEIGHT_DECAY": 0.1,
         "Q_BATCH_SIZE": 9,
         "FIT_ALL_ACTIONS": False,
+        "NUM_NODES": 3,
+        "NODES_PER_ROUND": 2,
     }
     latest = one
     for name, value in changes.items():
-        network = models.shared_q_network(6, 3, small_settings(**{name: value}))
-        assert network is not latest
-        latest = network
-    assert models.shared_q_network(5, 3, small_settings(Q_BATCH_SIZE=9)) is not latest
+        changed = network(**{name: value})
+        assert changed is not latest
+        latest = changed
+    assert network(5, NODES_PER_ROUND=2) is not latest
 
 
 def test_a_diverged_model_has_accuracy_0(foundation):
@@ -176,48 +186,109 @@ def test_one_trace_for_any_length(foundation):
     assert foundation._count_correct.experimental_get_tracing_count() == 1
 
 
+def ended(observations, actions, rewards):
+    """Transitions that end their episodes: the targets of their actions are the rewards."""
+    count = len(observations)
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "next_observations": np.zeros_like(observations),
+        "terminals": np.ones(count, bool),
+        "steps": np.ones(count, np.int32),
+        "barred": np.full_like(actions, -1),
+    }
+
+
+def targets(q, weights, next_weights, sample, settings):
+    values = tf.constant(q.values(weights, sample["observations"]))
+    next_values = tf.constant(q.values(next_weights, sample["next_observations"]))
+    return models.q_targets(values, next_values, sample, settings)
+
+
+def fit(q, weights, transitions):
+    """Fit once to all transitions in their order; return the new weights and the loss."""
+    order = np.arange(len(transitions["rewards"]), dtype=np.int32)[None]
+    fitted, _, loss = q.train(weights, Moments.fresh(q.network.size), weights, transitions, order)
+    return fitted, float(loss)
+
+
 def test_q_fit_is_keras_fit():
-    settings = small_settings(HIDDEN_UNITS=(20, 10), Q_BATCH_SIZE=16)
-    q = QNetwork(6, 3, settings)
+    settings = small_settings(HIDDEN_UNITS=(20, 10), Q_BATCH_SIZE=16, REPLAY_SAMPLE=40)
+    q = QNetwork(6, 3, 1, settings)
     weights = q.network.initial_weights(stream(0, "network"))
     twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
-    actions = np.zeros((40, 1), np.int32)
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None], actions)
-    history = twin.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
+    x, rewards = rng.normal(size=(40, 6)).astype("f4"), 9 * rng.normal(size=40)
+    sample = ended(x, rng.integers(3, size=(40, 1), dtype=np.int32), rewards)
+    wanted = targets(q, weights, weights, sample, settings)
+    fitted, loss = fit(q, weights, sample)
+    history = twin.fit(x, wanted, epochs=1, batch_size=16, shuffle=False, verbose=0)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
-    assert float(loss) == pytest.approx(history.history["loss"][0], rel=1e-5)
+    assert loss == pytest.approx(history.history["loss"][0], rel=1e-5)
 
 
 def test_only_the_actions_taken_have_an_error():
     """As with Keras, where the other actions' targets are the network's values at each batch."""
-    settings = small_settings(HIDDEN_UNITS=(20, 10), Q_BATCH_SIZE=16, FIT_ALL_ACTIONS=False)
-    q = QNetwork(6, 3, settings)
+    overrides = {"Q_BATCH_SIZE": 16, "REPLAY_SAMPLE": 40, "FIT_ALL_ACTIONS": False}
+    q = QNetwork(6, 3, 2, small_settings(HIDDEN_UNITS=(20, 10), **overrides))
     weights = q.network.initial_weights(stream(0, "network"))
     twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 3)).astype("f4")
+    x, rewards = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=40)
     actions = np.array([rng.permutation(3)[:2] for _ in range(40)], np.int32)
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y[:, None], actions)
-    taken, total = (actions[..., None] == np.arange(3)).any(axis=1), 0.0
+    fitted, loss = fit(q, weights, ended(x, actions, rewards))
+    taken, total = (actions[..., None] == np.arange(3)).any(axis=1, keepdims=True), 0.0
     for batch in (slice(0, 16), slice(16, 32), slice(32, 40)):
-        wanted = np.where(taken[batch], y[batch], twin(x[batch]))
+        y = rewards[batch, None, None].astype("f4")
+        wanted = np.where(taken[batch], y, twin(x[batch]))
         total += len(wanted) / 40 * twin.train_on_batch(x[batch], wanted)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert loss == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_training_is_one_keras_fit_after_another(rate):
+    """Q(s') is the target network's, or without one that of the network before each fit."""
+    overrides = {"TARGET_RATE": rate, "REPLAY_SAMPLE": 6, "Q_BATCH_SIZE": 4}
+    settings = small_settings(HIDDEN_UNITS=(16,), **overrides)
+    q = QNetwork(4, 3, 1, settings)
+    weights, target = (q.network.initial_weights(stream(seed, "network")) for seed in (0, 1))
+    rng = np.random.default_rng(0)
+    x, following = rng.normal(size=(2, 9, 4)).astype("f4")
+    transitions = {
+        **ended(x, rng.integers(3, size=(9, 1), dtype=np.int32), rng.normal(size=9)),
+        "next_observations": following,
+        "terminals": np.arange(9) % 4 == 3,
+    }
+    draws = np.array([rng.choice(9, 6, replace=False) for _ in range(3)], np.int32)
+    moments = Moments.fresh(q.network.size)
+    trained, moments, loss = q.train(weights, moments, target, transitions, draws)
+    twin = keras_twin(q.network, weights, False, keras.optimizers.Adam(1e-3), "mse")
+    losses = []
+    for draw in draws:
+        sample = {name: field[draw] for name, field in transitions.items()}
+        before = tf.constant(flat_weights(twin))
+        wanted = targets(q, before, target if rate else before, sample, settings)
+        history = twin.fit(
+            sample["observations"], wanted, epochs=1, batch_size=4, shuffle=False, verbose=0
+        )
+        losses += history.history["loss"]
+    assert float(moments.step) == 6  # 4 + 2 transitions, three times
+    np.testing.assert_allclose(trained.numpy(), flat_weights(twin), atol=1e-6)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_networks_side_by_side_are_networks_alone():
     """Two networks in one weight vector: their values, and a fit of each to targets of its own."""
-    settings = small_settings(HIDDEN_UNITS=(20,), Q_BATCH_SIZE=16)
-    q = QNetwork(6, 3, settings.replace(Q_NETWORKS=2))
+    settings = small_settings(HIDDEN_UNITS=(20,), Q_BATCH_SIZE=16, REPLAY_SAMPLE=40)
+    q = QNetwork(6, 3, 1, settings.replace(Q_NETWORKS=2))
     weights = q.network.initial_weights(stream(0, "network"))
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 2, 3)).astype("f4")
-    actions = np.zeros((40, 1), np.int32)
-    fitted, _, loss = q.fit(weights, Moments.fresh(q.network.size), x, y, actions)
-    alone = QNetwork(6, 3, settings)
+    x, rewards = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=40)
+    sample = ended(x, rng.integers(3, size=(40, 1), dtype=np.int32), rewards)
+    fitted, loss = fit(q, weights, sample)
+    alone = QNetwork(6, 3, 1, settings)
     losses = []
     for place in (0, 1):
         parts = []
@@ -230,30 +301,26 @@ def test_networks_side_by_side_are_networks_alone():
         np.testing.assert_allclose(
             q.values(weights, x)[:, place], alone.values(before, x)[:, 0], atol=1e-6
         )
-        expected, _, loss_alone = alone.fit(
-            before, Moments.fresh(alone.network.size), x, y[:, place : place + 1], actions
-        )
+        expected, loss_alone = fit(alone, before, sample)
         np.testing.assert_allclose(after.numpy(), expected.numpy(), atol=1e-6)
-        losses.append(float(loss_alone))
-    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+        losses.append(loss_alone)
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_weight_decay_by_hand():
-    """With its own values as targets the gradient is 0, and decay alone is left."""
-    settings = small_settings(
-        HIDDEN_UNITS=(5,), Q_BATCH_SIZE=16, Q_LEARNING_RATE=0.01, Q_WEIGHT_DECAY=0.5
-    )
-    q = QNetwork(6, 3, settings)
+    """With its own values, 0, as targets the gradient is 0, and decay alone is left."""
+    overrides = {"Q_BATCH_SIZE": 16, "Q_LEARNING_RATE": 0.01, "Q_WEIGHT_DECAY": 0.5}
+    q = QNetwork(6, 3, 1, small_settings(HIDDEN_UNITS=(5,), REPLAY_SAMPLE=16, **overrides))
     weights = q.network.initial_weights(stream(0, "network"))
-    x = np.zeros((16, 6), "f4")
-    targets, actions = np.zeros((16, 1, 3), "f4"), np.zeros((16, 1), np.int32)
-    fitted, _, _ = q.fit(weights, Moments.fresh(q.network.size), x, targets, actions)
+    sample = ended(np.zeros((16, 6), "f4"), np.zeros((16, 1), np.int32), np.zeros(16))
+    fitted, loss = fit(q, weights, sample)
+    assert loss == 0
     np.testing.assert_allclose(fitted.numpy(), 0.995 * weights.numpy(), rtol=1e-6)
 
 
 def test_weights_by_layer_and_back():
-    q = QNetwork(6, 3, small_settings(HIDDEN_UNITS=(20,)))
+    q = QNetwork(6, 3, 1, small_settings(HIDDEN_UNITS=(20,)))
     weights = q.network.initial_weights(stream(0, "network"))
     arrays = q.network.named_arrays(weights)
     assert {name: a.shape for name, a in arrays.items()} == {
@@ -278,6 +345,40 @@ def test_threads_can_not_change_in_a_process():
     assert threads == models.use_device(threads) == available_cores()
     with pytest.raises(ConfigError, match=f"THREADS, DEVICE: got 1000, 'cpu', takes {threads} "):
         models.use_device(1000)
+
+
+@pytest.mark.parametrize(
+    ("before", "printed"),
+    [
+        ("tf.zeros(1)", "THREADS, DEVICE: got 1, 'cpu', takes none: "),
+        (
+            "tf.config.threading.set_intra_op_parallelism_threads(1); tf.zeros(1)",
+            "THREADS, DEVICE: got 1, 'cpu', takes none: ",
+        ),
+        ("node.DQNAgent(4, Settings(THREADS=1))", "started with 1"),
+        (
+            "node.DQNAgent(4, Settings(THREADS=3))",
+            "THREADS, DEVICE: got 1, 'cpu', takes 3 threads ",
+        ),
+    ],
+)
+def test_what_starts_tensorflow_decides_the_threads(before, printed):
+    code = f"""
+import node
+from config import ConfigError, Settings
+from models import tf, use_device
+
+{before}
+try:
+    print("started with", use_device(1))
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True
+    )
+    assert done.stdout.startswith(printed)
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused():

@@ -295,32 +295,6 @@ def test_targets_of_several_networks_by_hand():
     np.testing.assert_allclose(scaled, np.array(expected) / 4.628445, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_training_is_one_fit_after_another(rate):
-    """With a target network its values are those before all fits, else those before each fit."""
-    agent = make_agent(TARGET_RATE=rate, REPLAY_SAMPLE=6, Q_BATCH_SIZE=4)
-    rng = np.random.default_rng(0)
-    for step in range(9):
-        now, following = rng.normal(size=(2, 4)).astype(np.float32)
-        agent.replay.add(now, [step % 3], rng.normal(), following, step % 4 == 3)
-    q, weights, moments, losses = agent.q, agent.weights, agent.moments, []
-    transitions, draws = agent.replay.draw(3, 6, rng)
-    trained, _, loss = q.train(weights, moments, agent.target_weights, transitions, draws)
-    for draw in draws:
-        sample = {name: tf.constant(field[draw]) for name, field in transitions.items()}
-        bootstrap = agent.target_weights if rate else weights
-        values = [
-            tf.constant(q.values(w, sample[name]))
-            for w, name in ((weights, "observations"), (bootstrap, "next_observations"))
-        ]
-        wanted = models.q_targets(*values, sample, agent.settings)
-        fields = sample["observations"], wanted, sample["actions"]
-        weights, moments, lost = q.fit(weights, moments, *fields)
-        losses.append(float(lost))
-    np.testing.assert_allclose(trained, weights, atol=1e-6)
-    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
-
-
 def remembered(actions=(1, 2, 0, 1, 2), random=(), **overrides):
     """Rewards 1, 2, 3, 4, 5 in an episode of five steps, and the first two of another.
 
@@ -484,14 +458,6 @@ def test_a_restored_agent_keeps_what_its_buffer_holds(monkeypatch):
     copy.load_state(agent.state(), np.concatenate(transitions))
     assert (copy.replay.latest(50) == np.concatenate(transitions)[-40:]).all()
     assert len(copy.replay) == 40
-
-
-def test_a_state_of_another_agent_is_refused_and_changes_nothing():
-    agent = make_agent()
-    before = agent.weights.numpy()
-    with pytest.raises(ValueError, match=r"weights has shape \(148,\), not \(131,\)"):
-        agent.load_state(make_agent(NUM_NODES=4).state(), agent.replay.latest(0))
-    assert (agent.weights.numpy() == before).all()
 
 
 def test_seed_decides():
