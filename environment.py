@@ -46,10 +46,8 @@ def progress_reward(
 
     A round costs its distance, and one point unless it reaches the goal; missing the goal costs 15.
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
-    after the round, less the potential before it. The potential guesses how many rounds are left:
-    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), which is -12 far below the goal and 0 at it. So
-    progress pays at once, most of all near the goal, and the best walk to the goal stays the best.
-    At the round limit the potential is kept: a miss costs more, the further below the goal it ends.
+    after the round, less the potential before it. The potential is
+    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), also at the round limit. docs/tuned.md says why.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -313,19 +311,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         return weights
 
     def observe(self, kind: str) -> np.ndarray:
-        """Return what one of the values of OBSERVATION shows of the nodes after the last round.
+        """Return what a value of OBSERVATION shows after the last round; see docs/observations.md.
 
-        ``broadcast`` (public code): the N PCA scores of every node's weights, node by node. Every
-        node gets each round's new model, and the PCA sees the nodes just before that: only the
-        nodes that trained differ. ``local`` (the paper's figures): the same when each node keeps
-        the model that it last trained. ``last_node`` (ours): 1 for the nodes that trained last, 0
-        for the others. ``zeros`` (ours): nothing. The last two are controls: they show how much the
-        weights help.
-
-        ``both`` (ours): the first broadcast score of each node, then the first local ones. A
-        component's sign has no meaning of its own, and by scikit-learn's rule (public code) it
-        flips from round to round. Here the last node's score is never negative. The scores are
-        multiplied by 4 and 0.4, which gives both kinds the same spread.
+        The values are ``broadcast`` (public code), ``local`` (the paper's figures), ``both``,
+        ``last_node`` and ``zeros`` (ours). Scores go node by node. In ``both`` the last node's are
+        never negative, and factors of 4 and 0.4 give broadcast and local scores the same spread.
 
         Returns:
             Float32: (N * N,), for ``both`` (2 * N,), for ``last_node`` and ``zeros`` (N,).

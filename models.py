@@ -281,7 +281,7 @@ class QNetwork:
     """Q values of observations, and their fit to targets.
 
     With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
-    same samples. The targets use their mean, which is less noisy (Lakshminarayanan et al. 2017).
+    same samples. The targets use their mean (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.

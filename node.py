@@ -331,13 +331,16 @@ class DQNAgent:
         """Take over another agent's ``state`` and its last transitions, oldest first.
 
         Raises:
-            ValueError: the transitions do not fit the replay buffer.
+            ValueError, tf.errors.InvalidArgumentError: it belongs to another kind of agent; nothing
+                has changed.
             KeyError: an array is missing.
         """
+        vectors = ("weights", "target_weights", "first_moments", "second_moments")
+        weights, target, first, second = (
+            tf.ensure_shape(state[name], self.weights.shape) for name in vectors
+        )
         self.replay.restore(transitions, int(state["transitions_added"]))
-        self.weights = tf.constant(state["weights"])
-        self.target_weights = tf.constant(state["target_weights"])
-        moments = ("first_moments", "second_moments", "moments_step")
-        self.moments = Moments(*(tf.constant(state[name]) for name in moments))
+        self.weights, self.target_weights = weights, target
+        self.moments = Moments(first, second, tf.constant(state["moments_step"]))
         self.epsilon = float(state["epsilon"])
         self._enter_episode(int(state["episode"]))

@@ -460,6 +460,14 @@ def test_a_restored_agent_keeps_what_its_buffer_holds(monkeypatch):
     assert len(copy.replay) == 40
 
 
+def test_a_state_of_another_agent_is_refused_and_changes_nothing():
+    agent = make_agent()
+    before = agent.weights.numpy()
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"\[148\].*\[131\]"):
+        agent.load_state(make_agent(NUM_NODES=4).state(), agent.replay.latest(0))
+    assert (agent.weights.numpy() == before).all()
+
+
 def test_seed_decides():
     def play(seed):
         agent = filled(make_agent(SEED=seed, REPLAY_SAMPLE=32, EPSILON=0.5), 50)
