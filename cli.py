@@ -104,18 +104,22 @@ def value_of(name: str, text: str) -> Any:
     return text
 
 
-def read_config(path: Path, *needed: str) -> dict[str, Any]:
-    """Return a ``config.json``; UserError without settings, dataset or another needed name."""
+def read_config(path: Path, *needed: str, flag: str = "") -> dict[str, Any]:
+    """Return a ``config.json``; UserError if settings, dataset or one of ``needed`` is missing.
+
+    ``flag`` begins the error's line: what named the file.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config["settings"], dict) or not {"name", "sha256"} <= {
-            *config["dataset"]
-        }:
-            raise ValueError("its settings or dataset are damaged")
+        settings, about = config["settings"], config["dataset"]
+        whole = isinstance(settings, dict) and isinstance(about, dict)
+        if not (whole and {"name", "sha256"} <= about.keys()):
+            raise ValueError("settings or dataset is damaged")
         return config | {name: config[name] for name in needed}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        names = ", ".join(needed)
-        raise UserError(f"{path}: is no config.json with {names} ({reason(error)})") from error
+        names = ", ".join(("settings", "dataset", *needed))
+        line = f"{flag}{path}: takes a config.json with {names} ({reason(error)})"
+        raise UserError(line) from error
 
 
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
@@ -134,8 +138,9 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     add_setting_flags(parser, FLAGS)
     parsed = parser.parse_args(arguments)
     stored, data_sha256 = {}, {}
-    if parsed.config:  # a comparison has no sessions
-        config = read_config(Path(parsed.config), "sessions")
+    if parsed.config is not None:
+        # A comparison has no sessions.
+        config = read_config(Path(parsed.config), "sessions", flag="--config: ")
         data_sha256 = config["dataset"]["sha256"]
         stored = {**config["settings"], "DATASET": config["dataset"]["name"]}
     values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -50,7 +50,8 @@ AtLeastTwo = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]  # takes a list too
+_listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Counts = Annotated[tuple[Count, ...], Field(min_length=1), _listed]  # takes a list too
 # Not "." or "..": the name is a folder inside RESULTS_DIR and must stay there.
 FolderName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 
@@ -139,7 +140,7 @@ class AgentSettings(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Rounds at a node after which another is chosen; limits random stays; 0 = off (ours)."""
+    """Rounds at a node after which another is chosen; 0 = off (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training waits for so many (public code)."""
     Q_BATCH_SIZE: Count = 16
@@ -158,8 +159,8 @@ class AgentSettings(Group):
     """epsilon is multiplied by exp(-EPSILON_DECAY) after each episode (public code)."""
 
 
-class SessionSettings(Group):
-    """Session: one run"""
+class RunSettings(Group):
+    """Run: its seed, and what computes it"""
 
     SEED: CountOrZero = 0
     """Seed of everything random but the distance matrix (ours)."""
@@ -201,7 +202,7 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Settings(PlaceSettings, SessionSettings, AgentSettings, WorldSettings):
+class Settings(PlaceSettings, RunSettings, AgentSettings, WorldSettings):
     """The validated, immutable settings of one run: ``Settings(SEED=1)``.
 
     Raises:
@@ -229,7 +230,7 @@ class Settings(PlaceSettings, SessionSettings, AgentSettings, WorldSettings):
         return self.model_dump(mode="json", exclude=names_of(PlaceSettings))
 
 
-GROUPS = (WorldSettings, AgentSettings, SessionSettings, PlaceSettings)
+GROUPS = (WorldSettings, AgentSettings, RunSettings, PlaceSettings)
 
 
 def names_of(*groups: type[Group]) -> set[str]:

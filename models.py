@@ -419,7 +419,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
     return wanted
 
 
-# Compiling takes a second and memory, and the models hold no weights. So the environments and
-# agents of a process share the latest of each kind as long as what it is made of stays the same.
+# Compiling takes a second and memory, and the models hold no weights. So the environments of a
+# process share the latest one for the same Dataset object, and agents with equal AgentSettings too.
 shared_foundation_model = functools.lru_cache(maxsize=1)(FoundationModel)
 shared_q_network = functools.lru_cache(maxsize=1)(QNetwork)

@@ -220,12 +220,12 @@ class DQNAgent:
 
         Args:
             observation: (D,) float32.
-            info: ``round``, ``node`` and ``barred`` after the last round (the environment's).
+            info: ``barred`` are the actions that a new choice leaves out, by default none.
             rng: draws the Q-network that decides.
         """
         if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
             return info["node"]
-        return self.best_actions(observation, self._draw_network(rng), info["barred"])
+        return self.best_actions(observation, self._draw_network(rng), info.get("barred", ()))
 
     def remember(self, round_: Round) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.

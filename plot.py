@@ -100,7 +100,7 @@ def span(values: pd.Series) -> str:
 # --- Tables ----------------------------------------------------------------------------------
 
 WINDOW = 20  # episodes in a moving average, in a row of the summary, in "first" and in "last"
-FEWEST = 5  # episodes or seeds that an interval by Student's t needs; with fewer it says nothing
+FEWEST = 5  # episodes that an interval by Student's t needs; with fewer it says nothing
 
 # Reductions that the paper reports for HL on MNIST, relative to a random policy.
 PUBLISHED = {"rounds": 0.508, "communication_cost": 0.746}

@@ -27,7 +27,7 @@ from config import (
     AgentSettings,
     ConfigError,
     PlaceSettings,
-    SessionSettings,
+    RunSettings,
     Settings,
     UserError,
     WorldSettings,
@@ -158,7 +158,7 @@ def _parser() -> cli.Parser:
     help_ = "a number (5 is 0 to 4) or a list (0,3,7) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz, with its settings and its seed"
-    who("--agent", type=os.path.expanduser, default="", metavar="FILE", help=help_)
+    who("--agent", type=os.path.expanduser, metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
@@ -184,9 +184,9 @@ def parse(arguments: list[str] | None = None) -> Plan:
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
     seeds, stored, data_sha256 = parsed.seeds, {}, {}
-    if parsed.agent:
+    if parsed.agent is not None:
         about = records.load_agent(Path(parsed.agent))[1]
-        stored = {k: v for k, v in about["settings"].items() if k not in names_of(SessionSettings)}
+        stored = {k: v for k, v in about["settings"].items() if k not in names_of(RunSettings)}
         stored["DATASET"], data_sha256 = about["dataset"]["name"], about["dataset"]["sha256"]
         seeds = [about["settings"]["SEED"]]
     if base and (parsed.agent or name == "ablation"):
@@ -219,7 +219,7 @@ def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
     """
     name, _, values = text.partition("=")
     texts = [part.strip() for part in re.split(r",(?![^(]*\))", values) if part.strip()]
-    if not texts or name in {"DATASET", *names_of(SessionSettings, PlaceSettings)}:
+    if not texts or name in {"DATASET", *names_of(RunSettings, PlaceSettings)}:
         raise ConfigError(f"--vary: got {text!r}, takes NAME=v1,v2,... of the world or the agent")
     variants = {}
     for value in texts:
@@ -263,7 +263,7 @@ def open_tables(
         "first_episode": plan.first_episode,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
         "settings": plan.settings.model_dump(
-            mode="json", exclude=names_of(SessionSettings, PlaceSettings)
+            mode="json", exclude=names_of(RunSettings, PlaceSettings)
         ),
     }
     config = json.loads(json.dumps(config))  # tuples are lists there

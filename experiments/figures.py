@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -27,6 +26,11 @@ from plot import BLACK, BLUE, GREY, PUBLISHED
 Tables = dict[str, Any]
 
 _MOST_LINES = 8  # in one panel
+# A colour per node, from the eleventh on again: Paul Tol's light ones, below black numbers.
+_NODE_COLORS = (
+    *("#99DDFF", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB"),
+    *("#77AADD", "#AAAA00", "#DDDDDD", "#BBCC33", "#FFFFFF"),
+)
 _MOST_CHANGE = 0.6  # larger changes are written as text
 _MOST_COST = 3.0  # times random's; larger costs are written as text
 
@@ -174,7 +178,7 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
             continue
         goal = _rows(rows, "goal_reached")["mean"]
         plot.label_at_right(axis, -1.2, "goal\nreached", x=1.03)
-        for label, mean in goal.items():
+        for label, mean in goal[goal.index.isin(labels)].items():
             plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
     _add_legend(figure)
     figure.suptitle(f"Change against random ({_size(changed)})")
@@ -233,7 +237,7 @@ def draw_walks(tables: Tables) -> Figure:
         key = ["label", "seed", "episode"]
         walk = rounds[(rounds[key] == episode[key]).all(axis=1)].sort_values("round")
         nodes = walk["node"].str.split("+").str[0].astype(int)
-        colors = colormaps["Set3"](nodes.to_numpy() % 12)  # light, below black numbers
+        colors = [_NODE_COLORS[node % len(_NODE_COLORS)] for node in nodes]
         cells = axis.bar(walk["round"], 0.28, 0.92, 1.1, color=colors, ec=GREY, lw=0.4)
         axis.bar_label(cells, nodes, label_type="center", fontsize=7)
         axis.plot(walk["round"], walk["accuracy"], color=BLACK, marker="o", ms=2, lw=1)
@@ -294,7 +298,8 @@ def report(folder: Path, tables: Tables) -> str:
         *_markdown(table, tables["config"]["parameter"], _REPORT),
         "",
         "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
-        "that misses the goal counts with the limit of rounds.",
+        "that misses the goal counts with the limit of rounds. Changes are those on the seeds that "
+        "random has as well.",
     ]
     if table["mark"].any():
         lines.append("\\*: saved while the goal is reached less often than by random.")

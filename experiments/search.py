@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import Settings, stream
+
+if TYPE_CHECKING:
+    from environment import Round
 
 _STAYS = 6  # of a walk
 _LONGEST = 12  # rounds of a stay
@@ -82,8 +85,8 @@ class WalkSearch:
         """Return the next node of the episode's walk."""
         return [self._nodes[self._steps]], "walk"
 
-    def remember(self, round_: Any) -> None:
-        """Add the reward of an ``environment.Round`` to the walk's discounted return.
+    def remember(self, round_: Round) -> None:
+        """Add the reward of a round to the walk's discounted return.
 
         The starter's round, which the walk does not choose, does not count.
         """

@@ -47,8 +47,8 @@ def test_named_settings_come_before_set():
         ("--step 11", "NODES_PER_ROUND: got 11, takes at most NUM_NODES = 10"),
         ("--set EPISODES", "--set: got 'EPISODES', takes NAME=VALUE"),
         ("--settings best", "argument --settings: invalid choice: 'best'"),
-        ("--config /nowhere/config.json", "/nowhere/config.json: "),
-        ("--config ~nosuchuser/config.json", "~nosuchuser/config.json: "),
+        ("--config /nowhere/config.json", "--config: /nowhere/config.json: "),
+        ("--config ~nosuchuser/config.json", "--config: ~nosuchuser/config.json: "),
         ("--speed 9", "--speed 9"),
     ],
 )
@@ -122,8 +122,11 @@ def test_config_repeats_a_run(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="sessions"):  # a comparison has none
         cli.settings_of_run(["--config", str(path)])
-    for damage in ({"settings": []}, {"settings": None}, {"dataset": "digits"}, {"dataset": {}}):
-        path.write_text(json.dumps({**config, "sessions": [], **damage}))
+    for name, damaged in (
+        *(("settings", []), ("settings", None)),
+        *(("dataset", "digits"), ("dataset", {}), ("dataset", ["name", "sha256"])),
+    ):
+        path.write_text(json.dumps({**config, "sessions": [], name: damaged}))
         with pytest.raises(UserError, match="damaged"):
             cli.settings_of_run(["--config", str(path)])
     path.write_text(json.dumps({**config, "sessions": []}))

@@ -40,7 +40,7 @@ def test_every_setting_is_declared_once_with_meaning_and_source():
 
 def test_groups_tell_whose_a_setting_is():
     assert config.names_of(config.PlaceSettings) == {"NAME", "RESULTS_DIR", "DATA_DIR"}
-    assert config.names_of(config.SessionSettings) == {"SEED", "THREADS", "DEVICE"}
+    assert config.names_of(config.RunSettings) == {"SEED", "THREADS", "DEVICE"}
     assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of(
         config.AgentSettings
     )
@@ -78,6 +78,7 @@ def test_replace_changes_a_copy_and_validates():
         ("OBSERVATION", "fixed", "one of broadcast, local, both, last_node, zeros"),
         ("HIDDEN_UNITS", (), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", 500, "a tuple of integers >= 1"),
+        ("HIDDEN_UNITS", {500, 200}, "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, True), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 0), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 2.5), "a tuple of integers >= 1"),

@@ -136,6 +136,13 @@ def test_the_title_of_a_task_does_not_touch_the_heading_of_the_goals(tasks):
         assert not title.get_window_extent().overlaps(goal.get_window_extent())
 
 
+def test_a_method_without_a_seed_of_random_is_no_row_of_the_headline(tmp_path, draw):
+    values = {"random": {0: [(30, 1.0)]}, "hl": {0: [(10, 0.5)]}, "stay": {1: [(20, 0.1)]}}
+    write_comparison(tmp_path, values)
+    rounds, _ = draw(tmp_path)["headline"].axes
+    assert labels(rounds) == ["hl", "paper (MNIST)", "random"]
+
+
 def test_headline_cuts_off_large_changes_and_greys_few_successes(tmp_path, draw):
     values = {
         "random": {0: [(30, 1.0), (20, 1.0)]},
@@ -226,15 +233,15 @@ def test_walks(tmp_path, draw):
     assert len(random.lines) == 2  # no star
 
 
-def test_each_of_twelve_nodes_has_a_colour_below_its_number(tmp_path, draw):
-    write_comparison(tmp_path, {"hl": {0: [(13, 0.2)]}})
+def test_each_of_ten_nodes_has_a_colour_below_its_number(tmp_path, draw):
+    write_comparison(tmp_path, {"hl": {0: [(11, 0.2)]}})
     rounds = pd.read_csv(tmp_path / "rounds.csv", dtype={"node": str})
-    rounds.assign(node=range(13)).to_csv(tmp_path / "rounds.csv", index=False)
+    rounds.assign(node=range(11)).to_csv(tmp_path / "rounds.csv", index=False)
     (axis,) = draw(tmp_path)["walks"].axes
-    assert texts(axis) == [str(node) for node in range(13)]
+    assert texts(axis) == [str(node) for node in range(11)]
     colors = [patch.get_facecolor() for patch in axis.patches]
-    assert len(set(colors)) == 12
-    assert colors[12] == colors[0]
+    assert len(set(colors)) == 10
+    assert colors[10] == colors[0]
     # The number can be read on its colour.
     assert {text.get_color() for text in axis.texts} == {"black"}
     assert min(np.mean(color[:3]) for color in colors) > 0.4

@@ -278,7 +278,7 @@ def outside(folder, *more):
     """The command line of a comparison whose workers, other processes, do the real thing."""
     sets = {**LONG, "RESULTS_DIR": folder}
     sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    return ["--methods", "hl,stay", "--seeds", "1", "--test-episodes", "2", *more, *sets]
+    return ["--methods", "hl,stay,standalone", "--seeds", "1", "--test-episodes", "2", *more, *sets]
 
 
 def wait_until(holds, seconds=240):
