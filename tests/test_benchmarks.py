@@ -81,7 +81,8 @@ def test_a_training_is_measured_by_its_parts(monkeypatch, few):
         return tables[-1]
 
     monkeypatch.setattr(rounds.pd, "read_csv", spy)
-    shared = models.shared_foundation_model(few, rounds.Settings(**TINY))
+    settings = rounds.Settings(**TINY)
+    shared = models.shared_foundation_model(few, settings.BATCH_SIZE, settings.LEARNING_RATE)
     untimed = shared.train_epoch, shared.evaluate
     measured = rounds.play(**TINY, MAX_ROUNDS=4)
     assert measured.pop("memory") > 100
