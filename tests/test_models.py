@@ -349,12 +349,12 @@ def test_threads_can_not_change_in_a_process():
 @pytest.mark.parametrize(
     ("before", "printed"),
     [
-        ("tf.zeros(1)", "THREADS, DEVICE: got 1, 'cpu', takes none: "),
+        # Other code: as many threads, but several operations run at a time.
         (
             "tf.config.threading.set_intra_op_parallelism_threads(1); tf.zeros(1)",
             "THREADS, DEVICE: got 1, 'cpu', takes none: ",
         ),
-        ("node.DQNAgent(4, Settings(THREADS=1))", "started with 1"),
+        # An agent alone, without an environment.
         (
             "node.DQNAgent(4, Settings(THREADS=3))",
             "THREADS, DEVICE: got 1, 'cpu', takes 3 threads ",
