@@ -109,15 +109,16 @@ def read_config(path: Path, *needed: str, flag: str = "") -> dict[str, Any]:
 
     ``flag`` begins the error's line: what named the file.
     """
+    needed = ("settings", "dataset", *needed)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        settings, about = config["settings"], config["dataset"]
+        settings, about, *_ = (config[name] for name in needed)
         whole = isinstance(settings, dict) and isinstance(about, dict)
         if not (whole and {"name", "sha256"} <= about.keys()):
             raise ValueError("settings or dataset is damaged")
-        return config | {name: config[name] for name in needed}
+        return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        names = ", ".join(("settings", "dataset", *needed))
+        names = ", ".join(needed)
         line = f"{flag}{path}: takes a config.json with {names} ({reason(error)})"
         raise UserError(line) from error
 

@@ -90,8 +90,8 @@ def prepare(tables: Tables) -> None:
         tables[name] = tables[name].assign(label=tables[name]["variant"] if by_variant else both)
 
 
-def _rows(table: pd.DataFrame, quantity: str, index: Any = "label") -> pd.DataFrame:
-    """Return the estimates of a quantity, by label."""
+def _rows(table: pd.DataFrame, quantity: str, index: str = "label") -> pd.DataFrame:
+    """Return the estimates of a quantity, by label or another column."""
     return table[table["quantity"] == quantity].set_index(index)
 
 
