@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -179,28 +180,8 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def warn(message: str) -> None:
-    """Print a warning on stderr."""
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def without_stderr() -> Iterator[None]:
-    """Discard what is written to stderr, by native code as well."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -208,14 +189,16 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
-    """Do a command's work and return its exit status; print one line for what stops it.
+    """Do a command's work and return its exit status.
 
-    The status is then 2 after a user's mistake, 1 when the system refuses a file, 130 after Ctrl-C
-    and 143 after SIGTERM.
+    A warning is one line on stderr, and so is what stops the command. The status is then 2 after a
+    user's mistake, 1 when the system refuses a file, 130 after Ctrl-C and 143 after SIGTERM.
     """
     previous = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return work()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return work()
     except UserError as error:
         message, status = str(error), 2
     except OSError as error:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import warn
 from config import ConfigError, Settings, UserError, absolute, stream
 
 
@@ -187,7 +187,8 @@ def load_published(name: str, settings: Settings) -> Dataset:
     if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
         raise DataError(f"{path}: got other labels, takes those of {name} in their published order")
     if different:
-        warn(f"{path} has the labels of {name}, but not its published pixels")
+        text = f"{path} has the labels of {name}, but not its published pixels"
+        warnings.warn(text, stacklevel=2)
         dataset = dataclasses.replace(dataset, verdict="not canonical")
     return dataset
 
@@ -316,7 +317,8 @@ def load_auto(settings: Settings) -> Dataset:
         return load_published("mnist", settings)
     except DataNotFound as error:
         digits = "NOT MNIST: this run uses scikit-learn's bundled digits"
-        warn(f"{digits}; its numbers can't be compared with the paper's\n{error}")
+        text = f"{digits}; its numbers can't be compared with the paper's\n{error}"
+        warnings.warn(text, stacklevel=2)
         return load_digits(settings)
 
 

@@ -7,19 +7,34 @@ TensorFlow backend disables their ``stateless_apply``, so ``adam`` is ours.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from cli import available_cores, without_stderr
 from config import AgentSettings, ConfigError
 from data import Dataset
 
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what is written to stderr, by native code as well."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 # Intel's kernels, which TensorFlow takes by itself on some processors only; docs/performance.md.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-with without_stderr():  # TensorFlow's start-up notes
+with _without_stderr():  # TensorFlow's start-up notes
     import keras
     import tensorflow as tf
 
@@ -379,6 +394,12 @@ def _to_input(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def use_device(threads: int = 0, device: str = "cpu") -> int:
     """Let TensorFlow compute on so many CPU threads, 0 for all cores, and on a DEVICE.
 
@@ -395,7 +416,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
     wanted = threads or available_cores()
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read when TensorFlow first looks for devices
-    with without_stderr():  # it reports in its own words that it finds none
+    with _without_stderr():  # it reports in its own words that it finds none
         gpus = tf.config.list_physical_devices("GPU")[: int(device == "gpu")]
     if device == "gpu" and not gpus:
         seen = ", ".join(found.name for found in tf.config.list_physical_devices())

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,7 +26,6 @@ import filelock
 import numpy as np
 import pandas as pd
 
-from cli import warn
 from config import PROJECT, Settings, UserError, absolute, reason
 from data import Dataset, label_counts
 
@@ -375,7 +375,8 @@ class Run:
         session = {**times, **circumstances(self._threads)}
         for key in ("versions", "git_revision", "machine"):
             if sessions and sessions[-1][key] != session[key]:
-                warn(f"{self.folder}: continued with other {key}, bit-equality is not promised")
+                text = f"{self.folder}: continued with other {key}, bit-equality is not promised"
+                warnings.warn(text, stacklevel=2)
         sessions.append(session)
         write_json(self.folder / "config.json", self.config)
         for name in (*_TABLES, _TRANSITIONS):

@@ -32,10 +32,10 @@ import pandas as pd
 
 import data
 import main
-from cli import Parser, available_cores
+from cli import Parser
 from config import NAMED_SETTINGS, PROJECT, Settings
 from environment import DecentralizedLearning
-from models import tf, use_device
+from models import available_cores, tf, use_device
 from node import DQNAgent
 from records import Run, cpu_name
 

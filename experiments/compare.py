@@ -109,7 +109,7 @@ class Plan:
     named: set[str]  # settings that the command line names
     agent: str  # path of the given agent; "" for none
     data_sha256: dict[str, str]  # of the data that it was trained on; {} for any
-    workers: int  # processes on this machine
+    workers: int | None  # processes on this machine; None: one per core
     cluster: str  # address of a Dask scheduler; "" for none
 
     def __post_init__(self) -> None:
@@ -164,8 +164,8 @@ def _parser() -> cli.Parser:
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
     help_ = "number of the first of them, to test on episodes that no test has [%(default)s]"
     add("--first-episode", type=cli.count_of, default="1", metavar="N", help=help_)
-    cores, help_ = str(cli.available_cores()), "processes [%(default)s, all cores]"
-    where("--jobs", type=cli.count_of, default=cores, metavar="N", help=help_)
+    help_ = "processes on this machine [one per core]"
+    where("--jobs", type=cli.count_of, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
     add("--seed", dest="SEED", help=argparse.SUPPRESS)  # main.py's, refused as --set SEED is
     cli.add_setting_flags(parser, {f"--{n.lower()}": n for n in ("DATASET", "EPISODES", "NAME")})
@@ -351,7 +351,8 @@ def compare(plan: Plan) -> int:
     for job in jobs:
         data.make_shards(dataset, job.settings)
     _, waiting = open_tables(plan, dataset, folder, jobs)
-    workers, cluster = min(plan.workers, len(waiting)), plan.cluster if waiting else ""
+    workers = min(plan.workers or models.available_cores(), len(waiting))
+    cluster = plan.cluster if waiting else ""
     with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
         # Read again: another process may have written here meanwhile.
         tables, waiting = open_tables(plan, dataset, folder, jobs)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import PROJECT, command, main_of_run, refusal, run, small_settings
@@ -160,6 +161,15 @@ def test_seeds(text, seeds):
 def test_wrong_seeds(text):
     with pytest.raises(cli.argparse.ArgumentTypeError):
         cli.seeds_of(text)
+
+
+def test_a_command_warns_in_one_line(capsys):
+    def work():
+        warnings.warn("NOT MNIST", stacklevel=1)
+        return 3
+
+    assert cli.exit_status("main.py", work) == 3
+    assert capsys.readouterr().err == "warning: NOT MNIST\n"
 
 
 def test_nouns_agree_with_their_numbers():

@@ -9,7 +9,6 @@ import tensorflow as tf
 from conftest import PROJECT, small_settings
 
 import models
-from cli import available_cores
 from config import ConfigError, stream
 from environment import DecentralizedLearning
 from models import FlatNetwork, FoundationModel, Moments, QNetwork
@@ -341,7 +340,7 @@ def test_weights_that_are_not_trainable_are_refused():
 
 def test_threads_can_not_change_in_a_process():
     threads = models.use_device()
-    assert threads == models.use_device(threads) == available_cores()
+    assert threads == models.use_device(threads) == models.available_cores()
     with pytest.raises(ConfigError, match=f"THREADS, DEVICE: got 1000, 'cpu', takes {threads} "):
         models.use_device(1000)
 
