@@ -429,6 +429,20 @@ def test_the_numbers_of_an_earlier_agent():
     assert f"{goal.min():.0f} and {goal.max():.0f} %" in " ".join(text.split())
 
 
+def test_the_numbers_of_agents_without_a_setting():
+    trials = pd.read_csv(REFERENCE / "tuning-simulator.csv").set_index("trial")
+    rows = rows_of((REFERENCE / "TUNING.md").read_text(encoding="utf-8"), "| without |")
+    assert {name.strip("`") for name, *_ in rows} == {"nothing", *config.NAMED_SETTINGS["tuned"]}
+    for name, *cells in rows:
+        trial = f"gpu-without-{name.strip('`').lower().replace('_', '-')}"
+        own = trials.loc[["gpu-random-9", trial] if name == "nothing" else [trial]]
+        rounds = own["rounds"]
+        assert [float(cells[0]), *map(float, cells[1].split(" to "))] == pytest.approx(
+            [rounds.mean(), rounds.min(), rounds.max()], abs=0.051
+        )
+        assert cells[2] == f"{100 * own['goal_reached'].mean():.0f} %"
+
+
 def test_the_numbers_of_the_observations():
     text = flat("docs/observations.md")
     rows = table("audit-mnist", "audit")
