@@ -68,6 +68,7 @@ COMPARISONS: dict[str, Comparison] = {
         (
             *("hl", "random", "standalone", "stay", "centralized", "fedavg", "round_robin"),
             *("nearest", "shortest", "nearest_twice", "shortest_twice"),
+            *("balanced", "metropolis", "metropolis_jumps"),
         ),
     ),
     "worlds": Comparison(

@@ -607,8 +607,7 @@ def test_every_comparison_is_made_of_settings_that_exist(tmp_path):
         assert len(made) == 2 * len(comparison.methods) * len(comparison.variants)
         assert not any("/" in variant for variant in comparison.variants)  # a folder's name
     others = set(methods.METHODS) - set(compare.COMPARISONS["paper"].methods)
-    baselines = {"balanced", "metropolis", "metropolis_jumps"}
-    assert others == {"tuned", "best_walk", "walk_search"} | baselines
+    assert others == {"tuned", "best_walk", "walk_search"}
 
 
 def test_values_are_split_at_commas_outside_parentheses():

@@ -437,13 +437,13 @@ def committed(name):
 def test_the_committed_headlines_and_walks():
     tables = committed("paper-mnist")
     rounds, cost = figures.draw_changes(figures.by_task([tables])).axes
-    order = "centralized fedavg paper_(MNIST) nearest_twice shortest shortest_twice nearest"
-    order += " random round_robin standalone hl stay"
+    order = "centralized fedavg paper_(MNIST) nearest_twice balanced shortest shortest_twice"
+    order += " nearest random metropolis_jumps metropolis round_robin standalone hl stay"
     assert [text.replace(" ", "_") for text in labels(rounds)] == order.split()
-    assert marks(rounds)[10] == pytest.approx((0.250, 0.192, 0.318), abs=5e-4)
-    assert marks(cost)[10][0] == pytest.approx(-0.623, abs=5e-4)
+    assert marks(rounds)[13] == pytest.approx((0.250, 0.192, 0.318), abs=5e-4)
+    assert marks(cost)[13][0] == pytest.approx(-0.623, abs=5e-4)
     assert texts(cost)[0] == "+578 % →"
-    assert (goals(cost)[7], goals(cost)[10]) == ("93 %", "1 %")
+    assert (goals(cost)[8], goals(cost)[13]) == ("93 %", "1 %")
     walks = figures.draw_walks(tables).axes
     assert [len(texts(axis)) for axis in walks] == [29, 36]
     tables = committed("headline-mnist")
