@@ -319,7 +319,7 @@ def draw_data(tables: Tables) -> Figure:
     image = _heatmap(left, images, images.max(), 0)
     left.set(xlabel="class", ylabel="node")
     figure.colorbar(image, ax=left, label="training images", aspect=30, pad=0.02)
-    top = distances.max() or 1.0
+    top = float(np.max(distances)) or 1.0
     image = _heatmap(right, distances, top, 3 if top < 1 else 1)
     right.set(xlabel="node", ylabel="node")
     figure.colorbar(image, ax=right, label="communication distance (no unit)", aspect=30, pad=0.02)
