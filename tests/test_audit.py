@@ -11,7 +11,7 @@ import models
 from config import episode_seed
 from environment import DecentralizedLearning, positive_at
 from experiments import audit
-from records import read_arrays, write_arrays
+from records import read_arrays, read_table, write_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +202,7 @@ def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path, monkeypatch):
     path = folder / "walks" / "walk-3.npz"
     write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
     assert start(tmp_path, "--walks", "8") == 0
-    table = pd.read_csv(folder / "audit.csv")
+    table = read_table(folder / "audit.csv", audit.AUDIT_COLUMNS)
     assert (set(table["episodes"]), set(table["rounds"])) == ({8}, {7 * 4})
     # The same table as without this walk.
     walks = [read_arrays(folder / "walks" / f"walk-{e}.npz") for e in range(1, 9) if e != 3]

@@ -240,6 +240,7 @@ def test_only_the_actions_taken_have_an_error():
     for batch in (slice(0, 16), slice(16, 32), slice(32, 40)):
         y = rewards[batch, None, None].astype("f4")
         wanted = np.where(taken[batch], y, twin(x[batch]))
+        twin.reset_metrics()  # older versions of Keras return the mean of all batches since
         total += len(wanted) / 40 * twin.train_on_batch(x[batch], wanted)
     np.testing.assert_allclose(fitted.numpy(), flat_weights(twin), atol=1e-6)
     assert loss == pytest.approx(total, rel=1e-5)
