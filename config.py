@@ -246,7 +246,7 @@ def takes(name: str) -> str:
     if "pattern" in schema:
         return "letters, digits, - _ and inner dots"
     words = {
-        "array": "a tuple of integers >= 1",
+        "array": "a tuple of integers >= 1, as (64,)",
         "boolean": "True or False",
         "integer": "an integer",
         "number": "a number",

@@ -232,7 +232,7 @@ def draw_learning(tables: Tables) -> Figure:
             label_at_right(axis, limit, f"limit: {limit}")
         if column in published:
             axis.axhline(published[column], color=BLACK, lw=0.8, ls="--", label="published")
-            text = f"published:\n\N{MINUS SIGN}{PUBLISHED[column]:.1%} of\nepisodes 1 to 10"
+            text = f"published: {PUBLISHED[column]:.1%}\nbelow the mean of\nepisodes 1 to 10"
             label_at_right(axis, published[column], text)
 
     figure = _draw_curves(draw)

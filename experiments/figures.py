@@ -101,10 +101,13 @@ def _counted(counts: pd.Series, noun: str) -> str:
 
 
 def _size(rows: pd.DataFrame) -> str:
-    """Return what the estimates rest on."""
+    """Return what the estimates rest on: 5 to 10 seeds x 20 episodes."""
     seeds = _counted(rows["seeds"], "seed")
-    episodes = _counted(rows["episodes"] // rows["seeds"], "episode")
-    return f"{seeds} x {episodes}, mean" + " with 95 % interval" * bool(rows["low"].notna().any())
+    return f"{seeds} x {_counted(rows['episodes'] // rows['seeds'], 'episode')}"
+
+
+def _shown(rows: pd.DataFrame) -> str:
+    return "mean" + " with 95 % interval" * bool(rows["low"].notna().any())
 
 
 def _add_legend(figure: Figure) -> None:
@@ -130,6 +133,7 @@ def _add_marks(
     goal = _rows(table, "goal_reached")["mean"]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
+    kinds = {}  # of marks, with their marker, edge and face: for the legend
     for row in table[table["quantity"] == quantity].itertuples():
         y, mean = labels.index(row.label), row.mean
         if mean > most:
@@ -138,15 +142,18 @@ def _add_marks(
             right = axis.get_yaxis_transform()
             axis.text(0.98, y, text, ha="right", va="center", size=7, bbox=box, transform=right)
             continue
-        kind, marker, color = "not learned", "s", BLACK
-        if row.learned:
-            kind, marker, color = "learned (DQN)", "o", BLUE
+        kind = "learned (DQN)" if row.learned else "not learned"
+        kinds[kind] = marker, color, _ = ("o", BLUE, BLUE) if row.learned else ("s", BLACK, BLACK)
         if goal[row.label] < 0.5:
-            kind, color = "grey: goal reached in less than 50 % of the episodes", "0.65"
+            color = "0.65"
+            kinds["grey: goal reached in less than 50 % of the episodes"] = "s", color, color
+        if row.mark:
+            kinds["open: saved while the goal is missed more often"] = "s", BLACK, "white"
         style: Any = {"fmt": marker, "color": color, "ms": 4, "capsize": 2, "elinewidth": 1}
         bars = [[mean - row.low], [row.high - mean]]  # NaN, which draws none, with one seed
-        face = "white" if row.mark else color
-        axis.errorbar([mean], [y], xerr=bars, label=kind, mfc=face, **style)
+        axis.errorbar([mean], [y], xerr=bars, mfc="white" if row.mark else color, **style)
+    for kind, (marker, edge, face) in kinds.items():
+        axis.plot([], [], marker, color=edge, mfc=face, ms=4, label=kind)
 
 
 def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
@@ -174,14 +181,15 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
         axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         if column == "rounds":
             dataset, nodes = name.rsplit(", ", 1)
-            axis.set_title(f"{plot.data_name(dataset)}, {nodes}", loc="left")
+            size = _size(rows[rows["quantity"] == "rounds_reduction"])
+            axis.set_title(f"{plot.data_name(dataset)}, {nodes}\n{size}", loc="left")
             continue
         goal = _rows(rows, "goal_reached")["mean"]
         plot.label_at_right(axis, -1.2, "goal\nreached", x=1.03)
         for label, mean in goal[goal.index.isin(labels)].items():
             plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
     _add_legend(figure)
-    figure.suptitle(f"Change against random ({_size(changed)})")
+    figure.suptitle(f"Change against random, {_shown(changed)}")
     return figure
 
 
@@ -208,8 +216,9 @@ def draw_rows(tables: Tables) -> Figure:
         axis.set(xlabel=plot.LABELS[column], xlim=(-0.05 * right, 1.05 * right))
     axes[0].set_ylabel(config["parameter"])
     _add_legend(figure)
-    size = _size(table[table["quantity"] == "rounds"])
-    plot.set_title(figure, episodes, f"{config['comparison']}, sorted by rounds", size)
+    rows = table[table["quantity"] == "rounds"]
+    what = f"Rounds, cost and goal by {config['parameter'] or 'method'}"
+    plot.set_title(figure, episodes, what, _size(rows), _shown(rows))
     return figure
 
 

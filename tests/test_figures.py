@@ -80,7 +80,7 @@ def test_figures_of_a_comparison(drawn, draw):
         assert "mnist" in (title or figure.get_suptitle())
         assert figure.get_figwidth() == 7
     assert "2 to 3 seeds x 2 episodes" in drawn["methods"].get_suptitle()
-    assert "2 seeds x 2 episodes" in drawn["headline"].get_suptitle()
+    assert "\n2 seeds x 2 episodes" in drawn["headline"].axes[0].get_title(loc="left")
     table = draw.tables["estimates"]
     assert table.groupby("label")["learned"].all().to_dict() == {"hl": True, "random": False}
 
@@ -131,7 +131,9 @@ def test_headline(drawn):
 def test_the_title_of_a_task_does_not_touch_the_heading_of_the_goals(tasks):
     figure = figures.draw_changes(tasks)
     figure.draw_without_rendering()
-    (title,) = figure.findobj(lambda artist: is_text(artist, "mnist, 100 nodes"))
+    (title,) = figure.findobj(
+        lambda artist: is_text(artist, "mnist, 100 nodes\n1 seed x 2 episodes")
+    )
     for goal in figure.findobj(lambda artist: is_text(artist, "goal\nreached")):
         assert not title.get_window_extent().overlaps(goal.get_window_extent())
 
@@ -171,7 +173,9 @@ def test_points_are_the_seeds_and_their_mean(drawn):
     assert labels(axis) == ["hl", "random"]
     assert points == [15.0, 25.0, 25.0, 35.0, 26.0]
     assert [x for x, _, _ in marks(axis).values()] == pytest.approx([20, 172 / 6])
-    lines = {line.get_linestyle(): line.get_xdata()[0] for line in axis.lines}
+    lines = {
+        line.get_linestyle(): line.get_xdata()[0] for line in axis.lines if line.get_xydata().size
+    }
     assert lines[":"] == LIMIT
     assert lines["--"] == pytest.approx(172 / 6)  # random's mean
 
@@ -506,6 +510,8 @@ def test_the_figure_by_task(tasks):
     # Saved while the goal is missed more often: open.
     faces = [container.lines[0].get_markerfacecolor() for container in cost.containers]
     assert faces == [figures.BLACK, "white"]
+    kinds = {text.get_text().split(":")[0] for text in figure.legends[0].get_texts()}
+    assert kinds == {"random", "published", "not learned", "grey", "open"}
     assert texts(rounds) == ["+80 % →"]
     assert texts(cost)[0] == "+100 % →"
     assert goals(cost) == {0: "100 %", 2: "100 %", 3: "100 %", 4: "0 %"}
@@ -516,14 +522,16 @@ def test_the_figure_by_task(tasks):
         assert not [line for line in axis.lines if line.get_label() == "published"]
     assert goals(others[1]) == {2: "100 %", 3: "100 %"}
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == ["mnist, 10 nodes", "", "mnist, 100 nodes", ""]
+    size = "1 seed x 2 episodes"
+    assert titles == [f"mnist, 10 nodes\n{size}", "", f"mnist, 100 nodes\n{size}", ""]
 
 
 def test_a_task_without_the_paper_s_values_names_its_data(tasks):
     (rows,) = [rows for name, rows in tasks.items() if "100" in name]
     rounds, _ = figures.draw_changes({"digits, 10 nodes": rows}).axes
     assert labels(rounds) == ["hl", "random"]
-    assert rounds.get_title(loc="left") == "bundled digits, NOT MNIST, 10 nodes"
+    title = "bundled digits, NOT MNIST, 10 nodes\n1 seed x 2 episodes"
+    assert rounds.get_title(loc="left") == title
 
 
 def test_several_comparisons_get_a_summary(tmp_path, capsys):
