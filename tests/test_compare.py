@@ -263,6 +263,7 @@ def test_a_failing_job_is_noted_and_tried_again(tmp_path, monkeypatch, capsys):
     assert found["broken", "0"]["state"] == "failed"
     assert found["broken", "0"]["error"] == "ZeroDivisionError: no such luck"
     assert (folder / "jobs" / "broken-seed0" / "error.txt").exists()
+    assert f"traceback: {folder / 'jobs' / 'broken-seed0' / 'error.txt'}\n" in out
     assert (found["stay", "1"]["state"], found["stay", "1"]["error"]) == ("finished", "")
     mended = methods.Method("mended", methods.stay_policy)
     monkeypatch.setitem(methods.METHODS, "broken", mended)
