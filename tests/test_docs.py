@@ -371,6 +371,8 @@ def test_how_long_the_committed_comparisons_took():
     hours = sum(table("paper-mnist", name)["seconds"].sum() for name in ("episodes", "training"))
     assert f"add up to {hours / 3600:.0f} hours" in text
     assert f"took {hours / 3600:.0f} hours in all" in flat("docs/results.md")
+    random = table("paper-mnist", "episodes").query("method == 'random' and seed < 5")
+    assert f"({random['rounds'].mean():.1f} rounds)" in flat("docs/results.md")
     minutes = {
         method: table(folder, "training")
         .query(f"method == '{method}'")
