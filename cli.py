@@ -181,7 +181,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -195,10 +195,9 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
     user's mistake, 1 when the system refuses a file, 130 after Ctrl-C and 143 after SIGTERM.
     """
     previous = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    show_warning, warnings.showwarning = warnings.showwarning, _show_warning
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return work()
+        return work()
     except UserError as error:
         message, status = str(error), 2
     except OSError as error:
@@ -207,6 +206,7 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
         message = "interrupted; the same command continues"
         status = 128 + (interrupt.args or [signal.SIGINT])[0]
     finally:
+        warnings.showwarning = show_warning
         for number, handler in previous.items():
             signal.signal(number, handler)
     sys.stderr.write(f"{program}: {message}\n")

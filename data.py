@@ -317,7 +317,7 @@ def load_auto(settings: Settings) -> Dataset:
         return load_published("mnist", settings)
     except DataNotFound as error:
         digits = "NOT MNIST: this run uses scikit-learn's bundled digits"
-        text = f"{digits}; its numbers can't be compared with the paper's\n{error}"
+        text = f"{digits}; its numbers can't be compared with the paper's. {error}"
         warnings.warn(text, stacklevel=2)
         return load_digits(settings)
 

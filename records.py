@@ -272,7 +272,7 @@ def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Jso
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = f"{path}: damaged, or not that of a {kind} ({reason(error)}); {_ADVICE}"
+        line = f"{path}: damaged, or of another kind than {kind} ({reason(error)}); {_ADVICE}"
         raise UserError(line) from error
     if differing:
         raise UserError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")

@@ -406,7 +406,7 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
                 tables.collect(job)
             tables.set_jobs({job: state}, **outcome)
             bar.write(f"{job.variant} {job.folder.name} {state}: {error}".strip(" :"))
-            if (job.folder / "error.txt").exists():
+            if "seconds" in outcome and (job.folder / "error.txt").exists():
                 bar.write(f"traceback: {job.folder / 'error.txt'}")
     return failed
 

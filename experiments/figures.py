@@ -106,7 +106,8 @@ def _size(rows: pd.DataFrame) -> str:
     return f"{seeds} x {_counted(rows['episodes'] // rows['seeds'], 'episode')}"
 
 
-def _shown(rows: pd.DataFrame) -> str:
+def _mean_of(rows: pd.DataFrame) -> str:
+    """Return what is drawn: means, with intervals if there are several seeds."""
     return "mean" + " with 95 % interval" * bool(rows["low"].notna().any())
 
 
@@ -142,13 +143,13 @@ def _add_marks(
             right = axis.get_yaxis_transform()
             axis.text(0.98, y, text, ha="right", va="center", size=7, bbox=box, transform=right)
             continue
-        kind = "learned (DQN)" if row.learned else "not learned"
-        kinds[kind] = marker, color, _ = ("o", BLUE, BLUE) if row.learned else ("s", BLACK, BLACK)
+        marker, color = ("o", BLUE) if row.learned else ("s", BLACK)
+        kinds["learned (DQN)" if row.learned else "not learned"] = marker, color, color
+        if row.mark:
+            kinds["open: saved while the goal is missed more often"] = marker, color, "white"
         if goal[row.label] < 0.5:
             color = "0.65"
-            kinds["grey: goal reached in less than 50 % of the episodes"] = "s", color, color
-        if row.mark:
-            kinds["open: saved while the goal is missed more often"] = "s", BLACK, "white"
+            kinds["grey: goal reached in less than 50 % of the episodes"] = marker, color, color
         style: Any = {"fmt": marker, "color": color, "ms": 4, "capsize": 2, "elinewidth": 1}
         bars = [[mean - row.low], [row.high - mean]]  # NaN, which draws none, with one seed
         axis.errorbar([mean], [y], xerr=bars, mfc="white" if row.mark else color, **style)
@@ -189,7 +190,7 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
         for label, mean in goal[goal.index.isin(labels)].items():
             plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
     _add_legend(figure)
-    figure.suptitle(f"Change against random, {_shown(changed)}")
+    figure.suptitle(f"Change against random, {_mean_of(changed)}")
     return figure
 
 
@@ -217,8 +218,7 @@ def draw_rows(tables: Tables) -> Figure:
     axes[0].set_ylabel(config["parameter"])
     _add_legend(figure)
     rows = table[table["quantity"] == "rounds"]
-    what = f"Rounds, cost and goal by {config['parameter'] or 'method'}"
-    plot.set_title(figure, episodes, what, _size(rows), _shown(rows))
+    plot.set_title(figure, episodes, "Rounds, cost and goal", _size(rows), _mean_of(rows))
     return figure
 
 

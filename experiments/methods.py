@@ -254,7 +254,7 @@ METHODS: dict[str, Method] = {
     "metropolis_jumps": Method("the same, and one step in ten is a jump", _metropolis(0.1)),
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
-        "the best walk known on MNIST, a bound",
+        "the best walk known on MNIST",
         lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
         least_nodes=6,
     ),

@@ -360,13 +360,16 @@ def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-    wait_until(lambda: goes_on(1))
-    os.kill(holder_of(folder), signal.SIGKILL)
-    wait_until(lambda: goes_on(2))  # Dask gave the job to another worker
-    assert holder_of(folder) != parent.pid
-    assert len(session_of(parent.pid)) >= 3
-    parent.kill()
-    parent.wait()
+    try:
+        wait_until(lambda: goes_on(1))
+        killed = holder_of(folder)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: goes_on(2))  # Dask gave the job to another worker
+        assert holder_of(folder) != killed
+        assert len(session_of(parent.pid)) >= 3
+    finally:
+        parent.kill()
+        parent.wait()
     wait_until(lambda: not session_of(parent.pid), seconds=30)
     assert "distributed" not in (tmp_path / "errors").read_text()
 

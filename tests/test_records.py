@@ -442,11 +442,11 @@ def test_a_finished_run_is_left_alone(tmp_path, few, stopped):
 def test_other_circumstances_are_warned_of(tmp_path, few, stopped, monkeypatch, recwarn):
     with Run(settings_of(tmp_path), few, 2) as run:
         begin(run)
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
     monkeypatch.setattr(records, "git_revision", lambda: "0123abc")
     with Run(settings_of(tmp_path), few, 3) as run:
         begin(run)
-    first, second = (str(warning.message) for warning in recwarn.list)
+    first, second = (str(w.message) for w in recwarn if w.category is UserWarning)
     assert "git_revision" in first
     assert "machine" in second
     assert [session["machine"]["threads"] for session in run.config["sessions"]] == [2, 2, 3]
