@@ -19,7 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from config import GROUPS, NAMED_SETTINGS, ConfigError, Settings, UserError, meaning, reason, takes
+from config import (
+    DATASET_SETTINGS,
+    GROUPS,
+    NAMED_SETTINGS,
+    ConfigError,
+    Settings,
+    UserError,
+    meaning,
+    reason,
+    takes,
+)
 
 # Short flags for the settings that are changed most; the first five are the public code's.
 FLAGS = {
@@ -229,7 +239,9 @@ def settings_page() -> str:
         lines += ["| setting | default | `tuned` | takes | meaning | source |", "|---" * 6 + "|"]
         for name, field in group.model_fields.items():
             changed = f"`{tuned[name]!r}`" if name in tuned else ""
-            cells = [f"`{name}`", f"`{field.default!r}`", changed, takes(name), *meaning(name)]
+            own = [(data, own[name]) for data, own in DATASET_SETTINGS.items() if name in own]
+            default = ", ".join([f"`{field.default!r}`", *(f"{d}: `{v!r}`" for d, v in own)])
+            cells = [f"`{name}`", default, changed, takes(name), *meaning(name)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import pydantic
 import pytest
 from conftest import PROJECT
 
+import cli
 import config
 from config import NAMED_SETTINGS, ConfigError, Settings
 
@@ -133,6 +134,20 @@ def test_integers_do_for_numbers_and_lists_for_tuples():
     assert (s.REWARD_BASE, s.HIDDEN_UNITS, s.SEED) == (2.0, (7,), 5)
     assert isinstance(s.REWARD_BASE, float)
     assert type(s.SEED) is int
+
+
+def test_a_dataset_may_have_defaults_of_its_own(monkeypatch):
+    own = {"GOAL_ACCURACY": 0.5, "MAX_ROUNDS": 7}
+    monkeypatch.setitem(config.DATASET_SETTINGS, "fashion_mnist", own)
+    found = Settings(DATASET="fashion_mnist")
+    assert (found.GOAL_ACCURACY, found.MAX_ROUNDS, found.STARTER_NODE) == (0.5, 7, 0)
+    assert Settings(DATASET="mnist") == Settings(DATASET="mnist", GOAL_ACCURACY=0.8, MAX_ROUNDS=36)
+    named = Settings(DATASET="fashion_mnist", MAX_ROUNDS=9)
+    assert (named.GOAL_ACCURACY, named.MAX_ROUNDS) == (0.5, 9)
+    line = ["--dataset", "fashion_mnist", "--set", "GOAL_ACCURACY=0.6"]
+    run, _ = cli.settings_of_run(line)
+    assert (run.GOAL_ACCURACY, run.MAX_ROUNDS) == (0.6, 7)
+    assert named.replace(DATASET="mnist").MAX_ROUNDS == 9
 
 
 def test_stored_settings_give_the_same_settings_again():
