@@ -143,7 +143,10 @@ def test_examples_run(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
     reference = tmp_path / "results" / "reference"
-    for name in ("mnist-seed0/episodes", "digits-seed0/episodes", "paper-mnist/rounds"):
+    for name in (
+        *("mnist-seed0/episodes", "digits-seed0/episodes"),
+        *("paper-mnist/rounds", "pilot-fashion_mnist/rounds"),
+    ):
         (reference / name).parent.mkdir(parents=True)
         shutil.copy(REFERENCE / f"{name}.csv", (reference / name).parent)
     source = tmp_path / "config.py"
@@ -173,9 +176,13 @@ def test_examples_run(tmp_path):
         assert (tmp_path / "results" / name).exists()
     assert (tmp_path / "results" / "rounds.png").exists()
     assert done.stdout.count("'round': 3") == 2
-    goals = blocks(TEXTS["docs/extending.md"], "text")[0]
-    assert goals.splitlines()[-1] == "0.8 35.0 0.05"
-    assert goals in done.stdout
+    mnist, fashion = blocks(TEXTS["docs/extending.md"], "text")
+    assert mnist.splitlines()[-1] == "0.8 35.0 0.05"
+    assert mnist + fashion in done.stdout
+    own = config.DATASET_SETTINGS["fashion_mnist"]
+    goal, limit, share = map(float, fashion.splitlines()[-1].split())
+    assert (goal, limit) == (own["GOAL_ACCURACY"], own["MAX_ROUNDS"])
+    assert share <= 0.05
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "results/reference/TUNING.md"])
