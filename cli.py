@@ -82,14 +82,22 @@ def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
     add("--settings", choices=named, default="paper", metavar="NAME", help=help_)
 
 
-def _settings_help() -> str:
+def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
+    """Return a setting's default, with those of datasets, and its tuned value or "", in marks."""
+    texts = [f"{mark}{Settings.model_fields[name].default!r}{mark}"]
+    for dataset, own in DATASET_SETTINGS.items():
+        texts += [f"{dataset}: {mark}{own[name]!r}{mark}"] if name in own else []
     tuned = NAMED_SETTINGS["tuned"]
+    return ", ".join(texts), f"{mark}{tuned[name]!r}{mark}" if name in tuned else ""
+
+
+def _settings_help() -> str:
     lines = ["settings, for --set (default; tuned value):"]
     for group in GROUPS:
         lines.append(f"  {group.__doc__}")
-        for name, field in group.model_fields.items():
-            values = f"{field.default!r}; {tuned[name]!r}" if name in tuned else repr(field.default)
-            lines.append(f"    {f'{name} = {values}':38} {meaning(name)[0]}")
+        for name in group.model_fields:
+            values = "; ".join(filter(None, _default_and_tuned(name)))
+            lines.append(f"    {f'{name} = {values}':40} {meaning(name)[0]}")
     return "\n".join(lines)
 
 
@@ -233,15 +241,11 @@ def settings_page() -> str:
         "",
         'Source "public code" is the authors\' implementation, "ours" is this project.',
     ]
-    tuned = NAMED_SETTINGS["tuned"]
     for group in GROUPS:
         lines += ["", f"## {group.__doc__}", ""]
         lines += ["| setting | default | `tuned` | takes | meaning | source |", "|---" * 6 + "|"]
-        for name, field in group.model_fields.items():
-            changed = f"`{tuned[name]!r}`" if name in tuned else ""
-            own = [(data, own[name]) for data, own in DATASET_SETTINGS.items() if name in own]
-            default = ", ".join([f"`{field.default!r}`", *(f"{d}: `{v!r}`" for d, v in own)])
-            cells = [f"`{name}`", default, changed, takes(name), *meaning(name)]
+        for name in group.model_fields:
+            cells = [f"`{name}`", *_default_and_tuned(name, "`"), takes(name), *meaning(name)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -127,8 +127,6 @@ class AgentSettings(Group):
     """Episodes that train the DQN (public code)."""
     HIDDEN_UNITS: Counts = (500, 200)
     """Units of the Q-network's hidden layers (public code)."""
-    Q_NETWORKS: Count = 1
-    """Q-networks with the same targets; one leads an episode (ours)."""
     Q_LEARNING_RATE: Positive = 0.001
     """Learning rate of Adam in the Q-network's training (public code)."""
     Q_WEIGHT_DECAY: NotNegative = 0.0
@@ -188,7 +186,6 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
     "tuned": {
         "REWARD": "progress",
         "OBSERVATION": "both",
-        "Q_NETWORKS": 5,
         "Q_WEIGHT_DECAY": 0.4,
         "DISCOUNT": 0.97,
         "N_STEP": 12,

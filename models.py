@@ -69,25 +69,19 @@ def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras
     )
 
 
-def q_network(inputs: int, hidden: tuple[int, ...], actions: int, networks: int = 1) -> keras.Model:
+def q_network(inputs: int, hidden: tuple[int, ...], actions: int) -> keras.Model:
     """Return the DQN's network: dense ReLU layers, a linear Q value per action (public code).
 
-    Several ``networks`` (ours) share nothing but the input; their outputs are concatenated.
     ``hidden`` is the units of each hidden layer.
 
     Returns:
-        A network from (n, inputs) to (n, networks, actions) float32.
+        A network from (n, inputs) to (n, actions) float32.
     """
-    observation = keras.Input((inputs,))
-    outputs = []
-    for _ in range(networks):
-        x = observation
-        for units in hidden:
-            x = keras.layers.Dense(units, activation="relu")(x)
-        outputs.append(keras.layers.Dense(actions)(x))
-    together = outputs[0] if networks == 1 else keras.layers.Concatenate()(outputs)
-    shaped = keras.layers.Reshape((networks, actions))(together)
-    return keras.Model(observation, shaped, name="q_network")
+    layers = keras.layers
+    hidden_layers = [layers.Dense(units, activation="relu") for units in hidden]
+    return keras.Sequential(
+        [keras.Input((inputs,)), *hidden_layers, layers.Dense(actions)], name="q_network"
+    )
 
 
 class Moments(NamedTuple):
@@ -261,42 +255,39 @@ def q_targets(
     sample: dict[str, tf.Tensor],
     settings: AgentSettings,
 ) -> tf.Tensor:
-    """Return what the Q values are fitted to: (n, K, A) float32 (public code).
+    """Return what the Q values are fitted to: (n, A) float32 (public code).
 
     For the actions taken r + discount^steps * max Q(s'), or r alone at an episode's end. For all
-    others each network's own values. With FIT_ALL_ACTIONS each network's (n, A) is divided by its
-    Frobenius norm (public code).
+    others the network's own values. With FIT_ALL_ACTIONS all are divided by their Frobenius norm
+    (public code).
 
     Args:
-        q_values: (n, K, A) float32, each network's at the observation.
-        next_values: (n, K, A) float32, at the next one. Q(s') is the networks' mean, and the
-            maximum leaves out actions that MAX_STAY bars there.
+        q_values: (n, A) float32, the network's at the observation.
+        next_values: (n, A) float32, at the next one. The maximum leaves out actions that MAX_STAY
+            bars there.
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and FIT_ALL_ACTIONS.
     """
-    barred = actions_taken(sample["barred"], q_values.shape[-1])[:, 0]
-    possible = tf.where(barred, next_values.dtype.min, tf.reduce_mean(next_values, 1))
+    barred = actions_taken(sample["barred"], q_values.shape[1])
+    possible = tf.where(barred, next_values.dtype.min, next_values)
     future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
-    taken = actions_taken(sample["actions"], q_values.shape[-1])
-    targets = tf.where(taken, returns[:, None, None], tf.cast(q_values, tf.float64))
+    taken = actions_taken(sample["actions"], q_values.shape[1])
+    targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
     if settings.FIT_ALL_ACTIONS:
-        targets = tf.math.divide_no_nan(targets, tf.norm(targets, axis=(0, 2), keepdims=True))
+        targets = tf.math.divide_no_nan(targets, tf.norm(targets))
     return tf.cast(targets, tf.float32)
 
 
 def actions_taken(actions: tf.Tensor, count: int) -> tf.Tensor:
-    """Return (n, 1, count) bool: which actions (n, k) int32 names; -1 names none."""
-    return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)[:, None]
+    """Return (n, count) bool: which actions (n, k) int32 names; -1 names none."""
+    return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)
 
 
 class QNetwork:
     """Q values of observations, and their fit to targets.
-
-    With Q_NETWORKS = K > 1 (ours) K networks with initial weights of their own are fitted to the
-    same samples. The targets use their mean (Lakshminarayanan et al. 2017).
 
     Args:
         inputs: length of the flat observation.
@@ -311,7 +302,7 @@ class QNetwork:
     def __init__(
         self, inputs: int, actions: int, actions_per_step: int, settings: AgentSettings
     ) -> None:
-        model = q_network(inputs, settings.HIDDEN_UNITS, actions, settings.Q_NETWORKS)
+        model = q_network(inputs, settings.HIDDEN_UNITS, actions)
         self.network = FlatNetwork(model)
         self._settings = settings
         vector = tf.TensorSpec([self.network.size], tf.float32)
@@ -331,7 +322,7 @@ class QNetwork:
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
-        """Return (n, K, A) float32: each network's Q values of (n, inputs) observations."""
+        """Return (n, A) float32: the Q values of (n, inputs) observations."""
         return self._values(weights, tf.constant(observations, tf.float32)).numpy()
 
     def _train(
@@ -375,13 +366,11 @@ class QNetwork:
                     outputs = self.network.apply(weights, sample["observations"][start:stop])
                     errors = tf.square(outputs - batch)
                     if not settings.FIT_ALL_ACTIONS:
-                        taken = actions_taken(sample["actions"][start:stop], outputs.shape[2])
+                        taken = actions_taken(sample["actions"][start:stop], outputs.shape[1])
                         errors = tf.where(taken, errors, 0.0)
                     loss = tf.reduce_mean(errors)
-                    # Each network's gradient is the one that it would have alone.
-                    losses = loss * settings.Q_NETWORKS
                 lost += loss * tf.cast(tf.shape(batch)[0], tf.float32)
-                gradient = tape.gradient(losses, weights)
+                gradient = tape.gradient(loss, weights)
                 if settings.Q_WEIGHT_DECAY:  # decoupled (Loshchilov and Hutter 2019)
                     weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
                 weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)

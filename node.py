@@ -151,9 +151,6 @@ class DQNAgent:
     def _enter_episode(self, episode: int) -> None:
         self.episode = episode
         self._exploration = stream(self.settings.SEED, "exploration", episode)
-        # One Q-network leads the whole episode (ours; after Osband et al. 2016). This explores more
-        # than a new network per choice.
-        self._leader = self._draw_network(self._exploration)
         self._draws = stream(self.settings.SEED, "replay", episode)
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
@@ -185,7 +182,7 @@ class DQNAgent:
             return self._choice, "repeated"
         self._repeats_left = 0
         if self._exploration.random() >= self.epsilon:
-            self._choice = self.best_actions(observation, self._leader, barred)
+            self._choice = self.best_actions(observation, barred)
             return self._choice, "greedy"
         self._choice = self._first(self._exploration.permutation(self.actions), barred)
         longest = self.settings.MAX_STAY // self.settings.ROUNDS_PER_CHOICE
@@ -193,39 +190,28 @@ class DQNAgent:
             self._repeats_left = int(self._exploration.integers(longest))
         return self._choice, "random"
 
-    def _draw_network(self, rng: np.random.Generator) -> int:
-        return int(rng.integers(self.settings.Q_NETWORKS))
-
     def _first(self, order: np.ndarray, barred: Sequence[int]) -> list[int]:
         """Return the first k actions of an order, without barred ones."""
         return order[~np.isin(order, barred)][: self.actions_per_step].tolist()
 
-    def best_actions(
-        self, observation: np.ndarray, network: int = 0, barred: Sequence[int] = ()
-    ) -> list[int]:
-        """Return the k actions of a Q-network's greatest Q values, best first, no barred ones.
+    def best_actions(self, observation: np.ndarray, barred: Sequence[int] = ()) -> list[int]:
+        """Return the k actions of the greatest Q values, best first, no barred ones.
 
         Of equal ones the lower number is first.
         """
-        q_values = self.q.values(self.weights, observation[None])[0, network]
+        q_values = self.q.values(self.weights, observation[None])[0]
         return self._first(np.argsort(-q_values, kind="stable"), barred)
 
-    def greedy(
-        self, observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator
-    ) -> Any:
+    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
         """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
-
-        One of several Q-networks, drawn anew, makes each choice (ours). Where they disagree, one of
-        their choices is taken at random, which helps to leave a place without progress.
 
         Args:
             observation: (D,) float32.
             info: ``barred`` are the actions that a new choice leaves out, by default none.
-            rng: draws the Q-network that decides.
         """
         if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
             return info["node"]
-        return self.best_actions(observation, self._draw_network(rng), info.get("barred", ()))
+        return self.best_actions(observation, info.get("barred", ()))
 
     def remember(self, round_: Round) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.

@@ -220,7 +220,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
         agent.load(load_agent(path)[0])
     except ValueError as error:
         raise UserError(f"{path}: does not fit the settings ({error})") from error
-    return agent.greedy
+    return lambda observation, info, rng: agent.greedy(observation, info)
 
 
 def _test_episode(

@@ -136,7 +136,7 @@ class WalkSearch:
         """Take over the probabilities of another search's ``arrays``."""
         self.probabilities = [arrays[name].copy() for name in self.arrays()]
 
-    def greedy(self, observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
+    def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> int:
         """Return the next node of the most probable walk."""
         places = np.array([table.argmax(axis=1) for table in self.probabilities])
         return nodes_of(places, self.settings.MAX_ROUNDS)[info["round"] - 1]

@@ -444,7 +444,7 @@ def test_a_trial_s_rows_are_means_of_its_tables(tmp_path, monkeypatch, capsys):
     assert float(row["communication_cost"]) == pytest.approx(cost, abs=1e-4)
     settings = row["settings"].split()
     assert {"DISCOUNT=0.5", "REPLAY_SAMPLE=8", "GOAL_ACCURACY=0.3"} <= set(settings)
-    assert not any(part.startswith(("Q_NETWORKS", "DATASET", "RESULTS_DIR")) for part in settings)
+    assert not any(part.startswith(("N_STEP", "DATASET", "RESULTS_DIR")) for part in settings)
     assert (row["validation_episodes"], row["error"]) == ("2", "")
     assert json.loads((folder / "config.json").read_text())["episodes"] == "validation"
     read_table(tmp_path / "tuning.csv", compare.LOG_COLUMNS)
@@ -462,7 +462,7 @@ def test_a_second_trial_adds_rows_and_repeats_nothing(tmp_path, monkeypatch, cap
     assert found[0] == first  # with the seconds that it took
     keys = [(row["trial"], row["seed"]) for row in found]
     assert keys == [("one", "1"), ("one", "0"), ("other", "1")]
-    assert {"FIT_ALL_ACTIONS=False", "Q_NETWORKS=5"} <= set(found[2]["settings"].split())
+    assert {"FIT_ALL_ACTIONS=False", "TARGET_RATE=0.2"} <= set(found[2]["settings"].split())
     # Other settings under the same name change nothing; a foreign log is refused.
     assert trial(tmp_path, "one", "--set", "DISCOUNT=0.1") == 2
     assert "DISCOUNT = 0.9 there, 0.1 now" in capsys.readouterr().err

@@ -25,13 +25,13 @@ def test_defaults_are_the_public_codes():
     assert (config.REPLAY_CAPACITY, s.REPLAY_SAMPLE, s.Q_BATCH_SIZE) == (50_000, 128, 16)
     assert (s.FIT_ALL_ACTIONS, s.UPDATES_PER_EPISODE) == (True, 1)
     assert (s.TARGET_RATE, s.N_STEP) == (0, 1)
-    assert (s.REWARD, s.ROUNDS_PER_CHOICE, s.Q_NETWORKS) == ("power", 1, 1)
+    assert (s.REWARD, s.ROUNDS_PER_CHOICE, s.TARGET_RATE) == ("power", 1, 0.0)
     assert (s.EPSILON, s.EPSILON_DECAY) == (1.0, 0.02)
 
 
 def test_every_setting_is_declared_once_with_meaning_and_source():
     names = [name for group in config.GROUPS for name in group.model_fields]
-    assert len(names) == len(set(names)) == 40
+    assert len(names) == len(set(names)) == 39
     assert set(names) == set(Settings.model_fields)
     for name in names:
         meaning, source = config.meaning(name)

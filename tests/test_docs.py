@@ -437,7 +437,7 @@ def test_the_numbers_of_agents_without_some_settings():
     text = (REFERENCE / "TUNING.md").read_text(encoding="utf-8")
     trials = pd.read_csv(REFERENCE / "tuning-simulator.csv").set_index("trial")
     alone = {row[0].strip("`"): row[1:] for row in rows_of(text, "| without |")}
-    assert set(alone) == {"nothing", *config.NAMED_SETTINGS["tuned"]}
+    assert set(alone) == {"nothing", "Q_NETWORKS", *config.NAMED_SETTINGS["tuned"]}
     found = {f"gpu-without-{k.lower().replace('_', '-')}": cells for k, cells in alone.items()}
     found |= {row[0].strip("`"): row[2:] for row in rows_of(text, "| trial | without |")}
     assert len(found) == 20

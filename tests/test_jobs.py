@@ -113,7 +113,7 @@ def test_the_test_of_a_trained_agent_step_by_step(done, few):
         rewards, hops, node = [info["reward"]], 0, 0
         over = info["goal_reached"]
         while not over:
-            action = int(agent.q.values(agent.weights, observation[None])[0, 0].argmax())
+            action = int(agent.q.values(agent.weights, observation[None])[0].argmax())
             observation, reward, terminated, truncated, info = environment.step(action)
             hops, node = hops + (action != node), action
             rewards.append(reward)

@@ -227,7 +227,6 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys, finished, n
 
 OPTIONS = {
     "OBSERVATION": "both",
-    "Q_NETWORKS": 2,
     "Q_WEIGHT_DECAY": 0.1,
     "N_STEP": 3,
     "ROUNDS_PER_CHOICE": 2,

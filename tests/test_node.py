@@ -162,7 +162,7 @@ def test_barred_actions_are_never_chosen(per_step):
     agent = make_agent(NUM_NODES=6, NODES_PER_ROUND=per_step, EPSILON=0.5)
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
-    order = np.argsort(-agent.q.values(agent.weights, observation[None])[0, 0])
+    order = np.argsort(-agent.q.values(agent.weights, observation[None])[0])
     assert (
         agent.best_actions(observation, barred=best)
         == [action for action in order if action not in best][:per_step]
@@ -170,7 +170,7 @@ def test_barred_actions_are_never_chosen(per_step):
     for _ in range(100):
         assert not set(agent.act(observation, {"barred": best})[0]) & set(best)
     info = {"round": 1, "node": best, "barred": best}
-    assert not set(agent.greedy(observation, info, np.random.default_rng(0))) & set(best)
+    assert not set(agent.greedy(observation, info)) & set(best)
 
 
 def test_a_choice_lasts_its_rounds():
@@ -190,15 +190,14 @@ def test_the_frozen_policy_chooses_every_few_rounds():
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
     infos = [{"round": past, "node": 7, "barred": []} for past in range(1, 8)]
-    rng = np.random.default_rng(0)
-    chosen = [agent.greedy(observation, info, rng) for info in infos]
+    chosen = [agent.greedy(observation, info) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
 
 
 def test_several_actions():
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=3, EPSILON=0.0)
     observation = np.ones(4, np.float32)
-    q_values = agent.q.values(agent.weights, observation[None])[0, 0]
+    q_values = agent.q.values(agent.weights, observation[None])[0]
     assert agent.act(observation, {})[0] == np.argsort(-q_values)[:3].tolist()
     agent.epsilon = 1.0
     for _ in range(50):
@@ -208,27 +207,9 @@ def test_several_actions():
 def test_equal_q_values_give_the_lower_number(monkeypatch):
     agent = make_agent(NUM_NODES=5, NODES_PER_ROUND=2)
     monkeypatch.setattr(
-        agent.q, "values", lambda weights, observations: np.array([[[1.0, 3.0, 2.0, 3.0, 2.0]]])
+        agent.q, "values", lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
     )
     assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
-
-
-def test_one_network_leads_an_episode_and_any_makes_a_tested_choice(monkeypatch):
-    """Of four networks, two name action 2, one 0 and one 1: so do a half and a quarter each."""
-    agent = make_agent(Q_NETWORKS=4, EPSILON=0.0)
-    votes = np.array([[[0.0, 1.0, 2.0], [9.0, 0.0, 0.0], [0.0, 0.2, 0.1], [-3.0, -2.0, -1.0]]])
-    monkeypatch.setattr(agent.q, "values", lambda weights, observations: votes)
-    observation, led = np.ones(4, np.float32), []
-    for _ in range(800):
-        chosen = [agent.act(observation, {}) for _ in range(3)]
-        assert chosen == [chosen[0]] * 3
-        led.append(chosen[0][0])
-        agent.decay_epsilon()
-    rng = np.random.default_rng(0)
-    tested = [agent.greedy(observation, {"round": 1, "barred": []}, rng) for _ in range(800)]
-    for choices in (led, tested):
-        # Standard deviations 14.1 and 12.2.
-        assert abs(np.bincount(np.ravel(choices)) - [200, 200, 400]).max() < 5 * 14.1
 
 
 # --- Targets ---------------------------------------------------------------------------------
@@ -245,54 +226,42 @@ SAMPLE = {
 }
 
 
-def targets(sample=SAMPLE, now=(Q_NOW,), following=(Q_NEXT,), normalize=False):
+def targets(sample=SAMPLE, normalize=False):
     settings = Settings(DISCOUNT=0.9, FIT_ALL_ACTIONS=normalize)
-    values = [tf.constant(np.stack(networks, 1), tf.float32) for networks in (now, following)]
+    values = [tf.constant(array, tf.float32) for array in (Q_NOW, Q_NEXT)]
     fields = {name: tf.constant(field) for name, field in sample.items()}
-    return np.swapaxes(models.q_targets(*values, fields, settings), 0, 1)
+    return models.q_targets(*values, fields, settings)
 
 
 def test_targets_by_hand():
     # -0.5 + 0.9 * 4 = 3.1 for the action taken; the reward alone at an episode's end.
-    expected = [[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]
+    expected = [[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]
     np.testing.assert_allclose(targets(), expected, rtol=1e-6)
 
 
 def test_targets_leave_out_barred_actions():
     # Without action 0 the next value is 1: -0.5 + 0.9 * 1 = 0.4.
     sample = dict(SAMPLE, barred=np.array([[0], [0]], np.int32))
-    np.testing.assert_allclose(targets(sample), [[[1.0, 0.4, 3.0], [0.5, -1.0, 0.75]]], rtol=1e-6)
+    np.testing.assert_allclose(targets(sample), [[1.0, 0.4, 3.0], [0.5, -1.0, 0.75]], rtol=1e-6)
 
 
 def test_normalised_targets_by_hand():
     # Squares: 1 + 9.61 + 9 + 0.25 + 1 + 0.5625 = 21.4225, root 4.628445.
-    expected = np.array([[[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]]) / 4.628445
+    expected = np.array([[1.0, 3.1, 3.0], [0.5, -1.0, 0.75]]) / 4.628445
     np.testing.assert_allclose(targets(normalize=True), expected, rtol=1e-6)
 
 
 def test_targets_of_several_actions_by_hand():
     sample = dict(SAMPLE, actions=np.array([[1, 0], [2, 1]], np.int32))
-    expected = [[[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]]
+    expected = [[3.1, 3.1, 3.0], [0.5, 0.75, 0.75]]
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
 
 
 def test_targets_of_several_steps_by_hand():
     # The stored reward is the sum of three already: -0.5 + 0.9**3 * 4.
-    expected = [[[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]]
+    expected = [[1.0, 2.416, 3.0], [0.5, -1.0, 0.75]]
     sample = dict(SAMPLE, steps=np.array([3, 1], np.int32))
     np.testing.assert_allclose(targets(sample), expected, rtol=1e-6)
-
-
-def test_targets_of_several_networks_by_hand():
-    """The networks' mean is the next state's value; each keeps its own at the other actions."""
-    other = np.array([[0.25, 7.0, 1.0], [8.0, 8.0, 8.0]])
-    networks = {"now": (Q_NOW, -Q_NOW), "following": (Q_NEXT, other)}
-    # Means of the next state: 2.125, 4, 0.5.
-    expected = [[[1, 3.1, 3], [0.5, -1, 0.75]], [[-1, 3.1, -3], [-0.5, 1, 0.75]]]
-    np.testing.assert_allclose(targets(**networks), expected, rtol=1e-6)
-    # Each network's are divided by their own norm: 21.4225 and 1 + 9.61 + 9 + .25 + 1 + .5625.
-    scaled = targets(**networks, normalize=True)
-    np.testing.assert_allclose(scaled, np.array(expected) / 4.628445, rtol=1e-6)
 
 
 def remembered(actions=(1, 2, 0, 1, 2), random=(), **overrides):
@@ -510,7 +479,6 @@ class Corridor(gymnasium.Env):
 # values are lower than the best policy's.
 TOGETHER = {
     "N_STEP": 3,
-    "Q_NETWORKS": 2,
     "TARGET_RATE": 1.0,
     "Q_WEIGHT_DECAY": 0.01,
     "MAX_STAY": 4,
@@ -549,6 +517,6 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
     states = np.eye(6, dtype=np.float32)
     assert [agent.best_actions(state)[0] for state in states] == [1] * 6
-    values = agent.q.values(agent.weights, states).mean(axis=1).max(axis=1)
+    values = agent.q.values(agent.weights, states).max(axis=1)
     expected = [-(1 - 0.9**steps) / 0.1 for steps in (6, 5, 4, 3, 2, 1)]
     np.testing.assert_allclose(values, expected, atol=tolerance)
