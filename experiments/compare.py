@@ -23,6 +23,7 @@ import cli
 import data
 import records
 from config import (
+    DATASET_SETTINGS,
     NAMED_SETTINGS,
     AgentSettings,
     ConfigError,
@@ -189,6 +190,10 @@ def parse(arguments: list[str] | None = None) -> Plan:
         about = records.load_agent(Path(parsed.agent))[1]
         stored = {k: v for k, v in about["settings"].items() if k not in names_of(RunSettings)}
         stored["DATASET"], data_sha256 = about["dataset"]["name"], about["dataset"]["sha256"]
+        if named.get("DATASET", stored["DATASET"]) != stored["DATASET"]:
+            # Another dataset comes with its own goal and limit.
+            own = set().union(*DATASET_SETTINGS.values())
+            stored = {k: v for k, v in stored.items() if k not in own}
         seeds = [about["settings"]["SEED"]]
     if base and (parsed.agent or name == "ablation"):
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")

@@ -386,6 +386,11 @@ def test_a_trained_agent_in_another_world_and_on_other_data(
     assert "--agent" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
     assert compare.main([*own, "--dataset", "digits"]) == 0
+    # Another dataset has its own goal and limit; the training had 0.3 and 5.
+    limits = {"digits": (0.3, 5), "mnist": (0.8, 36), "fashion_mnist": (0.72, 87)}
+    for dataset, expected in limits.items():
+        settings = compare.parse([*own, "--dataset", dataset]).settings
+        assert (settings.GOAL_ACCURACY, settings.MAX_ROUNDS) == expected
 
 
 def test_the_tuned_agent_is_a_method_of_its_own(tmp_path, monkeypatch, capsys):
