@@ -121,12 +121,13 @@ class Plan:
         twice = ", ".join(sorted(varied & self.named))
         trained = ", ".join(sorted(fixed & (varied | self.named)))
         got, trial = ", ".join(self.methods), self.kind == "validation"
+        missing = "agent" in self.methods and not self.agent
         for wrong, message in (
             ("SEED" in self.named, "SEED: got it, takes --seeds in a comparison"),
             (twice, f"{twice}: got it with --set, takes the comparison's values"),
             (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
             (self.agent and trial, "--agent: got it beside --validation, takes none"),
-            (self.agent and "hl" not in self.methods, f"--agent: got {got}, takes hl as well"),
+            (missing, "--methods: got agent, takes it beside --agent"),
             (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
             (trial and got != "hl", f"--validation: got {got}, takes hl, with any --settings"),
         ):
@@ -159,7 +160,7 @@ def _parser() -> cli.Parser:
     what("--validation", action="store_true", help="a tuning trial, logged in tuning.csv")
     help_ = "a number (5 is 0 to 4) or a list (0,3,7) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
-    help_ = "test this agent.npz, with its settings and its seed"
+    help_ = "test this agent.npz beside the methods, with its settings and its seed"
     who("--agent", type=os.path.expanduser, metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
@@ -200,11 +201,13 @@ def parse(arguments: list[str] | None = None) -> Plan:
     settings = Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named})
     if parsed.vary:
         name, comparison = _values_of(parsed.vary, settings)
-    methods = comparison.methods if parsed.methods is None else parsed.methods.split(",")
+    default = ("random",) if parsed.agent else comparison.methods
+    methods = default if parsed.methods is None else parsed.methods.split(",")
+    methods = ["agent"] * (parsed.agent is not None) + [method.strip() for method in methods]
     return Plan(
         name=name,
         comparison=comparison,
-        methods=list(dict.fromkeys(m.strip() for m in methods)),
+        methods=list(dict.fromkeys(methods)),
         seeds=seeds,
         test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
         first_episode=parsed.first_episode,
@@ -247,7 +250,7 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
     ):
         run = {"SEED": seed, "NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
         own = settings.replace(**METHODS[method].overrides(settings), **run)
-        agent = plan.agent if method == "hl" else ""
+        agent = plan.agent if method == "agent" else ""
         episodes = (plan.test_episodes, plan.first_episode)
         jobs.append(Job(method, own, variant, *episodes, agent, plan.kind))
     return sorted(jobs, key=lambda job: -job.episodes)

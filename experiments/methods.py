@@ -220,6 +220,7 @@ METHODS: dict[str, Method] = {
         overrides=lambda settings: NAMED_SETTINGS["tuned"],
         several=True,
     ),
+    "agent": Method("the trained DQN that --agent names", None, several=True),
     "random": Method(
         "the paper's baseline: any node, the same included", random_policy, several=True
     ),

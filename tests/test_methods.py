@@ -201,8 +201,9 @@ def test_what_methods_change_of_the_settings():
     }
     assert {name: own for name, own in changed.items() if own} == expected
     trained = [name for name, method in METHODS.items() if not method.policy]
-    assert trained == ["hl", "tuned", "walk_search"]
-    assert [n for n, method in METHODS.items() if method.several] == ["hl", "tuned", "random"]
+    assert trained == ["hl", "tuned", "agent", "walk_search"]
+    several = [name for name, method in METHODS.items() if method.several]
+    assert several == ["hl", "tuned", "agent", "random"]
 
 
 @pytest.mark.parametrize(
