@@ -264,8 +264,8 @@ def test_committed_estimates_follow_from_the_committed_tables(folder):
 def test_the_committed_headline():
     for folder, method, reduction, episodes in (
         ("paper-mnist", "hl", (-0.250, -0.318, -0.192), 100),
-        ("headline-mnist", "tuned", (0.407, 0.360, 0.443), 200),
-        ("headline-mnist", "best_walk", (0.477, 0.451, 0.501), 200),
+        ("headline-mnist", "tuned", (0.4386, 0.3993, 0.4745), 200),
+        ("headline-mnist", "best_walk", (0.485, 0.458, 0.511), 200),
     ):
         path = REFERENCE / folder / "estimates.csv"
         table = records.read_table(path, estimates.ESTIMATE_COLUMNS)
