@@ -209,7 +209,7 @@ def test_what_methods_change_of_the_settings():
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("rnadom", {}, ("--methods", "'rnadom'", "hl, tuned, random")),
+        ("rnadom", {}, ("--methods", "'rnadom'", "hl, tuned, agent, random")),
         ("nearest", {"NODES_PER_ROUND": 2}, ("NODES_PER_ROUND", "got 2", "takes 1", "nearest")),
         ("best_walk", {}, ("NUM_NODES", "got 4", "at least 6", "best_walk")),
     ],
