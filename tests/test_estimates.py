@@ -283,6 +283,6 @@ def test_committed_results_are_few_and_small():
     agents = {path.relative_to(REFERENCE).as_posix() for path in REFERENCE.rglob("*.npz")}
     assert agents == {
         "paper-mnist/agents/hl-seed0.npz",
-        "headline-mnist/agents/tuned-seed0.npz",
+        *(f"headline-mnist/agents/tuned-seed{seed}.npz" for seed in (0, 1, 2)),
         *(f"{name}-seed0/agent.npz" for name in ("mnist", "digits")),
     }
