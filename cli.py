@@ -86,7 +86,8 @@ def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
     """Return a setting's default, with those of datasets, and its tuned value or "", in marks."""
     texts = [f"{mark}{Settings.model_fields[name].default!r}{mark}"]
     for dataset, own in DATASET_SETTINGS.items():
-        texts += [f"{dataset}: {mark}{own[name]!r}{mark}"] if name in own else []
+        if name in own:
+            texts.append(f"{dataset}: {mark}{own[name]!r}{mark}")
     tuned = NAMED_SETTINGS["tuned"]
     return ", ".join(texts), f"{mark}{tuned[name]!r}{mark}" if name in tuned else ""
 

@@ -201,9 +201,13 @@ def parse(arguments: list[str] | None = None) -> Plan:
     settings = Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named})
     if parsed.vary:
         name, comparison = _values_of(parsed.vary, settings)
-    default = ("random",) if parsed.agent else comparison.methods
-    methods = default if parsed.methods is None else parsed.methods.split(",")
-    methods = ["agent"] * (parsed.agent is not None) + [method.strip() for method in methods]
+    methods = list(comparison.methods)
+    if parsed.methods is not None:
+        methods = [method.strip() for method in parsed.methods.split(",")]
+    elif parsed.agent:
+        methods = ["random"]
+    if parsed.agent:
+        methods = ["agent", *methods]
     return Plan(
         name=name,
         comparison=comparison,
