@@ -110,6 +110,7 @@ class Plan:
     settings: Settings  # of all jobs, before variants and methods change them
     named: set[str]  # settings that the command line names
     agent: str  # path of the given agent; "" for none
+    agent_settings: dict[str, Any]  # that it was trained with; {} for none
     data_sha256: dict[str, str]  # of the data that it was trained on; {} for any
     workers: int | None  # processes on this machine; None: one per core
     cluster: str  # address of a Dask scheduler; "" for none
@@ -117,15 +118,12 @@ class Plan:
     def __post_init__(self) -> None:
         variants = self.comparison.variants
         varied = {setting for changes in variants.values() for setting in changes}
-        fixed = names_of(AgentSettings) | {"NUM_NODES"} if self.agent else set()
         twice = ", ".join(sorted(varied & self.named))
-        trained = ", ".join(sorted(fixed & (varied | self.named)))
         got, trial = ", ".join(self.methods), self.kind == "validation"
         missing = "agent" in self.methods and not self.agent
         for wrong, message in (
             ("SEED" in self.named, "SEED: got it, takes --seeds in a comparison"),
             (twice, f"{twice}: got it with --set, takes the comparison's values"),
-            (trained, f"{trained}: got it beside --agent, takes what the agent was trained with"),
             (self.agent and trial, "--agent: got it beside --validation, takes none"),
             (missing, "--methods: got agent, takes it beside --agent"),
             (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
@@ -135,12 +133,27 @@ class Plan:
                 raise ConfigError(message)
         for variant, settings in self.variants().items():
             for method in self.methods:
-                check_method(method, settings, self.named | set(variants[variant]))
+                check_method(method, settings)
+                self._check_overrides(method, settings, self.named | set(variants[variant]))
+
+    def overrides(self, method: str, settings: Settings) -> dict[str, Any]:
+        """Return the settings that a method changes, from the comparison's or a variant's."""
+        if method == "agent":
+            return self.agent_settings
+        return METHODS[method].overrides(settings)
 
     def variants(self) -> dict[str, Settings]:
         """Return the settings with each value of what varies."""
         items = self.comparison.variants.items()
         return {name: self.settings.replace(**changes) for name, changes in items}
+
+    def _check_overrides(self, method: str, settings: Settings, named: set[str]) -> None:
+        """Raise a ConfigError if a method changes a setting that the user chose."""
+        for setting, value in self.overrides(method, settings).items():
+            got = getattr(settings, setting)
+            if setting in named and got != value:
+                message = f"{setting}: got {got!r}, takes {value!r} with the method {method}"
+                raise ConfigError(message)
 
 
 def _parser() -> cli.Parser:
@@ -186,19 +199,21 @@ def parse(arguments: list[str] | None = None) -> Plan:
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))
-    seeds, stored, data_sha256 = parsed.seeds, {}, {}
+    seeds, world, agent_settings, data_sha256 = parsed.seeds, {}, {}, {}
     if parsed.agent is not None:
         about = records.load_agent(Path(parsed.agent))[1]
-        stored = {k: v for k, v in about["settings"].items() if k not in names_of(RunSettings)}
-        stored["DATASET"], data_sha256 = about["dataset"]["name"], about["dataset"]["sha256"]
-        if named.get("DATASET", stored["DATASET"]) != stored["DATASET"]:
+        trained, data_sha256 = Settings(**about["settings"]), about["dataset"]["sha256"]
+        agent_settings = trained.model_dump(include={*names_of(AgentSettings), "NUM_NODES"})
+        world = trained.model_dump(include=names_of(WorldSettings))
+        world["DATASET"] = about["dataset"]["name"]
+        if named.get("DATASET", world["DATASET"]) != world["DATASET"]:
             # Another dataset comes with its own goal and limit.
             own = set().union(*DATASET_SETTINGS.values())
-            stored = {k: v for k, v in stored.items() if k not in own}
-        seeds = [about["settings"]["SEED"]]
+            world = {k: v for k, v in world.items() if k not in own}
+        seeds = [trained.SEED]
     if base and (parsed.agent or name == "ablation"):
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
-    settings = Settings(**{**cli.dataset_of_experiments(), **stored, **base, **named})
+    settings = Settings(**{**cli.dataset_of_experiments(), **world, **base, **named})
     if parsed.vary:
         name, comparison = _values_of(parsed.vary, settings)
     methods = list(comparison.methods)
@@ -219,6 +234,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         settings=settings,
         named=set(named),
         agent=str(Path(parsed.agent).resolve()) if parsed.agent else "",
+        agent_settings=agent_settings,
         data_sha256={} if "DATASET" in named else data_sha256,
         workers=parsed.jobs,
         cluster=parsed.cluster,
@@ -253,7 +269,7 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
         plan.variants().items(), plan.methods, plan.seeds
     ):
         run = {"SEED": seed, "NAME": "", "RESULTS_DIR": str(folder / "jobs" / variant)}
-        own = settings.replace(**METHODS[method].overrides(settings), **run)
+        own = settings.replace(**plan.overrides(method, settings), **run)
         agent = plan.agent if method == "agent" else ""
         episodes = (plan.test_episodes, plan.first_episode)
         jobs.append(Job(method, own, variant, *episodes, agent, plan.kind))
@@ -270,7 +286,7 @@ def open_tables(
         "comparison": plan.name,
         "parameter": plan.comparison.parameter,
         "variants": plan.comparison.variants,
-        "methods": {name: METHODS[name].overrides(plan.settings) for name in plan.methods},
+        "methods": {name: plan.overrides(name, plan.settings) for name in plan.methods},
         "episodes": plan.kind,
         "test_episodes": plan.test_episodes,
         "first_episode": plan.first_episode,

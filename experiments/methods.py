@@ -44,11 +44,8 @@ class Method:
     least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
 
-def check_method(name: str, settings: Settings, named: set[str]) -> None:
-    """Raise a ConfigError if a method is unknown, or can't run with the comparison's settings.
-
-    ``named`` are the settings that the user chose: a method may not change them.
-    """
+def check_method(name: str, settings: Settings) -> None:
+    """Raise a ConfigError if a method is unknown, or can't run with so many nodes."""
     if name not in METHODS:
         raise ConfigError(f"--methods: got {name!r}, takes some of {', '.join(METHODS)}")
     advice = f"with the method {name}, which --methods can leave out"
@@ -57,10 +54,6 @@ def check_method(name: str, settings: Settings, named: set[str]) -> None:
     nodes, least = settings.NUM_NODES, METHODS[name].least_nodes
     if nodes < least:
         raise ConfigError(f"NUM_NODES: got {nodes}, takes at least {least} {advice}")
-    for setting, value in METHODS[name].overrides(settings).items():
-        got = getattr(settings, setting)
-        if setting in named and got != value:
-            raise ConfigError(f"{setting}: got {got!r}, takes {value!r} {advice}")
 
 
 # --- Policies --------------------------------------------------------------------------------

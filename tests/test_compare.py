@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import filelock
 import numpy as np
@@ -377,6 +378,27 @@ def test_a_trained_agent_can_be_tested_alone(finished, tmp_path, capsys):
     assert "agent-seed1 of another agent" in capsys.readouterr().err
 
 
+def test_a_trained_agent_joins_a_comparison(copy, tmp_path, capsys):
+    before = texts(copy)["episodes"]
+    agent = str(copy / "agents" / "hl-seed1.npz")
+    assert start(tmp_path, "--agent", agent, methods="stay") == 0
+    assert "jobs: 1 finished before, 1 started" in capsys.readouterr().out
+    after = texts(copy)["episodes"]
+    added = after.query("method == 'agent'")
+    assert after.drop(added.index).reset_index(drop=True).equals(before)
+    own = before.query("method == 'hl' and seed == '1'").replace({"method": {"hl": "agent"}})
+    assert added.reset_index(drop=True).equals(own.reset_index(drop=True))
+
+
+def test_a_trained_agent_keeps_its_settings_beside_others(finished):
+    plan = compare.parse(agent_flags(finished, "x", methods="hl,tuned"))
+    found = {
+        job.method: (job.settings.EPISODES, job.settings.N_STEP, job.settings.NUM_NODES)
+        for job in compare.make_jobs(plan, Path())
+    }
+    assert found == {"agent": (3, 1, 4), "hl": (120, 1, 4), "tuned": (120, 12, 4)}
+
+
 def test_a_trained_agent_in_another_world_and_on_other_data(
     finished, few, tmp_path, monkeypatch, capsys
 ):
@@ -573,10 +595,10 @@ def test_wrong_arguments(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got it beside --agent"),
-        (["--set", "N_STEP=9"], "N_STEP: got it beside --agent"),
-        (["--set", "NUM_NODES=6"], "NUM_NODES: got it beside --agent"),
-        (["--vary", "EPISODES=1,2"], "EPISODES: got it beside --agent"),
+        (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes 0.9 with the method agent"),
+        (["--set", "N_STEP=9"], "N_STEP: got 9, takes 1 with the method agent"),
+        (["--set", "NUM_NODES=6"], "NUM_NODES: got 6, takes 4 with the method agent"),
+        (["--vary", "EPISODES=1,2"], "EPISODES: got 1, takes 3 with the method agent"),
         (["--settings", "tuned"], "--settings: got it beside --agent"),
         (["--validation", "--name", "x"], "--agent: got it beside --validation"),
     ],

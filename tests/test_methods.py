@@ -216,6 +216,6 @@ def test_what_methods_change_of_the_settings():
 )
 def test_methods_that_cannot_run(name, overrides, words):
     with pytest.raises(ConfigError) as error:
-        methods.check_method(name, small_settings(**overrides), set())
+        methods.check_method(name, small_settings(**overrides))
     assert all(word in str(error.value) for word in words)
-    methods.check_method("random", small_settings(NODES_PER_ROUND=2), set())
+    methods.check_method("random", small_settings(NODES_PER_ROUND=2))
