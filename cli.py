@@ -77,9 +77,8 @@ def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     help_ = "any setting; repeatable"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
-    named = list(NAMED_SETTINGS)
-    help_ = f"{' or '.join(named)}, the agent's; before --set"
-    add("--settings", choices=named, default="paper", metavar="NAME", help=help_)
+    help_ = "tuned: our settings of the agent; --set overrides them"
+    add("--settings", choices=NAMED_SETTINGS, metavar="NAME", help=help_)
 
 
 def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
@@ -164,7 +163,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
         config = read_config(Path(parsed.config), "sessions", flag="--config: ")
         data_sha256 = config["dataset"]["sha256"]
         stored = {**config["settings"], "DATASET": config["dataset"]["name"]}
-    values = {**stored, **NAMED_SETTINGS[parsed.settings], **overrides_of(parsed)}
+    values = {**stored, **NAMED_SETTINGS.get(parsed.settings, {}), **overrides_of(parsed)}
     return Settings(**values), data_sha256
 
 

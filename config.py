@@ -134,7 +134,7 @@ class AgentSettings(Group):
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
-    """Most rewards summed before the next state's value, at least a choice's (ours)."""
+    """Rewards summed before the next state's value, at least ROUNDS_PER_CHOICE (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
@@ -179,10 +179,8 @@ class PlaceSettings(Group):
     """Folder searched for datasets; default: $HL_DATA_DIR, else data (ours)."""
 
 
-# The overrides that --settings names. "paper" is the public code's agent, the defaults above;
-# "tuned" is ours: docs/tuned.md gives the reason for each.
+# What --settings names (ours): docs/tuned.md gives the reason for each.
 NAMED_SETTINGS: dict[str, dict[str, Any]] = {
-    "paper": {},
     "tuned": {
         "REWARD": "progress",
         "OBSERVATION": "both",

@@ -1,7 +1,8 @@
 """Datasets, and how their training images are spread over the nodes as shards.
 
-To use other data, add a function ``(settings) -> Dataset`` to ``DATASETS``. To use another
-partition, add a function ``(labels, settings, rng) -> list of index arrays`` to ``SHARD_RULES``.
+To use other data, add a function ``(settings) -> Dataset`` to ``DATASETS``, under the dataset's
+name. Of the settings it may read DATA_DIR alone. To use another partition, add a function
+``(labels, settings, rng) -> list of index arrays`` to ``SHARD_RULES``.
 """
 
 from __future__ import annotations
@@ -312,7 +313,10 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def load_auto(settings: Settings) -> Dataset:
-    """Return MNIST as ``load_published``, else the bundled digits with a warning."""
+    """Return MNIST as ``load_published``, else the bundled digits with a warning.
+
+    Departure: without MNIST the public code stops.
+    """
     try:
         return load_published("mnist", settings)
     except DataNotFound as error:
@@ -331,8 +335,12 @@ DATASETS: dict[str, Callable[[Settings], Dataset]] = {
 
 
 def load(settings: Settings) -> Dataset:
-    """Return the dataset that DATASET names; ConfigError if there is none."""
-    return _named("DATASET", settings.DATASET, DATASETS)(settings)
+    """Return the dataset that DATASET names; ConfigError if none has this name."""
+    dataset = _named("DATASET", settings.DATASET, DATASETS)(settings)
+    if dataset.name not in DATASETS:  # a later run takes it by its own name
+        got = f"got {settings.DATASET!r}, whose data are named {dataset.name!r}"
+        raise ConfigError(f"DATASET: {got}, takes data that are named as in DATASETS")
+    return dataset
 
 
 def _named(setting: str, name: str, known: dict[str, Any]) -> Any:
@@ -350,8 +358,9 @@ def main_class_shards(labels: np.ndarray, settings: Settings, rng: np.random.Gen
     """Return shards with a main class each, and some images of all others (public code).
 
     Of node n's SAMPLES_PER_NODE = S images, m = round(HETEROGENEITY * S) are of class n mod C. In
-    the dataset's order and with g = n // C, they are the main class's images [g m, (g+1) m) and the
-    others' images [g (S-m), (g+1) (S-m)). So with N = C the latter are nearly the same everywhere.
+    the dataset's order and with g = n // C, they are the main class's images [g m, (g+1) m). From
+    the other classes come the images [g (S-m), (g+1) (S-m)). So with N = C the latter are nearly
+    the same everywhere.
     """
     classes, size = int(labels.max()) + 1, settings.SAMPLES_PER_NODE
     main = round(settings.HETEROGENEITY * size)

@@ -25,7 +25,8 @@ def distance_matrix(settings: Settings) -> np.ndarray:
     """Return (N, N) float64: the communication distance of each two nodes, no unit (public code).
 
     The mean of a uniform matrix in [0, DISTANCE_SCALE) and its transpose, zero on the diagonal. The
-    legacy generator is the one that the public code seeds.
+    legacy generator is the one that the public code seeds. Departure: the public code divides by 10
+    where DISTANCE_SCALE multiplies, which rounds otherwise.
     """
     random = np.random.RandomState(settings.DISTANCE_SEED)
     uniform = settings.DISTANCE_SCALE * random.random_sample([settings.NUM_NODES] * 2)

@@ -1,6 +1,7 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
-There is one compiled Keras model of each kind per process. Nodes, rounds and agents differ in one
+Departure: there is one compiled Keras model of each kind per process, where the public code builds
+one per node and episode. Nodes, rounds and agents differ in one
 vector of weights, which the functions take and return. Keras' own optimizers can't do that: the
 TensorFlow backend disables their ``stateless_apply``, so ``adam`` is ours.
 """
@@ -348,8 +349,9 @@ class QNetwork:
             draws: (U, n) int32, the transitions of each sample.
 
         Returns:
-            The new weights and moments, and the mean squared error of all samples and actions (0
-            for those without an error), each batch's taken before its step (as Keras reports it).
+            The new weights and moments, and the mean squared error of all samples and actions. An
+            action without an error counts 0. Each batch's error is taken before its step, as Keras
+            reports it.
         """
         settings, total = self._settings, 0.0
         for draw in draws:

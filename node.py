@@ -1,7 +1,7 @@
 """The DQN agent that every node holds: it looks at an observation and picks who trains next.
 
-It knows actions by their number alone, so it learns on any Gymnasium environment with a flat
-observation and discrete actions.
+It knows actions by their number alone, so it can act, remember and train on any Gymnasium
+environment with a flat observation and discrete actions.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class DQNAgent:
 
         Args:
             observation: (D,) float32.
-            info: ``barred`` are the actions that a new choice leaves out, by default none.
+            info: ``round``, from 1; ``node``, the last choice; ``barred``, as for ``act``.
         """
         if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
             return info["node"]

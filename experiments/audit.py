@@ -68,9 +68,9 @@ OBSERVATIONS = {
     "broadcast": "broadcast",
     "local": "local",
     "local_holder": "local, signed by the last node",
-    "both": "broadcast and local",
-    "first_both_loading": "first scores of broadcast and local",
-    "first_both": "both: the same, signed by the last node",
+    "broadcast_and_local": "broadcast and local",
+    "first_scores": "first scores of broadcast and local",
+    "both": "both: the same, signed by the last node",
     "last_node_round": "not observed: last node and round",
     "history": "not observed: visits of all nodes and round",
 }
@@ -84,13 +84,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
     text = "Audit the observations; results go to results/<name>/."
     parser = cli.Parser(PROGRAM, text, examples)
-    help_ = f"episodes of random choices, at least {_FOLDS} [%(default)s]"
+    help_ = f"episodes to record, at least {_FOLDS} [%(default)s]"
     parser.add_argument("--walks", type=cli.count_of, default=60, metavar="N", help=help_)
     cli.add_setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"})
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    values = {**NAMED_SETTINGS[parsed.settings], **cli.overrides_of(parsed)}
+    values = {**NAMED_SETTINGS.get(parsed.settings, {}), **cli.overrides_of(parsed)}
     for name in sorted(names_of(AgentSettings) & set(values)):
         parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
@@ -134,7 +134,7 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
     from environment import positive_at
 
     nodes, broadcast, local = walk["nodes"], walk["broadcast"], walk["local"]
-    both = np.hstack([broadcast, local])
+    scores = np.hstack([broadcast, local])
     visited = np.eye(n, dtype=np.float32)[nodes]
     moved = np.array([[np.linalg.norm(scores)] for scores in broadcast])
     rounds = np.arange(1, len(nodes) + 1, dtype=np.float32)[:, None]
@@ -153,9 +153,9 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
         "broadcast": broadcast,
         "local": local,
         "local_holder": by_holder(local).reshape(local.shape),
-        "both": both,
-        "first_both_loading": both[:, :: both.shape[1] // (2 * n)],
-        "first_both": np.hstack([by_holder(broadcast)[:, :, 0], by_holder(local)[:, :, 0]]),
+        "broadcast_and_local": scores,
+        "first_scores": scores[:, :: scores.shape[1] // (2 * n)],
+        "both": np.hstack([by_holder(broadcast)[:, :, 0], by_holder(local)[:, :, 0]]),
         "last_node_round": np.hstack([visited, rounds]),
         "history": np.hstack([visited.cumsum(axis=0), age, rounds]),
     }

@@ -178,7 +178,7 @@ def _parser() -> cli.Parser:
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
     help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
     add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
-    help_ = "number of the first of them, to test on episodes that no test has [%(default)s]"
+    help_ = "number of the first of them; 21 leaves out the first 20 [%(default)s]"
     add("--first-episode", type=cli.count_of, default="1", metavar="N", help=help_)
     help_ = "processes on this machine [one per core]"
     where("--jobs", type=cli.count_of, metavar="N", help=help_)
@@ -195,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         for kind, entries in (("comparisons", COMPARISONS), ("methods", METHODS)):
             print(f"{kind}:", *(f"  {k:15} {e.description}" for k, e in entries.items()), sep="\n")
         sys.exit(0)
-    named, base = cli.overrides_of(parsed), NAMED_SETTINGS[parsed.settings]
+    named, base = cli.overrides_of(parsed), NAMED_SETTINGS.get(parsed.settings, {})
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     if parsed.validation:
         name, comparison = "trial", Comparison("", ("hl",))

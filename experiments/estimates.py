@@ -151,7 +151,7 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
     that random has as well:
 
     - ``_reduction``: share of random's mean that is saved.
-    - ``_break_even``: how many foundation models to train until the DQN's training is paid back.
+    - ``_break_even``: how many foundation models to train until the training is paid back.
       Left out if the policy misses the goal more often than random, and for the cost with several
       nodes per round: a training's cost holds the transfer to a round's first node alone.
 

@@ -65,9 +65,9 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
 def prepare(tables: Tables) -> None:
     """Add what the figures show: to all tables a column ``label``, and more to the estimates.
 
-    A label is the varied value, the method, or both. ``learned`` says whether it is a DQN, trained
-    here or given. Reductions become changes: 25 % more rounds are +0.25. ``mark`` is "*" at a cost
-    saved while the goal is missed more often than by random, else "".
+    A label is the varied value, the method, or both. ``learned`` says whether it was
+    trained, here or before. Reductions become changes: 25 % more rounds are +0.25. ``mark`` is "*"
+    at a cost saved while the goal is missed more often than by random, else "".
     """
     jobs, table = tables["jobs"], tables["estimates"]
     by_variant = tables["config"]["parameter"] and jobs["method"].nunique() == 1
@@ -144,7 +144,7 @@ def _add_marks(
             axis.text(0.98, y, text, ha="right", va="center", size=7, bbox=box, transform=right)
             continue
         marker, color = ("o", BLUE) if row.learned else ("s", BLACK)
-        kinds["learned (DQN)" if row.learned else "not learned"] = marker, color, color
+        kinds["learned" if row.learned else "not learned"] = marker, color, color
         if row.mark:
             kinds["open: saved while the goal is missed more often"] = marker, color, "white"
         if goal[row.label] < 0.5:
@@ -313,7 +313,7 @@ def report(folder: Path, tables: Tables) -> str:
     if table["mark"].any():
         lines.append("\\*: saved while the goal is reached less often than by random.")
     if table["quantity"].str.endswith("_break_even").any():
-        lines.append("Paid back: foundation models to train until the DQN's training is paid back.")
+        lines.append("Paid back: foundation models to train until the training is paid back.")
     lines += [
         f"Jobs: {len(jobs)}, {', '.join(counts)}. Diverged episodes: {diverged} in tests, "
         f"{in_training} in training.",

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
-from records import Run, append_rows, circumstances, load_agent, locked, read_table
+from records import Run, append_rows, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
@@ -269,7 +270,7 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
 
     ``distances`` is (N, N) float64. The holder of the model sends it to each node that trains. The
     first of these gets the others' results, which it averages. With one node per round that is the
-    paper's distance. With several, the public code counts the way to the first alone.
+    paper's distance. Departure: with several, the public code counts the way to the first alone.
     """
     training = np.atleast_1d(nodes).tolist()
     ways = [(holder, node) for node in training if node != holder]
@@ -299,13 +300,12 @@ def attempt(job: Job) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    where = circumstances(1)
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "error": error,
-        "git_revision": where["git_revision"] or "",
-        "tensorflow": where["versions"]["tensorflow"],
-        "cpu": where["machine"]["cpu"],
+        "git_revision": records.git_revision() or "",
+        "tensorflow": version("tensorflow"),
+        "cpu": records.cpu_name(),
     }
 
 

@@ -76,10 +76,10 @@ def test_observations_by_hand():
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
     assert age.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never visited: 2 * 4
     assert rounds.ravel().tolist() == [1, 2, 3]
-    assert observed["both"][1].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104, 105]
-    assert observed["first_both_loading"][1].tolist() == [0, 2, 4, 100, 102, 104]
+    assert observed["broadcast_and_local"][1].tolist() == [*range(6), *range(100, 106)]
+    assert observed["first_scores"][1].tolist() == [0, 2, 4, 100, 102, 104]
     # In the first round node 2's broadcast is negative.
-    assert observed["first_both"][0].tolist() == [6, 4, 2, 94, 96, 98]
+    assert observed["both"][0].tolist() == [6, 4, 2, 94, 96, 98]
 
 
 # --- Walks ---
@@ -95,12 +95,12 @@ def test_what_a_walk_records(few):
         seen = [env.reset(seed=episode_seed(0, 3))[0]]
         seen = np.array([*seen, *(env.step(node)[0] for node in walk["nodes"][1:])])
         if kind == "both":
-            scaled = observed["first_both"] * np.repeat(np.float32([4, 0.4]), 4)
+            scaled = observed["both"] * np.repeat(np.float32([4, 0.4]), 4)
             np.testing.assert_array_equal(seen, scaled)
         else:
             half = slice(4) if kind == "broadcast" else slice(4, 8)
             np.testing.assert_array_equal(seen, observed[kind])
-            np.testing.assert_array_equal(seen[:, ::4], observed["first_both_loading"][:, half])
+            np.testing.assert_array_equal(seen[:, ::4], observed["first_scores"][:, half])
     signed = [
         positive_at(node, scores.reshape(4, 4)).ravel()
         for node, scores in zip(walk["nodes"], observed["local"], strict=True)

@@ -18,7 +18,7 @@ def parse(text):
 
 
 def test_flags():
-    assert parse("") == parse("--settings paper") == Settings()
+    assert parse("") == Settings()
     assert parse("--episode 7").EPISODES == parse("--episodes 7").EPISODES == 7
     s = parse(
         "--starter=1 --step=2 --epsilon=0.5 --epsilon_decay=0 --seed=9 --dataset=digits --name=x "

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -565,3 +566,12 @@ def test_unknown_names(few):
         data.load(small_settings(DATASET="other"))
     with pytest.raises(ConfigError, match="SHARD_RULE: got 'other', takes one of"):
         data.make_shards(few, small_settings(SHARD_RULE="other"))
+
+
+def test_an_own_dataset_has_the_name_of_its_entry(monkeypatch, digits):
+    other = dataclasses.replace(digits, name="my data")
+    monkeypatch.setitem(data.DATASETS, "mine", lambda settings: other)
+    with pytest.raises(ConfigError, match="got 'mine', whose data are named 'my data'"):
+        data.load(small_settings(DATASET="mine"))
+    monkeypatch.setitem(data.DATASETS, "my data", lambda settings: other)
+    assert data.load(small_settings(DATASET="my data")) is other

@@ -458,8 +458,8 @@ def test_the_numbers_of_the_observations():
     r2 = rows.set_index(["target", "observation"])["r2"]
     now, following = r2["accuracy"], r2["next_accuracy"]
     for number in (
-        *(now[name] for name in ("last_node_moved", "broadcast", "local", "both")),
-        *(following[name] for name in ("first_both", "first_both_loading", "local", "broadcast")),
+        *(now[name] for name in ("last_node_moved", "broadcast", "local", "broadcast_and_local")),
+        *(following[name] for name in ("both", "first_scores", "local", "broadcast")),
     ):
         assert f"{number:.2f}" in text
     rounds = estimated("observation-tuned-mnist")["mean"].unstack()["rounds"].droplevel("method")
