@@ -254,7 +254,7 @@ def run_on_noise(values, *names):
     """Start a run of each name, on a dataset that is made in no time."""
     rng = np.random.default_rng(0)
     labels, images = rng.integers(10, size=2300), rng.random((2300, 28, 28), np.float32)
-    noise = data.Dataset("noise", images[:2000], labels[:2000], images[2000:], labels[2000:])
+    noise = data.Dataset("digits", images[:2000], labels[:2000], images[2000:], labels[2000:])
     with pytest.MonkeyPatch.context() as patch:
         use(patch, noise)
         for name in names:
