@@ -1,9 +1,9 @@
 """The two Keras networks, and compiled functions that train and apply them.
 
 Departure: there is one compiled Keras model of each kind per process, where the public code builds
-one per node and episode. Nodes, rounds and agents differ in one
-vector of weights, which the functions take and return. Keras' own optimizers can't do that: the
-TensorFlow backend disables their ``stateless_apply``, so ``adam`` is ours.
+one per node and episode. Nodes, rounds and agents differ in one vector of weights, which the
+functions take and return. Keras' own optimizers can't do that: the TensorFlow backend disables
+their ``stateless_apply``, so ``adam`` is ours.
 """
 
 from __future__ import annotations

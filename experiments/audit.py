@@ -134,7 +134,7 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
     from environment import positive_at
 
     nodes, broadcast, local = walk["nodes"], walk["broadcast"], walk["local"]
-    scores = np.hstack([broadcast, local])
+    joined = np.hstack([broadcast, local])
     visited = np.eye(n, dtype=np.float32)[nodes]
     moved = np.array([[np.linalg.norm(scores)] for scores in broadcast])
     rounds = np.arange(1, len(nodes) + 1, dtype=np.float32)[:, None]
@@ -153,8 +153,8 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
         "broadcast": broadcast,
         "local": local,
         "local_holder": by_holder(local).reshape(local.shape),
-        "broadcast_and_local": scores,
-        "first_scores": scores[:, :: scores.shape[1] // (2 * n)],
+        "broadcast_and_local": joined,
+        "first_scores": joined[:, :: joined.shape[1] // (2 * n)],
         "both": np.hstack([by_holder(broadcast)[:, :, 0], by_holder(local)[:, :, 0]]),
         "last_node_round": np.hstack([visited, rounds]),
         "history": np.hstack([visited.cumsum(axis=0), age, rounds]),
