@@ -32,9 +32,7 @@ EPISODE_COLUMNS = tuple(
     "communication_cost transfers megabytes observation_megabytes diverged goal_accuracy "
     "max_rounds seconds".split()
 )
-ROUND_COLUMNS = tuple(
-    "dataset variant method seed episode round node distance accuracy reward".split()
-)
+ROUND_COLUMNS = tuple("dataset variant method seed episode round node distance accuracy".split())
 TRAINING_COLUMNS = ("dataset", "variant", "method", "seed", *records.EPISODE_COLUMNS[1:])
 ESTIMATE_COLUMNS = ("variant", "method", "quantity", "mean", "low", "high", "seeds", "episodes")
 

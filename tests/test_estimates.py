@@ -34,7 +34,7 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
                     reached = int(r < LIMIT)
                     row = [r, reached, 0.8, -17.0, cost, 9, 1.2, 0, 0, 0.8, LIMIT, 2.0]
                     episodes.append([*job, e, *row])
-                    rounds += [[*job, e, t, node, 0.0, 0.5, -1.0] for t in range(1, r + 1)]
+                    rounds += [[*job, e, t, node, 0.0, 0.5] for t in range(1, r + 1)]
                 for e, (r, cost) in enumerate((training or {}).get(method, []), 1):
                     row = [r, 1, 0.8, -17.0, cost, 1.0, 0.1, 0, 0.8, LIMIT, 2.0]
                     trained.append([*job, e, *row])
