@@ -136,6 +136,8 @@ def test_config_repeats_a_run(tmp_path):
     assert sha256 == {"x_train": "ab"}
     changed, _ = cli.settings_of_run(["--config", str(path), "--seed", "4"])
     assert changed.SEED == 4
+    tuned, _ = cli.settings_of_run(["--config", str(path), "--settings", "tuned"])
+    assert tuned == settings.replace(**NAMED_SETTINGS["tuned"], NAME="", DATASET="digits")
 
 
 def test_config_insists_on_the_data_of_that_run(tmp_path, monkeypatch, capsys, few):

@@ -3,6 +3,7 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
+import json
 import socket
 import struct
 import sys
@@ -11,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import PROJECT, small_settings
 
 import config
 import data
@@ -193,6 +194,11 @@ def test_digits_distortions_are_small_and_not_seeded_by_the_run(digits):
     # DATA_DIR changes nothing either.
     again = data.load(small_settings(SEED=5, DATA_DIR="nowhere"))
     assert again.sha256 == digits.sha256
+    # The committed results are of these digits. Rounding differs between versions, in pixels alone.
+    committed = PROJECT / "results" / "reference" / "digits-seed0" / "config.json"
+    stored = json.loads(committed.read_text())["dataset"]["sha256"]
+    for name in ("y_train", "y_test"):
+        assert digits.sha256[name] == stored[name]
     # Mass and middle stay about where they are: 0.5 pixels of shift, 5 degrees, 5 %.
     rows = np.arange(28)
     for part in (digits.x_train[:3000], digits.x_test):
@@ -523,12 +529,6 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch, only_download):
     assert list((tmp_path / "keras" / "datasets").iterdir()) == []
 
 
-def test_the_real_downloads_have_hashes():
-    files = [item for *_, files in data._DOWNLOADS.values() for item in files.items()]
-    assert [name for name, _ in files] == ["mnist.npz", *(f"{n}.gz" for n in NAMES.values())]
-    assert all(len(bytes.fromhex(sha256)) == 32 for _, sha256 in files)
-
-
 # --- Own datasets ----------------------------------------------------------------------------
 
 
@@ -559,13 +559,6 @@ def test_datasets_are_checked(change, words):
     Dataset(**good)
     with pytest.raises(DataError, match=words):
         Dataset(**{**good, **change})
-
-
-def test_unknown_names(few):
-    with pytest.raises(ConfigError, match="DATASET: got 'other', takes one of"):
-        data.load(small_settings(DATASET="other"))
-    with pytest.raises(ConfigError, match="SHARD_RULE: got 'other', takes one of"):
-        data.make_shards(few, small_settings(SHARD_RULE="other"))
 
 
 def test_an_own_dataset_has_the_name_of_its_entry(monkeypatch, digits):

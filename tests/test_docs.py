@@ -95,6 +95,7 @@ PARSERS = {
     "experiments.figures": figures.main,
     "experiments.audit": audit.parse,
 }
+UNPARSED = {"venv", "cli.py", "benchmarks.rounds"}
 
 
 def commands():
@@ -110,7 +111,7 @@ def commands():
                 words.pop(0)
             if words[:1] == ["python3"]:
                 program, *arguments = words[2:] if words[1] == "-m" else words[1:]
-                if program in PARSERS:
+                if program not in UNPARSED and (program in PARSERS or name != "CHANGELOG.md"):
                     yield pytest.param(program, arguments, id=f"{name}: {' '.join(words[1:])}")
 
 
@@ -227,11 +228,6 @@ def test_every_column_is_documented(heading, columns):
     rows = rows_of(section(TEXTS["docs/files.md"], heading), "| column |")
     assert tuple(row[0].strip("`") for row in rows) == columns
     assert all(row[1] for row in rows)
-
-
-def test_columns_that_are_those_of_another_table():
-    dataset, *rest = records.EPISODE_COLUMNS
-    assert (dataset, "variant", "method", "seed", *rest) == estimates.TRAINING_COLUMNS
 
 
 def test_quantities_are_documented():
@@ -476,14 +472,14 @@ def test_the_numbers_of_agents_without_some_settings():
 
 
 def test_the_numbers_of_the_observations():
-    text = flat("docs/observations.md")
+    text = " ".join(re.sub("<!-- .*?<!-- end -->", "", flat("docs/observations.md")).split())
     rows = table("audit-mnist", "audit")
     assert set(rows["episodes"]) == {60}
     r2 = rows.set_index(["target", "observation"])["r2"]
     now, following = r2["accuracy"], r2["next_accuracy"]
     for number in (
         *(now[name] for name in ("last_node_moved", "broadcast", "local", "broadcast_and_local")),
-        *(following[name] for name in ("both", "first_scores", "local", "broadcast")),
+        *(following[name] for name in ("both", "first_scores")),
     ):
         assert f"{number:.2f}" in text
     rounds = estimated("observation-tuned-mnist")["mean"].unstack()["rounds"].droplevel("method")

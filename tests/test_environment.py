@@ -401,18 +401,6 @@ def test_two_environments_in_one_process(few):
 # --- Nodes ------------------------------------------------------------------------------------
 
 
-def test_moments_are_fresh_in_a_new_episode(few):
-    env = DecentralizedLearning(small_settings(), few)
-    env.reset(seed=1)
-    env.step(1)
-    assert sorted(env._moments) == [0, 1]
-    env.reset(seed=1)
-    # 64 images in batches of 32: two steps of the starter, no other node's.
-    assert {node: float(m.step) for node, m in env._moments.items()} == {0: 2.0}
-    env.step(0)
-    assert float(env._moments[0].step) == 4.0
-
-
 @pytest.mark.parametrize("observation", ["local", "broadcast"])
 def test_a_diverged_model(few, observation):
     settings = small_settings(LEARNING_RATE=1e30, OBSERVATION=observation)

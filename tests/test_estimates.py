@@ -261,19 +261,6 @@ def test_committed_estimates_follow_from_the_committed_tables(folder):
     pd.testing.assert_frame_equal(estimated(folder), stored, check_dtype=False, rtol=1e-12)
 
 
-def test_the_committed_headline():
-    for folder, method, reduction, episodes in (
-        ("paper-mnist", "hl", (-0.250, -0.318, -0.192), 100),
-        ("headline-mnist", "tuned", (0.4386, 0.3993, 0.4745), 200),
-        ("headline-mnist", "best_walk", (0.485, 0.458, 0.511), 200),
-    ):
-        path = REFERENCE / folder / "estimates.csv"
-        table = records.read_table(path, estimates.ESTIMATE_COLUMNS)
-        found = of(table, method, "rounds_reduction")
-        assert (found.mean, found.low, found.high) == pytest.approx(reduction, abs=5e-4)
-        assert found.episodes == episodes
-
-
 def test_committed_results_are_few_and_small():
     assert len(COMPARISONS) == 8
     files = [path for path in REFERENCE.rglob("*") if path.is_file()]

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 from conftest import SMALL, command, interrupt_step, small_settings
 
-import data
 import main
 import models
 from config import Settings, UserError, episode_seed, stream
@@ -149,6 +148,23 @@ def test_random_uses_its_own_stream(done):
         assert nodes[1:] == [int(rng.integers(4)) for _ in nodes[1:]]
 
 
+def test_centralized_counts_the_shards_that_are_sent(tmp_path):
+    job = job_of(tmp_path, "centralized", episodes=1, STARTER_NODE=1)
+    jobs.run_job(job)
+    episode = tables(job)[0].loc[0]
+    way = distance_matrix(job.settings)[1].sum()
+    sent = 3 * 64 * (28 * 28 + 1) / 1e6  # images of one byte a pixel, and their labels
+    found = episode[["transfers", "communication_cost", "megabytes", "observation_megabytes"]]
+    assert found.tolist() == pytest.approx([3, way, sent, 0])
+
+
+def test_each_node_is_alone_in_turn_over_all_seeds(tmp_path):
+    job = job_of(tmp_path, "standalone", seed=1, episodes=3, MAX_ROUNDS=2)
+    jobs.run_job(job)
+    nodes = tables(job)[1].groupby("episode")["node"].unique()
+    assert nodes.map(list).tolist() == [["3"], ["0"], ["1"]]  # seed 0 has 0, 1 and 2
+
+
 def test_fedavg_counts_what_the_server_sends(done):
     episodes = tables(done["fedavg"])[0]
     assert (episodes["transfers"] == episodes["rounds"] * 6).all()
@@ -163,6 +179,10 @@ def test_several_nodes_per_round(tmp_path):
         rounds = tables(job)[1]
         assert rounds["node"][1].count("+") == 1
         assert rounds["method"].unique().tolist() == [method]
+        # Five rounds make two models each, which three nodes get so that the agent can see them.
+        size = 5 * 2 * 3 * 33_580 * 4 / 1e6
+        megabytes = tables(job)[0]["observation_megabytes"]
+        assert megabytes.tolist() == pytest.approx([size if method == "hl" else 0] * 2)
 
 
 def test_later_test_episodes(tmp_path, done):
@@ -200,21 +220,6 @@ def test_a_test_has_the_papers_rewards_and_all_images_judge_it(tmp_path, monkeyp
     assert are_shares_of(tables(job, training=True)[1]["accuracy"], 100)
     assert are_shares_of(tables(job)[1]["accuracy"], 359)
     assert not are_shares_of(tables(job)[1]["accuracy"], 100)
-
-
-@pytest.mark.parametrize("stop_at", [3, 12])
-def test_an_interrupted_job_continues(done, tmp_path, monkeypatch, stop_at):
-    """In the middle of training, and of a test: the rows are those of one that never stopped."""
-    job = job_of(tmp_path, "hl", seed=1)
-    with monkeypatch.context() as patch:
-        interrupt_step(patch, stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            jobs.run_job(job)
-    assert job.episodes_finished() < job.episodes == 6
-    jobs.run_job(job)
-    assert job.episodes_finished() == 6
-    for training in (False, True):
-        assert same(tables(job, training), tables(done["hl"], training))
 
 
 @pytest.mark.parametrize("stop_at", [0, 7])
@@ -420,14 +425,3 @@ def test_workers_of_a_dask_cluster(undisturbed, tmp_path, digits, monkeypatch):
             process.kill()
             process.wait()
     assert results(tmp_path / "b") == undisturbed
-
-
-def test_a_dataset_is_loaded_once(monkeypatch):
-    monkeypatch.undo()
-    loaded = []
-    monkeypatch.setattr(data, "load", lambda settings: loaded.append(settings.DATASET) or settings)
-    jobs.load_dataset.cache_clear()
-    for name in ("digits", "digits", "mnist", "mnist"):
-        jobs.load_dataset(name, "data")
-    assert loaded == ["digits", "mnist"]
-    jobs.load_dataset.cache_clear()

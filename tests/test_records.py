@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -252,15 +253,6 @@ def test_the_revision_of_a_clone(tmp_path, monkeypatch):
     assert records.git_revision() is None
 
 
-def test_circumstances():
-    found = records.circumstances(3)
-    assert found["versions"]["numpy"] == np.__version__
-    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["machine"]["threads"] == 3
-    assert isinstance(found["machine"]["cpu"], str)
-    json.dumps(found)
-
-
 def test_differences_by_hand():
     assert records.differences({"a": 1, "b": [2], "c": 3}, {"b": [2], "c": 4, "d": 5}) == [
         "c = 3 there, 4 now",
@@ -396,16 +388,30 @@ def test_a_run_continues_after_its_last_checkpoint(tmp_path, stopped, few):
     assert not {"checkpoint.npz", "transitions.npy"} & set(contents(stopped))
 
 
-def test_a_run_stopped_in_its_first_episode_starts_anew(tmp_path, few):
-    for number in (1, 2):
-        with contextlib.suppress(ZeroDivisionError), Run(settings_of(tmp_path), few, 2) as run:
-            assert (run.episodes_finished, restored(run)) == (0, [])
-            begin(run)
-            for _ in range(number):
-                record_round(run, number)
-            raise ZeroDivisionError
-    rounds = records.read_table(tmp_path / "run" / "rounds.csv", records.ROUND_COLUMNS)
-    assert rounds["round"].tolist() == [2, 2]
+def test_a_checkpoint_is_named_once_all_that_it_counts_on_is_on_the_disk(
+    tmp_path, few, monkeypatch
+):
+    """So a power cut finds this checkpoint whole, or the former one."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(*paths):
+        done.append("renamed")
+        replace(*paths)
+
+    with Run(settings_of(tmp_path), few, 2) as run:
+        begin(run)
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "replace", renamed)
+        record(run)
+        monkeypatch.undo()
+        names = {path.stat().st_ino: path.name for path in (run.folder, *run.folder.iterdir())}
+        order = [names.get(place, place) for place in done]
+    assert set(order[:3]) == {"rounds.csv", "episodes.csv", "transitions.npy"}
+    assert order[3:] == ["checkpoint.npz", "renamed", "run"]
 
 
 def test_a_failing_write_keeps_the_former_checkpoint(tmp_path, few, monkeypatch):
