@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-import pandas as pd
 from tqdm import tqdm
 
 import cli
@@ -35,7 +33,6 @@ from config import (
     absolute,
     names_of,
 )
-from experiments.estimates import EPISODE_COLUMNS
 from experiments.methods import METHODS, check_method
 
 # Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
@@ -43,13 +40,6 @@ if TYPE_CHECKING:
     from experiments.jobs import Job, Tables
 
 PROGRAM = "experiments.compare"
-LAST = 20  # episodes at the end of a training whose mean number of rounds is logged
-
-LOG = "tuning.csv"  # rows of tuning trials, in the folder of results
-LOG_COLUMNS = tuple(
-    "trial dataset seed settings training_episodes training_rounds validation_episodes rounds "
-    "goal_reached communication_cost seconds git_revision error".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +90,7 @@ COMPARISONS: dict[str, Comparison] = {
 class Plan:
     """A command line; a ConfigError if its parts don't go together."""
 
-    name: str  # of the comparison, or "trial"
+    name: str  # of the comparison
     comparison: Comparison
     methods: list[str]
     seeds: list[int]
@@ -119,15 +109,11 @@ class Plan:
         variants = self.comparison.variants
         varied = {setting for changes in variants.values() for setting in changes}
         twice = ", ".join(sorted(varied & self.named))
-        got, trial = ", ".join(self.methods), self.kind == "validation"
         missing = "agent" in self.methods and not self.agent
         for wrong, message in (
             ("SEED" in self.named, "SEED: got it, takes --seeds in a comparison"),
             (twice, f"{twice}: got it with --set, takes the comparison's values"),
-            (self.agent and trial, "--agent: got it beside --validation, takes none"),
             (missing, "--methods: got agent, takes it beside --agent"),
-            (trial and not self.settings.NAME, "--validation: got no --name, takes one"),
-            (trial and got != "hl", f"--validation: got {got}, takes hl, with any --settings"),
         ):
             if wrong:
                 raise ConfigError(message)
@@ -170,16 +156,17 @@ def _parser() -> cli.Parser:
     help_ = "a named comparison, see --list [paper]"
     what("comparison", nargs="?", choices=COMPARISONS, default="paper", metavar="NAME", help=help_)
     what("--vary", metavar="NAME=v1,v2,...", help="compare values of a setting instead")
-    what("--validation", action="store_true", help="a tuning trial, logged in tuning.csv")
     help_ = "a number (5 is 0 to 4) or a list (0,3,7) [%(default)s]"
     who("--seeds", type=cli.seeds_of, default="2", help=help_)
     help_ = "test this agent.npz beside the methods, with its settings and its seed"
     who("--agent", type=os.path.expanduser, metavar="FILE", help=help_)
     add("--methods", metavar="M1,M2,...", help="some of them, see --list [the comparison's]")
-    help_ = "episodes that test each policy, per seed [5; 10 with --validation]"
-    add("--test-episodes", type=cli.count_of, metavar="N", help=help_)
+    help_ = "episodes that test each policy, per seed [%(default)s]"
+    add("--test-episodes", type=cli.count_of, default="5", metavar="N", help=help_)
     help_ = "number of the first of them; 21 leaves out the first 20 [%(default)s]"
     add("--first-episode", type=cli.count_of, default="1", metavar="N", help=help_)
+    help_ = "test on episodes of their own, by which to choose settings"
+    add("--validation", action="store_true", help=help_)
     help_ = "processes on this machine [one per core]"
     where("--jobs", type=cli.count_of, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
@@ -197,8 +184,6 @@ def parse(arguments: list[str] | None = None) -> Plan:
         sys.exit(0)
     named, base = cli.overrides_of(parsed), NAMED_SETTINGS.get(parsed.settings, {})
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
-    if parsed.validation:
-        name, comparison = "trial", Comparison("", ("hl",))
     seeds, world, agent_settings, data_sha256 = parsed.seeds, {}, {}, {}
     if parsed.agent is not None:
         about = records.load_agent(Path(parsed.agent))[1]
@@ -228,7 +213,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         comparison=comparison,
         methods=list(dict.fromkeys(methods)),
         seeds=seeds,
-        test_episodes=parsed.test_episodes or (10 if parsed.validation else 5),
+        test_episodes=parsed.test_episodes,
         first_episode=parsed.first_episode,
         kind="validation" if parsed.validation else "test",
         settings=settings,
@@ -317,40 +302,6 @@ def open_tables(
     return tables, [job for job in jobs if job.key not in finished]
 
 
-def log_trial(plan: Plan, job: Job, error: str, seconds: float = 0.0) -> None:
-    """Write a job's row of ``tuning.csv``; without an error the job is finished.
-
-    Validation episodes share no initial weights with training or test episodes, so settings may be
-    chosen by them. Each trial, dataset and seed has a row, from its start on.
-    """
-    key = {"trial": plan.settings.NAME, "dataset": job.settings.DATASET, "seed": job.settings.SEED}
-    default, own = Settings(), job.settings.model_dump()
-    changed = {name for name in names_of(AgentSettings) if own[name] != getattr(default, name)}
-    shown = changed | plan.named & names_of(WorldSettings, AgentSettings) - {"DATASET"}
-    settings = " ".join(f"{k}={v!r}".replace(" ", "") for k, v in own.items() if k in shown)
-    row = {**dict.fromkeys(LOG_COLUMNS, ""), **key, "settings": settings, "seconds": seconds}
-    row |= {"error": error, "git_revision": records.git_revision() or ""}
-    if not error:
-        training = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
-        test = records.read_table(job.folder / "episodes.csv", EPISODE_COLUMNS)
-        row |= {
-            "training_episodes": len(training),
-            "training_rounds": round(training["rounds"][-LAST:].mean(), 2),
-            "validation_episodes": len(test),
-        }
-        for name, digits in (("rounds", 2), ("goal_reached", 3), ("communication_cost", 4)):
-            row[name] = round(test[name].mean(), digits)
-    path = absolute(plan.settings.RESULTS_DIR) / LOG
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
-        table = pd.DataFrame([row]).astype(str)
-        if path.exists():
-            old = pd.read_csv(path, dtype=str, keep_default_na=False)
-            table = pd.concat([old, table]).drop_duplicates(list(key), keep="last")
-        records.write_table(path, table)
-    if not error:
-        print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
-
-
 def compare(plan: Plan) -> int:
     """Run what is left of a comparison and report it; return 1 if a job failed, else 0.
 
@@ -368,13 +319,9 @@ def compare(plan: Plan) -> int:
     plan = dataclasses.replace(plan, settings=settings)
     if plan.data_sha256 not in ({}, dataset.sha256):
         raise UserError(f"--agent: trained on other data; --dataset {dataset.name} tests it here")
-    results = absolute(settings.RESULTS_DIR)
-    name = settings.NAME or f"{plan.name}-{dataset.name}"
-    if plan.kind == "validation":
-        name = f"tuning/{name}-{dataset.name}"
-        if (results / LOG).exists():  # refuses something else
-            records.read_table(results / LOG, LOG_COLUMNS)
-    folder = results / name
+    suffix = "-validation" if plan.kind == "validation" else ""
+    name = settings.NAME or f"{plan.name}-{dataset.name}{suffix}"
+    folder = absolute(settings.RESULTS_DIR) / name
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
     for job in jobs:
@@ -398,18 +345,15 @@ def compare(plan: Plan) -> int:
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - failed} finished, {failed} failed"
         )
-        if failed < len(jobs) and plan.kind == "test":
+        if failed < len(jobs):
             print(figures.report(folder, figures.draw_comparison(folder)))
     return 1 if failed else 0
 
 
 def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
-    """Run the waiting jobs, log and collect each as it ends; return how many failed."""
+    """Run the waiting jobs, collect each as it ends; return how many failed."""
     from experiments.jobs import run_jobs
 
-    if plan.kind == "validation":
-        for job in waiting:
-            log_trial(plan, job, "not finished")
     bar = tqdm(
         total=sum(job.episodes for job in waiting),
         initial=sum(job.episodes_finished() for job in waiting),
@@ -425,9 +369,6 @@ def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
             job, outcome = ended
             error = outcome["error"]
             state = "failed" if error else "finished"
-            # Logged before it is collected: a job in the tables is not run again.
-            if plan.kind == "validation":
-                log_trial(plan, job, error, outcome.get("seconds", 0.0))
             if error:
                 failed += 1
             else:

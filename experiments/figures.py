@@ -306,9 +306,9 @@ def report(folder: Path, tables: Tables) -> str:
     lines = [
         *_markdown(table, tables["config"]["parameter"], _REPORT),
         "",
-        "Means over all test episodes; 95 % intervals in brackets, none with one seed. An episode "
-        "that misses the goal counts with the limit of rounds. Changes are those on the seeds that "
-        "random has as well.",
+        f"Means over all {tables['config']['episodes']} episodes; 95 % intervals in brackets, none "
+        "with one seed. An episode that misses the goal counts with the limit of rounds. Changes "
+        "are those on the seeds that random has as well.",
     ]
     if table["mark"].any():
         lines.append("\\*: saved while the goal is reached less often than by random.")

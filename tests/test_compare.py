@@ -67,7 +67,8 @@ def rows(path):
 
 def counts(out):
     """The jobs that were finished before, started, finished and failed, as the command prints."""
-    return [int(number) for number in re.findall(r"\d+", re.search("^jobs: .*", out, re.M)[0])]
+    last = re.findall("^jobs: .*", out, re.MULTILINE)[-1]
+    return [int(number) for number in re.findall(r"\d+", last)]
 
 
 def times(folder):
@@ -463,94 +464,19 @@ def test_a_method_from_outside(tmp_path, monkeypatch):
     assert own["node"].tolist() == ["0", "3", "0", "3", "0"]
 
 
-# --- Tuning trials ---------------------------------------------------------------------------
-
-
-def trial(folder, name, *more, **overrides):
-    return start(folder, "--validation", "--name", name, *more, methods="", **overrides)
-
-
-def test_a_trial_s_rows_are_means_of_its_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "LAST", 2)
-    assert trial(tmp_path, "wide", "--seeds", "2,", "--set", "DISCOUNT=0.5") == 0
-    assert "trial=wide dataset=digits seed=2" in capsys.readouterr().out
-    (row,) = rows(tmp_path / "tuning.csv")
-    folder = tmp_path / "tuning" / "wide-digits"
-    training, test = (pd.read_csv(folder / f"{name}.csv") for name in ("training", "episodes"))
-    assert (len(training), len(test)) == (3, 2)
-    assert row["training_episodes"] == "3"
-    assert float(row["training_rounds"]) == training["rounds"][1:].mean()
-    assert float(row["rounds"]) == test["rounds"].sum() / 2
-    assert float(row["goal_reached"]) == test["goal_reached"].sum() / 2
-    cost = test["communication_cost"].sum() / 2
-    assert float(row["communication_cost"]) == pytest.approx(cost, abs=1e-4)
-    settings = row["settings"].split()
-    assert {"DISCOUNT=0.5", "REPLAY_SAMPLE=8", "GOAL_ACCURACY=0.3"} <= set(settings)
-    assert not any(part.startswith(("N_STEP", "DATASET", "RESULTS_DIR")) for part in settings)
-    assert (row["validation_episodes"], row["error"]) == ("2", "")
-    assert json.loads((folder / "config.json").read_text())["episodes"] == "validation"
-    read_table(tmp_path / "tuning.csv", compare.LOG_COLUMNS)
-
-
-def test_a_second_trial_adds_rows_and_repeats_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(NAMED_SETTINGS["tuned"], "UPDATES_PER_EPISODE", 2)
-    assert trial(tmp_path, "one", "--seeds", "1,") == 0
-    first = rows(tmp_path / "tuning.csv")[0]
-    assert trial(tmp_path, "one", "--seeds", "2") == 0
-    assert counts(capsys.readouterr().out) == [1, 1, 1, 0]
-    tuned = ["--settings", "tuned", "--seeds", "1,"]
-    assert trial(tmp_path, "other", *tuned, REPLAY_SAMPLE=256) == 0
-    found = rows(tmp_path / "tuning.csv")
-    assert found[0] == first  # with the seconds that it took
-    keys = [(row["trial"], row["seed"]) for row in found]
-    assert keys == [("one", "1"), ("one", "0"), ("other", "1")]
-    assert {"FIT_ALL_ACTIONS=False", "TARGET_RATE=0.2"} <= set(found[2]["settings"].split())
-    # Other settings under the same name change nothing; a foreign log is refused.
-    assert trial(tmp_path, "one", "--set", "DISCOUNT=0.1") == 2
-    assert "DISCOUNT = 0.9 there, 0.1 now" in capsys.readouterr().err
-    assert rows(tmp_path / "tuning.csv") == found
-    (tmp_path / "tuning.csv").write_text("a,b\n1,2\n")
-    assert trial(tmp_path, "new", "--seeds", "1,") == 2
-    assert (tmp_path / "tuning.csv").read_text() == "a,b\n1,2\n"
-    assert not (tmp_path / "tuning" / "new-digits").exists()
-
-
-def test_seeds_that_are_stopped_or_fail_have_their_rows(tmp_path, monkeypatch):
-    def stop(environment, run, agent, quiet):
-        raise KeyboardInterrupt
-
-    def fail(environment, run, agent, quiet):
-        raise OSError(28, "No space left on device", "rounds.csv")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs.main, "train", stop)
-        assert trial(tmp_path, "one", "--seeds", "1,3") == 130
-        errors = [(r["seed"], r["error"], r["rounds"]) for r in rows(tmp_path / "tuning.csv")]
-        assert errors == [("1", "not finished", ""), ("3", "not finished", "")]
-        patch.setattr(jobs.main, "train", fail)
-        assert trial(tmp_path, "one", "--seeds", "1,") == 1
-        errors = {row["seed"]: row["error"] for row in rows(tmp_path / "tuning.csv")}
-        assert errors == {"1": "rounds.csv: No space left on device", "3": "not finished"}
-    assert trial(tmp_path, "one", "--seeds", "1,") == 0
-    errors = {row["seed"]: row["error"] for row in rows(tmp_path / "tuning.csv")}
-    assert errors == {"1": "", "3": "not finished"}
-
-
-@pytest.mark.parametrize("stop_at", ["collect", "set_jobs"])
-def test_a_trial_that_is_killed_when_a_job_ends_has_its_row(tmp_path, monkeypatch, stop_at):
-    work = getattr(jobs.Tables, stop_at)
-
-    def killed(tables, ended, *more, **values):
-        work(tables, ended, *more, **values)
-        if stop_at == "collect" or "seconds" in values:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs.Tables, stop_at, killed)
-        assert trial(tmp_path, "one", "--seeds", "1,") == 130
-    assert trial(tmp_path, "one", "--seeds", "1,") == 0
-    (row,) = rows(tmp_path / "tuning.csv")
-    assert (row["error"], row["training_episodes"]) == ("", "3")
+def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
+    values = ["--vary", "DISCOUNT=0.5,0.9", "--seeds", "1"]
+    assert start(tmp_path, *values, "--validation", methods="random") == 0
+    assert start(tmp_path, *values, methods="random") == 0
+    folder = tmp_path / "discount-digits-validation"
+    validated, tested = (texts(f)["rounds"] for f in (folder, tmp_path / "discount-digits"))
+    # Each with two values that change nothing for random.
+    for found in (validated, tested):
+        first, second = (found.query(f"variant == '{v}'")["accuracy"].tolist() for v in (0.5, 0.9))
+        assert first == second
+    assert validated["accuracy"].tolist() != tested["accuracy"].tolist()
+    assert start(tmp_path, *values, "--name", folder.name, methods="random") == 2
+    assert "episodes = 'validation' there, 'test' now" in capsys.readouterr().err
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -586,12 +512,7 @@ def test_a_trial_that_is_killed_when_a_job_ends_has_its_row(tmp_path, monkeypatc
         (["worlds", "--vary", "DISCOUNT=0.5"], "--vary"),
         (["--vary", "DISCOUNT=0.5", "--set", "DISCOUNT=0.4"], "DISCOUNT: got it with --set"),
         (["--vary", "NODES_PER_ROUND=1,2"], "NODES_PER_ROUND: got 2, takes 1 with the method"),
-        (["--validation"], "--validation: got no --name"),
-        (["--validation", "--name", "x", "--methods", "hl,tuned"], "--validation: got hl, tuned"),
-        (["--validation", "--name", "x", "--methods", "tuned"], "--validation: got tuned"),
-        (["--validation", "--name", "x", "--methods", "random"], "--validation: got random"),
-        (["worlds", "--validation", "--name", "x"], "--validation"),
-        (["--validation", "--name", "a/b"], "NAME: got 'a/b', takes letters"),
+        (["--name", "a/b"], "NAME: got 'a/b', takes letters"),
         (["--methods", "agent"], "--methods: got agent, takes it beside --agent"),
         (["--agent", "none.npz"], "none.npz: "),
         (["--agent", "~nosuchuser/none.npz"], "~nosuchuser/none.npz: "),
@@ -610,7 +531,6 @@ def test_wrong_arguments(arguments, words, capsys):
         (["--set", "NUM_NODES=6"], "NUM_NODES: got 6, takes 4 with the method agent"),
         (["--vary", "EPISODES=1,2"], "EPISODES: got 1, takes 3 with the method agent"),
         (["--settings", "tuned"], "--settings: got it beside --agent"),
-        (["--validation", "--name", "x"], "--agent: got it beside --validation"),
     ],
 )
 def test_what_an_agent_was_trained_with_stays(finished, more, words, capsys):

@@ -221,7 +221,6 @@ def test_every_page_is_in_the_index():
         ("### Columns of a comparison's `rounds.csv`", estimates.ROUND_COLUMNS),
         ("### Columns of `estimates.csv`", estimates.ESTIMATE_COLUMNS),
         ("## An audit", audit.AUDIT_COLUMNS),
-        ("## The log of tuning trials", compare.LOG_COLUMNS),
     ],
 )
 def test_every_column_is_documented(heading, columns):
