@@ -258,12 +258,12 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         self._accuracy = accuracy
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
-        value = (
+        reward = (
             power_reward(accuracy, distance, settings)
             if settings.REWARD == "power"
             else progress_reward(accuracy, before, distance, truncated, settings)
         )
-        self._total += value
+        self._total += reward
         self._over = terminated or truncated
         longest = settings.MAX_STAY or math.inf  # ours; only the agent keeps to it
         barred = [node for node, rounds in self._stays.items() if rounds >= longest]
@@ -274,13 +274,13 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "accuracy": accuracy,
             "distance": distance,
             "communication_cost": self._cost,
-            "reward": value,
+            "reward": reward,
             "episode_reward": self._total,
             "goal_reached": terminated,
             "barred": barred if enough else [],
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
-        return self.observe(settings.OBSERVATION), value, terminated, truncated, info
+        return self.observe(settings.OBSERVATION), reward, terminated, truncated, info
 
     def _judged(self) -> float:
         """Return the accuracy that the round counts with: of all test images (public code).
@@ -398,8 +398,8 @@ def rollout(
     yield Round(None, None, "starter", info["reward"], observation, done, False, info)
     while not done:
         action, chosen_by = policy(observation, info)
-        following, reward_, terminated, truncated, info = environment.step(action)
-        yield Round(observation, action, chosen_by, reward_, following, terminated, truncated, info)
+        following, reward, terminated, truncated, info = environment.step(action)
+        yield Round(observation, action, chosen_by, reward, following, terminated, truncated, info)
         observation, done = following, terminated or truncated
 
 

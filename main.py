@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli import exit_status, settings_of_run
 from config import Settings, UserError, episode_seed
@@ -31,7 +31,7 @@ def train(
     from tqdm import tqdm
 
     from environment import rollout
-    from records import save_agent
+    from records import episode_row, save_agent
 
     settings = environment.settings
     run.restore(agent)
@@ -63,21 +63,6 @@ def train(
             bar.update()
 
     save_agent(run.folder / "agent.npz", agent.arrays(), settings, environment.dataset)
-
-
-def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
-    """Return what a run and a test record of an episode, from the info of its last round.
-
-    ``started`` is the episode's start by ``perf_counter``.
-    """
-    return {
-        **info,
-        "rounds": info["round"],
-        "final_accuracy": info["accuracy"],
-        "goal_accuracy": settings.GOAL_ACCURACY,
-        "max_rounds": settings.MAX_ROUNDS,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
 
 
 def run_or_continue(settings: Settings, data_sha256: dict[str, str]) -> int:

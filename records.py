@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -122,6 +123,21 @@ def _field(value: Any) -> Any:
         return "+".join(map(str, value))
     value = value.item() if isinstance(value, np.generic) else value
     return int(value) if isinstance(value, bool) else value
+
+
+def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
+    """Return what a run and a test record of an episode, from the info of its last round.
+
+    ``started`` is the episode's start by ``perf_counter``.
+    """
+    return {
+        **info,
+        "rounds": info["round"],
+        "final_accuracy": info["accuracy"],
+        "goal_accuracy": settings.GOAL_ACCURACY,
+        "max_rounds": settings.MAX_ROUNDS,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:

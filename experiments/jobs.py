@@ -33,7 +33,7 @@ from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
 from experiments.methods import METHODS, Policy, Sent
 from node import DQNAgent
-from records import Run, append_rows, load_agent, locked, read_table
+from records import Run, append_rows, episode_row, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
@@ -256,7 +256,7 @@ def _test_episode(
     sees_weights = method.policy is None and settings.OBSERVATION in ("broadcast", "local", "both")
     models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
     return {
-        **main.episode_row(info, settings, started),
+        **episode_row(info, settings, started),
         **whose,
         "communication_cost": cost,
         "transfers": transfers,
