@@ -235,6 +235,7 @@ def _test_episode(
     started = time.perf_counter()
     method, settings = METHODS[job.method], environment.settings
     rng = stream(settings.SEED, "policy", episode)
+    # Numbered over all seeds: `standalone` gives each node its share, with few episodes as well.
     first_nodes = method.first_nodes(settings, settings.SEED * job.test_episodes + episode - 1)
     model_megabytes = environment.foundation.network.size * 4 / 1e6  # float32
     whose = {**job.labels, "dataset": environment.dataset.name, "episode": episode}
