@@ -445,11 +445,22 @@ def test_the_numbers_of_an_earlier_agent():
         own = found.loc[name]
         cost = f"{own['communication_cost']:.3f}"
         assert cells == [f"{own['rounds']:.1f}", f"{100 * own['goal_reached']:.0f} %", cost]
+
+
+def test_the_numbers_of_other_distances_and_starters():
+    text = flat("docs/tuned.md")
     worlds = estimated("worlds-mnist")["mean"].unstack().xs("tuned", level="method")
-    rounds = worlds["rounds"].filter(like="distances")
-    assert f"{rounds.min():.1f} to {rounds.max():.1f} rounds" in text
-    goal = 100 * worlds["goal_reached"].filter(like="starter")
-    assert f"{goal.min():.0f} and {goal.max():.0f} %" in " ".join(text.split())
+    shares = 100 * (1 - worlds["rounds_reduction"])
+    assert f"{shares.min():.0f} to {shares.max():.0f} % of random's" in text
+    assert worlds["goal_reached"].min() == 1  # in all test episodes
+    episodes = table("worlds-mnist", "episodes").query("method == 'tuned'")
+    agents = episodes.groupby(["variant", "seed"])["rounds"].mean()
+    assert f"take {agents.min():.1f} to {agents.max():.1f} rounds" in text
+    random = table("worlds-mnist", "episodes").query("method == 'random'")
+    walks = random.groupby(["variant", "seed"])["rounds"].agg(list).unstack("seed")
+    assert len(set(map(str, walks.filter(like="distances", axis=0).to_numpy().tolist()))) == 1
+    hours = table("worlds-mnist", "jobs")["seconds"].sum() / 3600
+    assert f"took {hours:.1f} hours of one core" in text
 
 
 def test_the_numbers_of_agents_without_some_settings():
