@@ -61,7 +61,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
 
     UserError if a file is missing or damaged, or no job is finished.
     """
-    needed = ("comparison", "parameter", "test_episodes")
+    needed = ("comparison", "parameter", "episodes", "test_episodes")
     config = cli.read_config(folder / "config.json", *needed)
     jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
     finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])

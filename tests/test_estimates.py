@@ -50,6 +50,7 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
     config = {
         "comparison": "paper",
         "parameter": parameter,
+        "episodes": "test",
         "test_episodes": len(next(iter(first.values()))),
         "dataset": {"name": "mnist", "sha256": {}},
         "settings": {"NUM_NODES": nodes},
@@ -238,7 +239,7 @@ def test_nothing_to_estimate(tmp_path):
         estimates.read_comparison(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["comparison", "parameter", "dataset", "settings"])
+@pytest.mark.parametrize("name", ["comparison", "parameter", "episodes", "dataset", "settings"])
 def test_a_config_without_a_name_is_refused(tmp_path, name):
     write_comparison(tmp_path, VALUES)
     path = tmp_path / "config.json"
