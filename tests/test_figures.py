@@ -448,7 +448,7 @@ def test_the_committed_headlines_and_walks():
     assert [len(texts(axis)) for axis in walks] == [29, 36]
     tables = committed("headline-mnist")
     rounds, cost = figures.draw_changes(figures.by_task([tables])).axes
-    assert labels(rounds) == ["paper (MNIST)", "best_walk", "tuned", "random"]
+    assert labels(rounds) == ["paper (MNIST)", "best_walk", "tuned", "walk_search", "random"]
     assert marks(rounds)[2] == pytest.approx((-0.4386, -0.4745, -0.3993), abs=5e-4)
     assert goals(cost)[2] == "100 %"
     walks = figures.draw_walks(tables).axes
