@@ -48,7 +48,7 @@ _TRANSITIONS = "transitions.npy"
 # Columns of text, here and in experiments; all others hold numbers. "node" may be "3+5".
 TEXT_COLUMNS = set(
     "dataset node chosen_by variant method state error agent git_revision tensorflow cpu quantity "
-    "trial settings observation target".split()
+    "observation target".split()
 )
 
 # pandas before 3 needs this to read back the same bits.
@@ -123,21 +123,6 @@ def _field(value: Any) -> Any:
         return "+".join(map(str, value))
     value = value.item() if isinstance(value, np.generic) else value
     return int(value) if isinstance(value, bool) else value
-
-
-def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
-    """Return what a run and a test record of an episode, from the info of its last round.
-
-    ``started`` is the episode's start by ``perf_counter``.
-    """
-    return {
-        **info,
-        "rounds": info["round"],
-        "final_accuracy": info["accuracy"],
-        "goal_accuracy": settings.GOAL_ACCURACY,
-        "max_rounds": settings.MAX_ROUNDS,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -442,6 +427,21 @@ def _comparable(config: Json) -> Json:
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
     return {**config["settings"], "DATASET": None, "data": data}
+
+
+def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
+    """Return what a run and a test record of an episode, from the info of its last round.
+
+    ``started`` is the episode's start by ``perf_counter``.
+    """
+    return {
+        **info,
+        "rounds": info["round"],
+        "final_accuracy": info["accuracy"],
+        "goal_accuracy": settings.GOAL_ACCURACY,
+        "max_rounds": settings.MAX_ROUNDS,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
 
 
 def shard_table(dataset: Dataset, shards: list[np.ndarray]) -> pd.DataFrame:

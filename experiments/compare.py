@@ -165,7 +165,7 @@ def _parser() -> cli.Parser:
     add("--test-episodes", type=cli.count_of, default="5", metavar="N", help=help_)
     help_ = "number of the first of them; 21 leaves out the first 20 [%(default)s]"
     add("--first-episode", type=cli.count_of, default="1", metavar="N", help=help_)
-    help_ = "test on episodes of their own, by which to choose settings"
+    help_ = "test on validation episodes, to choose settings by"
     add("--validation", action="store_true", help=help_)
     help_ = "processes on this machine [one per core]"
     where("--jobs", type=cli.count_of, metavar="N", help=help_)

@@ -529,6 +529,12 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch, only_download):
     assert list((tmp_path / "keras" / "datasets").iterdir()) == []
 
 
+def test_the_real_downloads_have_hashes():
+    files = [item for *_, files in data._DOWNLOADS.values() for item in files.items()]
+    assert [name for name, _ in files] == ["mnist.npz", *(f"{n}.gz" for n in NAMES.values())]
+    assert all(len(bytes.fromhex(sha256)) == 32 for _, sha256 in files)
+
+
 # --- Own datasets ----------------------------------------------------------------------------
 
 

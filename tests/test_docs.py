@@ -376,14 +376,14 @@ def test_the_numbers_of_the_reference_run():
 
 def test_how_long_the_committed_comparisons_took():
     text = flat("docs/comparing.md")
-    hours = sum(table("paper-mnist", name)["seconds"].sum() for name in ("episodes", "training"))
-    assert f"took {hours / 3600:.0f} hours in all" in flat("docs/results.md")
+
+    def hours(folder):
+        return sum(table(folder, name)["seconds"].sum() for name in ("episodes", "training")) / 3600
+
+    assert f"took {hours('paper-mnist'):.0f} hours in all" in flat("docs/results.md")
     random = table("paper-mnist", "episodes").query("method == 'random' and seed < 5")
     assert f"({random['rounds'].mean():.1f} rounds)" in flat("docs/results.md")
-    parts = [
-        table("paper-fashion_mnist", name)["seconds"].sum() for name in ("episodes", "training")
-    ]
-    assert f"All episodes took {sum(parts) / 3600:.1f} hours" in flat("docs/results.md")
+    assert f"All episodes took {hours('paper-fashion_mnist'):.1f} hours" in flat("docs/results.md")
     minutes = {
         method: table(folder, "training")
         .query(f"method == '{method}'")
@@ -463,8 +463,8 @@ def test_the_numbers_of_other_distances_and_starters():
     agents = episodes.groupby(["variant", "seed"])["rounds"].mean()
     assert f"take {agents.min():.1f} to {agents.max():.1f} rounds" in text
     random = table("worlds-mnist", "episodes").query("method == 'random'")
-    walks = random.groupby(["variant", "seed"])["rounds"].agg(list).unstack("seed")
-    assert len(set(map(str, walks.filter(like="distances", axis=0).to_numpy().tolist()))) == 1
+    walks = random.pivot(index=["seed", "episode"], columns="variant", values="rounds")
+    assert (walks.filter(like="distances").nunique(axis=1) == 1).all()
     hours = table("worlds-mnist", "jobs")["seconds"].sum() / 3600
     assert f"took {hours:.1f} hours of one core" in text
 

@@ -69,18 +69,17 @@ def test_adam_by_hand():
 
 
 @pytest.mark.parametrize("colour", [False, True])
-def test_local_training_is_keras_fit(few, colour):
+def test_local_training_is_keras_fit(foundation, few, colour):
     """Two epochs in a given order, the last batch smaller, Adam's moments kept in between.
 
     Bytes are divided by 255; floats, here of colour images, are taken as they are.
     """
-    dataset, inputs = few, few.x_train[:100, ..., None].astype(np.float32) / 255
+    inputs = few.x_train[:100, ..., None].astype(np.float32) / 255
     if colour:
         inputs = inputs[:, 4:24, 4:24] * np.float32([1, 0.5, 0.2])
         parts = {"x_train": inputs, "x_test": inputs}
         labels = dict.fromkeys(("y_train", "y_test"), few.y_train[:100])
-        dataset = dataclasses.replace(few, **parts, **labels)
-    foundation = FoundationModel(dataset, 32, 0.001)
+        foundation = FoundationModel(dataclasses.replace(few, **parts, **labels), 32, 0.001)
     weights = foundation.network.initial_weights(stream(3, "initialisation"))
     twin = keras_twin(
         foundation.network, weights, True, keras.optimizers.Adam(1e-3), "categorical_crossentropy"

@@ -357,6 +357,7 @@ def test_config_of_a_run(stopped_run, few):
     assert (config["dataset"]["training_images"], config["dataset"]["test_images"]) == (2000, 359)
     (session,) = config["sessions"]
     assert (session["first_episode"], session["machine"]["threads"]) == (1, 2)
+    assert session["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert session["started"]
     assert session["ended"] is None
 
