@@ -23,7 +23,9 @@ from config import (
     DATASET_SETTINGS,
     GROUPS,
     NAMED_SETTINGS,
+    AgentSettings,
     ConfigError,
+    Group,
     Settings,
     UserError,
     meaning,
@@ -64,21 +66,27 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def add_setting_flags(parser: Parser, flags: dict[str, str]) -> None:
-    """Add short flags for settings, ``--set`` and ``--settings``, and to the help all settings."""
+def add_setting_flags(
+    parser: Parser, flags: dict[str, str], groups: tuple[type[Group], ...] = GROUPS
+) -> None:
+    """Add short flags, ``--set``, and to the help the settings of groups.
+
+    ``--settings``, which changes the agent, is added if AgentSettings is among them.
+    """
     try:
         Settings()
     except ConfigError as error:  # a default that a user edited
         Parser("config.py", "").error(str(error))
-    parser.epilog = _settings_help()
+    parser.epilog = _settings_help(groups)
     add = parser.add_argument
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     help_ = "any setting; repeatable"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
-    help_ = "tuned: our settings of the agent; --set overrides them"
-    add("--settings", choices=NAMED_SETTINGS, metavar="NAME", help=help_)
+    if AgentSettings in groups:
+        help_ = "tuned: our settings of the agent; --set overrides them"
+        add("--settings", choices=NAMED_SETTINGS, metavar="NAME", help=help_)
 
 
 def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
@@ -91,9 +99,9 @@ def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
     return ", ".join(texts), f"{mark}{tuned[name]!r}{mark}" if name in tuned else ""
 
 
-def _settings_help() -> str:
+def _settings_help(groups: tuple[type[Group], ...]) -> str:
     lines = ["settings, for --set (default; tuned value):"]
-    for group in GROUPS:
+    for group in groups:
         lines.append(f"  {group.__doc__}")
         for name in group.model_fields:
             values = "; ".join(filter(None, _default_and_tuned(name)))

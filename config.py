@@ -197,7 +197,8 @@ NAMED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Defaults of a dataset's own, by the rule in docs/extending.md (ours). Settings that are named win.
+# A dataset's own defaults, by the rule in docs/extending.md (ours). They replace those above;
+# settings that are named win.
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "fashion_mnist": {"GOAL_ACCURACY": 0.72, "MAX_ROUNDS": 87},
 }

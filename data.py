@@ -1,8 +1,8 @@
 """Datasets, and how their training images are spread over the nodes as shards.
 
-To use other data, add a function ``(settings) -> Dataset`` to ``DATASETS``, under the dataset's
-name. Of the settings it may read DATA_DIR alone. To use another partition, add a function
-``(labels, settings, rng) -> list of index arrays`` to ``SHARD_RULES``.
+To use other data, add a function ``(data_dir) -> Dataset`` to ``DATASETS``, under the dataset's
+name. To use another partition, add a function ``(labels, settings, rng) -> list of index arrays``
+to ``SHARD_RULES``.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ _TIMEOUT = 15.0  # seconds in which some bytes of a download have to come
 _SYSTEM_FOLDER = Path("/usr/share/datasets")  # of Debian's package dataset-fashion-mnist
 
 
-def load_published(name: str, settings: Settings) -> Dataset:
+def load_published(name: str, data_dir: str) -> Dataset:
     """Return MNIST or Fashion-MNIST from DATA_DIR, the system or Keras' cache, or download it.
 
     Raises:
@@ -165,9 +165,9 @@ def load_published(name: str, settings: Settings) -> Dataset:
         DataError: what was found is damaged, incomplete or another dataset.
         DataNotFound: nothing was found, and the download failed.
     """
-    folder = absolute(settings.DATA_DIR)
-    if settings.DATA_DIR != "data" and not folder.is_dir():
-        raise ConfigError(f"DATA_DIR: got {settings.DATA_DIR!r}, takes a folder that exists")
+    folder = absolute(data_dir)
+    if data_dir != "data" and not folder.is_dir():
+        raise ConfigError(f"DATA_DIR: got {data_dir!r}, takes a folder that exists")
     path = _search(folder, name) or _search(_SYSTEM_FOLDER, name)
     try:
         path = path or _download(name)
@@ -258,9 +258,10 @@ def _download(name: str) -> Path:
 # --- The bundled digits ----------------------------------------------------------------------
 
 
-def load_digits(settings: Settings) -> Dataset:
+def load_digits(data_dir: str = "") -> Dataset:
     """Return scikit-learn's 1,797 handwritten digits in MNIST's format: a stand-in (ours).
 
+    They come with scikit-learn, so ``data_dir`` is not used.
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
     fifth of each class is the test set. The other digits of a class are repeated to 6,000 training
     images, enough for 150 nodes, each with a small distortion of its own.
@@ -312,21 +313,22 @@ def _distorted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(ops.convert_to_numpy(moved)[..., 0], 0, 1)
 
 
-def load_auto(settings: Settings) -> Dataset:
+def load_auto(data_dir: str) -> Dataset:
     """Return MNIST as ``load_published``, else the bundled digits with a warning.
 
     Departure: without MNIST the public code stops.
     """
     try:
-        return load_published("mnist", settings)
+        return load_published("mnist", data_dir)
     except DataNotFound as error:
         digits = "NOT MNIST: this run uses scikit-learn's bundled digits"
         text = f"{digits}; its numbers can't be compared with the paper's. {error}"
         warnings.warn(text, stacklevel=2)
-        return load_digits(settings)
+        return load_digits()
 
 
-DATASETS: dict[str, Callable[[Settings], Dataset]] = {
+# The functions take DATA_DIR.
+DATASETS: dict[str, Callable[[str], Dataset]] = {
     "auto": load_auto,
     "mnist": partial(load_published, "mnist"),
     "fashion_mnist": partial(load_published, "fashion_mnist"),
@@ -336,7 +338,7 @@ DATASETS: dict[str, Callable[[Settings], Dataset]] = {
 
 def load(settings: Settings) -> Dataset:
     """Return the dataset that DATASET names; ConfigError if none has this name."""
-    dataset = _named("DATASET", settings.DATASET, DATASETS)(settings)
+    dataset = _named("DATASET", settings.DATASET, DATASETS)(settings.DATA_DIR)
     if dataset.name not in DATASETS:  # a later run takes it by its own name
         got = f"got {settings.DATASET!r}, whose data are named {dataset.name!r}"
         raise ConfigError(f"DATASET: {got}, takes data that are named as in DATASETS")

@@ -57,8 +57,7 @@ def train(
             row = episode_row(round_.info, settings, started)
             row["diverged"] |= q_loss is not None and not math.isfinite(q_loss)
             run.add("episodes.csv", {**row, "epsilon": agent.epsilon, "q_loss": q_loss})
-            transitions = agent.new_transitions()
-            agent.decay_epsilon()
+            transitions = agent.end_episode()
             run.checkpoint(agent.state(), transitions)
             bar.update()
 

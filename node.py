@@ -6,6 +6,7 @@ environment with a flat observation and discrete actions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import REPLAY_CAPACITY, AgentSettings, Settings, stream
-from models import Moments, shared_q_network, tf, use_device
+from models import FlatNetwork, Moments, adam, q_network, tf, use_device
 
 if TYPE_CHECKING:
     from environment import Round
@@ -113,6 +114,140 @@ class ReplayBuffer:
         places = np.arange(added - kept, added) % self.capacity
         self._ring[places] = transitions[len(transitions) - kept :]
         self.added = added
+
+
+def q_targets(
+    q_values: tf.Tensor,
+    next_values: tf.Tensor,
+    sample: dict[str, tf.Tensor],
+    settings: AgentSettings,
+) -> tf.Tensor:
+    """Return what the Q values are fitted to: (n, A) float32 (public code).
+
+    For the actions taken r + discount^steps * max Q(s'), or r alone at an episode's end. For all
+    others the network's own values. With FIT_ALL_ACTIONS all are divided by their Frobenius norm
+    (public code).
+
+    Args:
+        q_values: (n, A) float32, the network's at the observation.
+        next_values: (n, A) float32, at the next one. The maximum leaves out actions that MAX_STAY
+            bars there.
+        sample: n transitions, the fields of ``ReplayBuffer``.
+        settings: for DISCOUNT and FIT_ALL_ACTIONS.
+    """
+    barred = actions_taken(sample["barred"], q_values.shape[1])
+    possible = tf.where(barred, next_values.dtype.min, next_values)
+    future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
+    discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
+    goes_on = tf.cast(~sample["terminals"], tf.float64)
+    returns = sample["rewards"] + discount * future * goes_on
+    taken = actions_taken(sample["actions"], q_values.shape[1])
+    targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
+    if settings.FIT_ALL_ACTIONS:
+        targets = tf.math.divide_no_nan(targets, tf.norm(targets))
+    return tf.cast(targets, tf.float32)
+
+
+def actions_taken(actions: tf.Tensor, count: int) -> tf.Tensor:
+    """Return (n, count) bool: which actions (n, k) int32 names; -1 names none."""
+    return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)
+
+
+class QNetwork:
+    """Q values of observations, and their fit to targets.
+
+    Args:
+        inputs: length of the flat observation.
+        actions: A, number of actions.
+        actions_per_step: k.
+        settings: the DQN's.
+
+    Attributes:
+        network: the model as a function of its weight vector.
+    """
+
+    def __init__(
+        self, inputs: int, actions: int, actions_per_step: int, settings: AgentSettings
+    ) -> None:
+        model = q_network(inputs, settings.HIDDEN_UNITS, actions)
+        self.network = FlatNetwork(model)
+        self._settings = settings
+        vector = tf.TensorSpec([self.network.size], tf.float32)
+        moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
+        observations = tf.TensorSpec([None, inputs], tf.float32)
+        transitions = {
+            "observations": observations,
+            "actions": tf.TensorSpec([None, actions_per_step], tf.int32),
+            "rewards": tf.TensorSpec([None], tf.float64),
+            "next_observations": observations,
+            "terminals": tf.TensorSpec([None], tf.bool),
+            "steps": tf.TensorSpec([None], tf.int32),
+            "barred": tf.TensorSpec([None, actions_per_step], tf.int32),
+        }
+        draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
+        self._values = tf.function(self.network.apply, [vector, observations])
+        self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
+
+    def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
+        """Return (n, A) float32: the Q values of (n, inputs) observations."""
+        return self._values(weights, tf.constant(observations, tf.float32)).numpy()
+
+    def _train(
+        self,
+        weights: tf.Tensor,
+        moments: Moments,
+        target_weights: tf.Tensor,
+        transitions: dict[str, tf.Tensor],
+        draws: tf.Tensor,
+    ) -> tuple[tf.Tensor, Moments, tf.Tensor]:
+        """Fit to one sample after the other; compiled as ``train``.
+
+        Q(s') is that of the network before the sample's fit, or with TARGET_RATE > 0 that of the
+        target network (Mnih et al. 2015). A fit passes over the sample in its order with Adam.
+        Without FIT_ALL_ACTIONS (ours) only the actions taken have an error. With it the targets of
+        all others hold them back at their values from before the first batch.
+
+        Args:
+            weights: (P,) float32.
+            moments: of the steps before.
+            target_weights: (P,) float32.
+            transitions: the fields of m transitions, as ``ReplayBuffer.draw`` returns them.
+            draws: (U, n) int32, the transitions of each sample.
+
+        Returns:
+            The new weights and moments, and the mean squared error of all samples and actions. An
+            action without an error counts 0. Each batch's error is taken before its step, as Keras
+            reports it.
+        """
+        settings, total = self._settings, 0.0
+        for draw in draws:
+            sample = {name: tf.gather(field, draw) for name, field in transitions.items()}
+            bootstrap = target_weights if settings.TARGET_RATE else weights
+            q_values = self.network.apply(weights, sample["observations"])
+            next_values = self.network.apply(bootstrap, sample["next_observations"])
+            targets, lost = q_targets(q_values, next_values, sample, settings), 0.0
+            for start in tf.range(0, settings.REPLAY_SAMPLE, settings.Q_BATCH_SIZE):
+                stop = start + settings.Q_BATCH_SIZE
+                batch = targets[start:stop]
+                with tf.GradientTape() as tape:
+                    tape.watch(weights)
+                    outputs = self.network.apply(weights, sample["observations"][start:stop])
+                    errors = tf.square(outputs - batch)
+                    if not settings.FIT_ALL_ACTIONS:
+                        taken = actions_taken(sample["actions"][start:stop], outputs.shape[1])
+                        errors = tf.where(taken, errors, 0.0)
+                    loss = tf.reduce_mean(errors)
+                lost += loss * tf.cast(tf.shape(batch)[0], tf.float32)
+                gradient = tape.gradient(loss, weights)
+                if settings.Q_WEIGHT_DECAY:  # decoupled (Loshchilov and Hutter 2019)
+                    weights -= settings.Q_LEARNING_RATE * settings.Q_WEIGHT_DECAY * weights
+                weights, moments = adam(weights, gradient, moments, settings.Q_LEARNING_RATE)
+            total += lost / settings.REPLAY_SAMPLE
+        return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
+
+
+# Compiling takes a second, and the network holds no weights: agents with equal settings share it.
+shared_q_network = functools.lru_cache(maxsize=1)(QNetwork)
 
 
 class DQNAgent:
@@ -283,14 +418,15 @@ class DQNAgent:
         self.target_weights = (1 - step) * self.target_weights + step * self.weights
         return float(loss)
 
-    def decay_epsilon(self) -> None:
-        """End the episode: epsilon is multiplied by exp(-EPSILON_DECAY) (public code)."""
+    def end_episode(self) -> np.ndarray:
+        """Go on to the next episode; return the transitions that this one added, oldest first.
+
+        epsilon is multiplied by exp(-EPSILON_DECAY) (public code).
+        """
+        added = self.replay.latest(self._stored)
         self.epsilon *= math.exp(-self.settings.EPSILON_DECAY)
         self._enter_episode(self.episode + 1)
-
-    def new_transitions(self) -> np.ndarray:
-        """Return the transitions that the episode added, oldest first."""
-        return self.replay.latest(self._stored)
+        return added
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what ``agent.npz`` holds: the Q-network's weights, by layer."""

@@ -26,8 +26,9 @@ import cli
 import plot
 import records
 from config import (
-    NAMED_SETTINGS,
     AgentSettings,
+    PlaceSettings,
+    RunSettings,
     Settings,
     UserError,
     WorldSettings,
@@ -86,11 +87,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     parser = cli.Parser(PROGRAM, text, examples)
     help_ = f"episodes to record, at least {_FOLDS} [%(default)s]"
     parser.add_argument("--walks", type=cli.count_of, default=60, metavar="N", help=help_)
-    cli.add_setting_flags(parser, {"--dataset": "DATASET", "--seed": "SEED", "--name": "NAME"})
+    flags = {f"--{name.lower()}": name for name in ("DATASET", "SEED", "NAME")}
+    cli.add_setting_flags(parser, flags, (WorldSettings, RunSettings, PlaceSettings))
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")
-    values = {**NAMED_SETTINGS.get(parsed.settings, {}), **cli.overrides_of(parsed)}
+    values = cli.overrides_of(parsed)
     for name in sorted(names_of(AgentSettings) & set(values)):
         parser.error(f"{name}: got {values[name]!r}, takes none: no agent is audited")
     settings = Settings(**{**cli.dataset_of_experiments(), **values, **_RECORDING})
@@ -154,7 +156,7 @@ def observations(walk: Walk, n: int, max_rounds: int) -> dict[str, np.ndarray]:
         "local": local,
         "local_holder": by_holder(local).reshape(local.shape),
         "broadcast_and_local": joined,
-        "first_scores": joined[:, :: joined.shape[1] // (2 * n)],
+        "first_scores": joined[:, ::n],
         "both": np.hstack([by_holder(broadcast)[:, :, 0], by_holder(local)[:, :, 0]]),
         "last_node_round": np.hstack([visited, rounds]),
         "history": np.hstack([visited.cumsum(axis=0), age, rounds]),

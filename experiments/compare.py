@@ -106,8 +106,8 @@ class Plan:
     cluster: str  # address of a Dask scheduler; "" for none
 
     def __post_init__(self) -> None:
-        variants = self.comparison.variants
-        varied = {setting for changes in variants.values() for setting in changes}
+        changes = self.comparison.variants.values()
+        varied = {setting for changed in changes for setting in changed}
         twice = ", ".join(sorted(varied & self.named))
         missing = "agent" in self.methods and not self.agent
         for wrong, message in (
@@ -117,10 +117,10 @@ class Plan:
         ):
             if wrong:
                 raise ConfigError(message)
-        for variant, settings in self.variants().items():
+        for settings in self.variants().values():
             for method in self.methods:
                 check_method(method, settings)
-                self._check_overrides(method, settings, self.named | set(variants[variant]))
+                self._check_overrides(method, settings, self.named | varied)
 
     def overrides(self, method: str, settings: Settings) -> dict[str, Any]:
         """Return the settings that a method changes, from the comparison's or a variant's."""

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 import cli
 import plot
 import records
+from config import Settings, WorldSettings, names_of
 from experiments import estimates
 from plot import BLACK, BLUE, GREY, PUBLISHED
 
@@ -181,9 +182,10 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
         axis.set_xlabel(f"{column.replace('_', ' ')}\n(change in %)")
         axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         if column == "rounds":
-            dataset, nodes = name.rsplit(", ", 1)
+            dataset, nodes, *others = name.split(", ")
             size = _size(rows[rows["quantity"] == "rounds_reduction"])
-            axis.set_title(f"{plot.data_name(dataset)}, {nodes}\n{size}", loc="left")
+            title = "\n".join([f"{plot.data_name(dataset)}, {nodes}", *others, size])
+            axis.set_title(title, loc="left")
             continue
         goal = _rows(rows, "goal_reached")["mean"]
         plot.label_at_right(axis, -1.2, "goal\nreached", x=1.03)
@@ -354,20 +356,32 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
 def by_task(comparisons: list[Tables]) -> dict[str, pd.DataFrame]:
     """Return the prepared estimates by task, such as "mnist, 10 nodes", methods by their rounds.
 
-    A method that several comparisons of a task have is taken from the first of them. Comparisons
-    that vary something, or compare nothing with random, are left out.
+    A task's name also has the world's settings that are not the dataset's defaults, and says if
+    episodes are validation episodes. A method that several comparisons of a task have is taken
+    from the first of them. Those that vary something, or compare nothing with random, are left out.
     """
     tasks: dict[str, pd.DataFrame] = {}
     for tables in comparisons:
         config, rows = tables["config"], tables["estimates"]
         if not config["parameter"] and (rows["quantity"] == "rounds_reduction").any():
-            name = f"{config['dataset']['name']}, {config['settings']['NUM_NODES']} nodes"
+            name = _task(config)
             known = tasks.get(name, rows.head(0))
             tasks[name] = pd.concat([known, rows[~rows["method"].isin(known["method"])]])
     for name, rows in tasks.items():
         rounds = _rows(rows, "rounds", "method")["mean"]
         tasks[name] = rows.sort_values("method", key=lambda m: m.map(rounds), kind="stable")
     return tasks
+
+
+def _task(config: dict[str, Any]) -> str:
+    dataset, used = config["dataset"]["name"], config["settings"]
+    default = Settings(DATASET=dataset).model_dump(include=names_of(WorldSettings))
+    default |= {name: used.get(name) for name in ("DATASET", "NUM_NODES")}
+    parts = [dataset, f"{used['NUM_NODES']} nodes"]
+    parts += [f"{k}={used[k]}" for k, value in default.items() if used.get(k, value) != value]
+    if config["episodes"] != "test":
+        parts.append(f"{config['episodes']} episodes")
+    return ", ".join(parts)
 
 
 def summary(tasks: dict[str, pd.DataFrame]) -> str:

@@ -349,7 +349,8 @@ def run_jobs(jobs: list[Job], client: Any) -> Iterator[tuple[Job, dict[str, Any]
             if future.status == "finished":
                 outcome = future.result()
             else:
-                outcome = {"error": f"its worker died ({_line(future.exception())})"}
+                cause = future.exception()
+                outcome = {"error": f"no result ({_line(cause) if cause else future.status})"}
             yield waiting.pop(future), outcome
         yield None
 

@@ -106,12 +106,9 @@ class WalkSearch:
             table += _RATE * len(best) / _GENERATION * (shares - table)
         self._played = []
 
-    def decay_epsilon(self) -> None:
-        """Go on to the next episode and draw its walk."""
+    def end_episode(self) -> np.ndarray:
+        """Go on to the next episode and draw its walk; return no transitions: none is stored."""
         self._enter_episode(self.episode + 1)
-
-    def new_transitions(self) -> np.ndarray:
-        """Return no transitions: none is stored."""
         return np.zeros(0)
 
     def state(self) -> dict[str, np.ndarray]:

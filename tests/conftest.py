@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def digits():
-    return data.load_digits(small_settings())
+    return data.load_digits()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from records import read_arrays, read_table, write_arrays
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, few):
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
+    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir: few)
     monkeypatch.setattr(audit, "_TREES", 5)
 
 
@@ -61,25 +61,25 @@ def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to(few):
 
 
 def test_observations_by_hand():
-    # Three rounds; three nodes with two components each.
-    scores = np.arange(-6, 12, dtype=np.float32).reshape(3, 6)
+    # Three rounds; three nodes with three scores each.
+    scores = np.arange(-8, 19, dtype=np.float32).reshape(3, 9)
     walk = {"nodes": np.array([2, 0, 0]), "broadcast": scores, "local": scores + 100}
     observed = audit.observations(walk, 3, max_rounds=4)
     assert list(observed) == list(audit.OBSERVATIONS)
     assert {(len(matrix), matrix.dtype.name) for matrix in observed.values()} == {(3, "float32")}
     assert observed["zeros"].tolist() == [[0, 0, 0]] * 3
     assert observed["last_node"].tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0]]
-    # The first round's norm: 36 + 25 + 16 + 9 + 4 + 1 = 91.
-    assert observed["last_node_moved"][0] == pytest.approx([0, 0, 1, np.sqrt(91)])
+    # The first round's norm: 64 + 49 + 36 + 25 + 16 + 9 + 4 + 1 + 0 = 204.
+    assert observed["last_node_moved"][0] == pytest.approx([0, 0, 1, np.sqrt(204)])
     assert observed["last_node_round"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 2], [1, 0, 0, 3]]
     visits, age, rounds = np.split(observed["history"], [3, 6], axis=1)
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
     assert age.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never visited: 2 * 4
     assert rounds.ravel().tolist() == [1, 2, 3]
-    assert observed["broadcast_and_local"][1].tolist() == [*range(6), *range(100, 106)]
-    assert observed["first_scores"][1].tolist() == [0, 2, 4, 100, 102, 104]
+    assert observed["broadcast_and_local"][1].tolist() == [*range(1, 10), *range(101, 110)]
+    assert observed["first_scores"][1].tolist() == [1, 4, 7, 101, 104, 107]
     # In the first round node 2's broadcast is negative.
-    assert observed["both"][0].tolist() == [6, 4, 2, 94, 96, 98]
+    assert observed["both"][0].tolist() == [8, 5, 2, 92, 95, 98]
 
 
 # --- Walks ---
@@ -310,7 +310,6 @@ def test_settings_of_an_audit():
     [
         (["--walks", "5"], "--walks: got 5, takes at least 6"),
         (["--walks", "0"], "--walks: got '0', takes an integer >= 1"),
-        (["--settings", "tuned"], "takes none"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
         (["--set", "REWARD=progress"], "REWARD: got 'progress', takes none"),
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),

@@ -84,7 +84,7 @@ def test_a_bad_command_line_is_refused_without_tensorflow(tmp_path):
 def test_what_only_the_data_can_tell_is_refused_the_same_way(
     tmp_path, monkeypatch, capfd, digits, arguments, words
 ):
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: digits)
+    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir: digits)
     results = tmp_path / "results"
     assert main.main(parse(f"{arguments} --set RESULTS_DIR={results}")) == 2
     out, err = capfd.readouterr()
@@ -141,7 +141,7 @@ def test_config_repeats_a_run(tmp_path):
 
 
 def test_config_insists_on_the_data_of_that_run(tmp_path, monkeypatch, capsys, few):
-    monkeypatch.setitem(data.DATASETS, "digits", lambda settings: few)
+    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir: few)
     path, results = tmp_path / "config.json", tmp_path / "results"
     about = {"name": "digits", "sha256": {**few.sha256, "x_train": "0"}}
     config = {"settings": small_settings().stored(), "dataset": about, "sessions": []}

@@ -498,6 +498,8 @@ def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
         (["--jobs", "2", "--cluster", "tcp://x:1"], "--jobs"),
         (["--settings", "best"], "argument --settings: invalid choice: 'best'"),
         (["ablation", "--settings", "tuned"], "--settings: got it beside"),
+        # It would put back what the ablation takes back.
+        (["ablation", "--methods", "tuned"], "'progress' with the method tuned"),
         (["--set", "DISCOUNT=0.5", "--methods", "tuned"], "DISCOUNT: got 0.5, takes 0.97"),
         (
             ["--vary", "OBSERVATION=zeros", "--methods", "tuned"],

@@ -569,8 +569,8 @@ def test_datasets_are_checked(change, words):
 
 def test_an_own_dataset_has_the_name_of_its_entry(monkeypatch, digits):
     other = dataclasses.replace(digits, name="my data")
-    monkeypatch.setitem(data.DATASETS, "mine", lambda settings: other)
+    monkeypatch.setitem(data.DATASETS, "mine", lambda data_dir: other)
     with pytest.raises(ConfigError, match="got 'mine', whose data are named 'my data'"):
         data.load(small_settings(DATASET="mine"))
-    monkeypatch.setitem(data.DATASETS, "my data", lambda settings: other)
+    monkeypatch.setitem(data.DATASETS, "my data", lambda data_dir: other)
     assert data.load(small_settings(DATASET="my data")) is other

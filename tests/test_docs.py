@@ -14,10 +14,10 @@ from conftest import CORES, PROJECT
 import cli
 import config
 import data
-import models
 import plot
 import records
 from experiments import audit, compare, estimates, figures, methods
+from node import shared_q_network
 
 REFERENCE = PROJECT / "results" / "reference"
 PAGES = [
@@ -156,10 +156,8 @@ def test_examples_run(tmp_path):
     # The digits are loaded once, and figures are not drawn: other tests look into both.
     before = """if True:
         import functools, config, data, plot
-        settings = config.Settings(DATASET="digits")
-        assert settings.MAX_ROUNDS == 3
-        load = functools.cache(lambda: data.load_digits(settings))
-        data.DATASETS["digits"] = lambda settings: load()
+        assert config.Settings().MAX_ROUNDS == 3
+        data.DATASETS["digits"] = functools.cache(data.load_digits)
         plot.draw_run = plot.save_figure = lambda *_: None
     """
     # Jobs compute on one thread, and a process can't change the number.
@@ -278,7 +276,7 @@ def test_the_table_of_the_tuned_settings():
 
 def test_the_committed_agent_has_the_tuned_settings():
     settings = config.Settings(**config.NAMED_SETTINGS["tuned"])
-    q = models.shared_q_network(20, 10, 1, settings)
+    q = shared_q_network(20, 10, 1, settings)
     path = REFERENCE / "headline-mnist" / "agents" / "tuned-seed0.npz"
     weights, about = records.load_agent(path)
     assert np.isfinite(q.network.from_named_arrays(weights)).all()

@@ -549,7 +549,7 @@ def test_a_rollout_ends_at_the_goal(few, monkeypatch):
 
 
 def test_the_registered_environment_has_the_default_settings(monkeypatch, digits):
-    monkeypatch.setitem(data.DATASETS, "auto", lambda settings: digits)
+    monkeypatch.setitem(data.DATASETS, "auto", lambda data_dir: digits)
     env = gymnasium.make("HomogeneousLearning-v0").unwrapped
     assert env.settings == Settings()
     assert env.dataset is digits

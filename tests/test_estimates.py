@@ -15,7 +15,7 @@ from experiments import estimates
 LIMIT = 36
 
 
-def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0", nodes=10):
+def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0", **world):
     """Write a comparison's tables.
 
     values[variant][method][seed] is a list of (rounds, cost), one per test episode; the variant is
@@ -53,7 +53,7 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
         "episodes": "test",
         "test_episodes": len(next(iter(first.values()))),
         "dataset": {"name": "mnist", "sha256": {}},
-        "settings": {"NUM_NODES": nodes},
+        "settings": {"NUM_NODES": 10, **world},
     }
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -132,7 +132,7 @@ def test_the_title_of_a_task_does_not_touch_the_heading_of_the_goals(tasks):
     figure = figures.draw_changes(tasks)
     figure.draw_without_rendering()
     (title,) = figure.findobj(
-        lambda artist: is_text(artist, "mnist, 100 nodes\n1 seed x 2 episodes")
+        lambda artist: is_text(artist, "mnist, 10 nodes\n1 seed x 2 episodes")
     )
     for goal in figure.findobj(lambda artist: is_text(artist, "goal\nreached")):
         assert not title.get_window_extent().overlaps(goal.get_window_extent())
@@ -473,9 +473,9 @@ SECOND = {
 @pytest.fixture
 def tasks(tmp_path, draw):
     """Two comparisons of a task, and one of another."""
-    found = []
-    for name, values, nodes in (("a", FIRST, 10), ("b", SECOND, 10), ("c", FIRST, 100)):
-        write_comparison(tmp_path / name, values, nodes=nodes)
+    found, other = [], {"GOAL_ACCURACY": 0.85, "NUM_NODES": 100}
+    for name, values, world in (("a", FIRST, {}), ("b", SECOND, {}), ("c", FIRST, other)):
+        write_comparison(tmp_path / name, values, **world)
         draw(tmp_path / name)
         found.append(draw.tables)
     varied = {**found[0], "config": {**found[0]["config"], "parameter": "DISCOUNT"}}
@@ -492,7 +492,7 @@ def test_the_tables_by_task(tasks):
         "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
         "| random | 1 x 2 | 20.0 |  |  | 100 % |",
         f"| stay | 1 x 2 | {LIMIT:.1f} | {more:+.1f} % | -100.0 %* | 0 % |",
-        "mnist, 100 nodes:",
+        "mnist, 100 nodes, GOAL_ACCURACY=0.85:",
         "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
         "| random | 1 x 2 | 20.0 |  |  | 100 % |",
     ]
@@ -520,7 +520,12 @@ def test_the_figure_by_task(tasks):
     assert goals(others[1]) == {2: "100 %", 3: "100 %"}
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     size = "1 seed x 2 episodes"
-    assert titles == [f"mnist, 10 nodes\n{size}", "", f"mnist, 100 nodes\n{size}", ""]
+    assert titles == [
+        f"mnist, 10 nodes\n{size}",
+        "",
+        f"mnist, 100 nodes\nGOAL_ACCURACY=0.85\n{size}",
+        "",
+    ]
 
 
 def test_a_task_without_the_paper_s_values_names_its_data(tasks):
@@ -533,7 +538,7 @@ def test_a_task_without_the_paper_s_values_names_its_data(tasks):
 
 def test_several_comparisons_get_a_summary(tmp_path, capsys):
     for name, nodes in (("a", 10), ("b", 100)):
-        write_comparison(tmp_path / name, FIRST, nodes=nodes)
+        write_comparison(tmp_path / name, FIRST, NUM_NODES=nodes)
     assert figures.main([str(tmp_path / "a")]) == 0
     assert not list(tmp_path.glob("*.png"))
     write_comparison(tmp_path / "c", {"random": FIRST["random"]})  # it compares nothing

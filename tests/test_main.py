@@ -44,7 +44,7 @@ TESTS = PROJECT / "tests"
 
 def use(patch, dataset):
     """Let runs in this process take a dataset that is loaded already, and draw nothing."""
-    patch.setitem(data.DATASETS, "digits", lambda settings: dataset)
+    patch.setitem(data.DATASETS, "digits", lambda data_dir: dataset)
     patch.setattr(plot, "draw_run", lambda folder: None)
 
 
@@ -67,7 +67,7 @@ def agents_are_equal(*folders):
 def finished(tmp_path_factory, few):
     """One small run from start to end, with its figures: do not write into it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "digits", lambda settings: few)
+        patch.setitem(data.DATASETS, "digits", lambda data_dir: few)
         status, folder = start(tmp_path_factory.mktemp("finished"))
     assert status == 0
     return folder
@@ -134,7 +134,7 @@ def test_the_trained_agent_is_one_that_learned_from_the_recorded_rounds(few, fin
             observation = following
         assert truncated
         agent.train()
-        agent.decay_epsilon()
+        agent.end_episode()
     arrays, about = records.load_agent(finished / "agent.npz")
     assert (agent.q.network.from_named_arrays(arrays).numpy() == agent.weights.numpy()).all()
     assert Settings(**about["settings"]) == settings

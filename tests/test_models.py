@@ -11,8 +11,8 @@ from conftest import PROJECT, small_settings
 import models
 from config import ConfigError, stream
 from environment import DecentralizedLearning
-from models import FlatNetwork, FoundationModel, Moments, QNetwork
-from node import DQNAgent
+from models import FlatNetwork, FoundationModel, Moments
+from node import DQNAgent, QNetwork, q_targets
 
 
 def keras_twin(flat, weights, softmax, optimizer=None, loss=None):
@@ -191,7 +191,7 @@ def ended(observations, actions, rewards):
 def targets(q, weights, next_weights, sample, settings):
     values = tf.constant(q.values(weights, sample["observations"]))
     next_values = tf.constant(q.values(next_weights, sample["next_observations"]))
-    return models.q_targets(values, next_values, sample, settings)
+    return q_targets(values, next_values, sample, settings)
 
 
 def fit(q, weights, transitions):

@@ -4,12 +4,11 @@ import gymnasium
 import numpy as np
 import pytest
 
-import models
 import node
 from config import Settings, stream
 from environment import Round
 from models import tf
-from node import DQNAgent, ReplayBuffer
+from node import DQNAgent, ReplayBuffer, q_targets
 
 # --- Replay buffer ---------------------------------------------------------------------------
 
@@ -109,7 +108,7 @@ def test_random_choices_by_hand():
         for _ in range(9):
             rng.random()
             assert agent.act(seen, {}) == ([rng.permutation(3)[0]], "random")
-        agent.decay_epsilon()
+        agent.end_episode()
 
 
 def test_epsilon_schedule():
@@ -117,7 +116,7 @@ def test_epsilon_schedule():
     seen = []
     for _ in range(120):
         seen.append(agent.epsilon)
-        agent.decay_epsilon()
+        agent.end_episode()
     assert seen[0] == 0.9
     assert seen[1] == pytest.approx(0.9 * 0.9801986733, abs=1e-10)
     assert seen[119] == pytest.approx(0.9 * math.exp(-0.02 * 119), rel=1e-12)
@@ -163,7 +162,7 @@ def test_repetitions_end_with_the_episode_and_where_a_node_is_barred():
     (after,), kind = agent.act(observation, {"barred": [node]})
     assert kind == "random"
     assert after != node
-    agent.decay_epsilon()
+    agent.end_episode()
     agent.epsilon = 0.0
     assert agent.act(observation, {})[1] == "greedy"
 
@@ -241,7 +240,7 @@ def targets(sample=SAMPLE, normalize=False):
     settings = Settings(DISCOUNT=0.9, FIT_ALL_ACTIONS=normalize)
     values = [tf.constant(array, tf.float32) for array in (Q_NOW, Q_NEXT)]
     fields = {name: tf.constant(field) for name, field in sample.items()}
-    return models.q_targets(*values, fields, settings)
+    return q_targets(*values, fields, settings)
 
 
 def test_targets_by_hand():
@@ -343,7 +342,7 @@ def test_a_choice_of_two_rounds_is_stored_where_it_lasted():
 def test_waiting_steps_end_with_the_episode():
     agent = make_agent(N_STEP=3)
     agent.remember(Round(np.zeros(4), [0], "greedy", 1.0, np.zeros(4), False, False, {}))
-    agent.decay_epsilon()
+    agent.end_episode()
     agent.remember(Round(np.ones(4), [1], "greedy", 2.0, np.ones(4), False, True, {}))
     assert agent.replay.latest(9)["rewards"].tolist() == [2.0]
 
@@ -408,7 +407,7 @@ def test_the_target_network_moves_to_the_q_network():
         moved = 0.75 * before + 0.25 * agent.weights.numpy()
         np.testing.assert_allclose(agent.target_weights.numpy(), moved, atol=1e-7)
         assert abs(agent.target_weights.numpy() - before).max() > 1e-5
-        agent.decay_epsilon()
+        agent.end_episode()
 
 
 def test_agent_state_round_trip():
@@ -416,7 +415,7 @@ def test_agent_state_round_trip():
     overrides = {"REPLAY_SAMPLE": 32, "EPSILON": 0.5, "TARGET_RATE": 0.5}
     agent = filled(make_agent(**overrides), 50)
     agent.train()
-    agent.decay_epsilon()
+    agent.end_episode()
     copy = make_agent(**overrides)
     copy.load_state(agent.state(), agent.replay.latest(50))
     for each in (agent, copy):
@@ -512,7 +511,7 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
             agent.remember(Round(observation, actions, chosen_by, *result))
             observation, done = following, terminated or truncated
         agent.train()
-        agent.decay_epsilon()
+        agent.end_episode()
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
     states = np.eye(6, dtype=np.float32)
     assert [agent.best_actions(state)[0] for state in states] == [1] * 6

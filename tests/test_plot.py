@@ -13,7 +13,16 @@ from records import DISTANCE_COLUMNS, EPISODE_COLUMNS, ROUND_COLUMNS, SHARD_COLU
 FIGURES = ("accuracy", "data", "learning")
 
 
-def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by="random", nodes=4):
+def make_run(
+    folder,
+    episodes=50,
+    dataset="mnist",
+    first_epsilon=1.0,
+    chosen_by="random",
+    nodes=10,
+    goal=0.8,
+    limit=36,
+):
     """CSVs as a run writes them, with numbers that are easy to check."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -25,7 +34,7 @@ def make_run(folder, episodes=50, dataset="mnist", first_epsilon=1.0, chosen_by=
             rounds.append([dataset, episode, r, node, chosen_by, 0.05, rng.random() * 0.7, -0.6])
         epsilon = first_epsilon * np.exp(-0.02 * (episode - 1))
         outcome = [int(episode % 5 > 0), 0.8, -0.6 * count, 0.05 * count]
-        rows.append([dataset, episode, count, *outcome, epsilon, 0.1, 0, 0.8, 36, 2.0])
+        rows.append([dataset, episode, count, *outcome, epsilon, 0.1, 0, goal, limit, 2.0])
     shards = [[dataset, n, c, 400 if n == c else 11] for n in range(nodes) for c in range(10)]
     pairs = [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
     distances = [[dataset, a, b, 0.01 * a + 0.001 * b] for a, b in pairs]
@@ -58,6 +67,14 @@ def test_summary_by_hand(tmp_path):
     assert lines[4] == "| 41 to 50 | 10.0 ± 0.0 | 0.50 ± 0.00 | 80% | -6.0 ± 0.0 |"
     for part in ("50 episodes", "mnist", "1.7 min", "10 missed", "36 rounds", "0 diverged"):
         assert part in lines[5]
+
+
+def test_the_summary_names_a_dqn_that_never_trained(tmp_path):
+    folder = make_run(tmp_path / "x")
+    assert "REPLAY_SAMPLE" not in plot.summary(folder)
+    episodes = pd.read_csv(folder / "episodes.csv")
+    episodes.assign(q_loss="").to_csv(folder / "episodes.csv", index=False)
+    assert "REPLAY_SAMPLE" in plot.summary(folder)
 
 
 def test_interval_by_hand():
@@ -156,6 +173,9 @@ def test_no_text_is_below_7_points_and_none_is_cut_off(tmp_path, name, nodes):
         ({"first_epsilon": 0.5}, False),
         ({"chosen_by": "repeated"}, False),
         ({"episodes": 9}, False),
+        ({"nodes": 4}, False),
+        ({"goal": 0.7}, False),
+        ({"limit": 40}, False),
     ],
 )
 def test_published_line_where_it_applies(tmp_path, options, shown):

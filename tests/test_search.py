@@ -37,7 +37,7 @@ def play(agent, episodes, reward_of):
             reward = reward_of(*actions)
             agent.remember(Round(None, actions, chosen_by, reward, None, False, False, {}))
         assert agent.train() is None
-        agent.decay_epsilon()
+        agent.end_episode()
     return walks
 
 
@@ -69,7 +69,7 @@ def test_the_elite_moves_the_probabilities():
         returns.append(rewards[0] + 0.5 * rewards[1])
         assert all((a == b).all() for a, b in zip(before, agent.probabilities, strict=True))
         agent.train()
-        agent.decay_epsilon()
+        agent.end_episode()
     elite = np.argsort(-np.array(returns), kind="stable")[:5]
     for table, chosen in zip(agent.probabilities, (first, lengths), strict=True):
         shares = np.bincount(np.array(chosen)[elite], minlength=table.shape[1]) / 5
@@ -82,7 +82,7 @@ def test_a_search_goes_on_where_it_was_cut_off(cut):
     whole, first, second = (search.WalkSearch(0, settings) for _ in range(3))
     walks = play(whole, 45, float)
     begun = play(first, cut, float)
-    second.load_state(first.state(), first.new_transitions())
+    second.load_state(first.state(), np.zeros(0))
     assert begun + play(second, 45 - cut, float) == walks
     for name, array in whole.state().items():
         np.testing.assert_array_equal(array, second.state()[name])
