@@ -252,17 +252,20 @@ def audit(settings: Settings, count: int) -> int:
     # The data that DATASET led to counts, not its name.
     names = names_of(WorldSettings) - {"DATASET"} | {"SEED"}
     used = {name: value for name, value in settings.stored().items() if name in names}
-    about = {"sha256": dataset.sha256, "settings": used}
+    config = {"dataset": {"name": dataset.name, "sha256": dataset.sha256}, "settings": used}
 
-    def comparable(about: dict[str, Any]) -> dict[str, Any]:
-        data = records.fingerprint(dataset.name, about["sha256"])
-        return {"data": data, **{name: about["settings"].get(name) for name in used}}
+    def comparable(config: dict[str, Any]) -> dict[str, Any]:
+        data = records.fingerprint(**config["dataset"])
+        return {"data": data, **{name: config["settings"].get(name) for name in used}}
 
     path = folder / "audit.csv"
     with records.locked(folder, "audit"):
-        if records.read_own(folder / "audit.json", "audit", comparable, comparable(about)) is None:
-            about |= records.circumstances(environment.threads)
-            records.write_json(folder / "audit.json", about)
+        if (
+            records.read_own(folder / "config.json", "audit", comparable, comparable(config))
+            is None
+        ):
+            config |= records.circumstances(environment.threads)
+            records.write_json(folder / "config.json", config)
         table = records.read_table(path, AUDIT_COLUMNS) if path.exists() else None
         if table is None or (table["episodes"] != count).any():
             table = audit_table(_walks(environment, folder / "walks", count), environment)

@@ -140,7 +140,7 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     # Nothing observed: no better than the mean of the other parts.
     nothing = table[(table["observation"] == "zeros") & (table["target"] == "accuracy")]
     assert nothing["r2"].item() <= 0
-    about = json.loads((folder / "audit.json").read_text())
+    about = json.loads((folder / "config.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
     # In the order of their declaration: the same bytes in each process.
     used = {*config.names_of(config.WorldSettings), "SEED"} - {"DATASET"}
@@ -169,11 +169,14 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
 
 
 def prepare_folder(folder, settings, count, **changes):
-    """Make a folder with recorded walks and audit.json, without recording."""
+    """Make a folder with recorded walks and config.json, without recording."""
     (folder / "walks").mkdir(parents=True)
     dataset = data.load(settings)
-    about = {"sha256": dataset.sha256, "settings": {**settings.stored(), **changes}}
-    (folder / "audit.json").write_text(json.dumps(about))
+    about = {
+        "dataset": {"name": dataset.name, "sha256": dataset.sha256},
+        "settings": {**settings.stored(), **changes},
+    }
+    (folder / "config.json").write_text(json.dumps(about))
     rng = np.random.default_rng(0)
     for episode in range(1, count + 1):
         walk = {kind: rng.random((5, 16), np.float32) for kind in ("broadcast", "local")}
@@ -233,9 +236,9 @@ def test_settings_of_an_agent_make_no_other_audit(tmp_path):
 
 def test_a_damaged_folder(tmp_path, capsys):
     prepare_folder(tmp_path / "audit-digits", small_settings(), 6)
-    (tmp_path / "audit-digits" / "audit.json").write_text("{}")
+    (tmp_path / "audit-digits" / "config.json").write_text("{}")
     assert start(tmp_path, "--walks", "6") == 2
-    assert "audit.json: damaged" in capsys.readouterr().err
+    assert "config.json: damaged" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
