@@ -290,10 +290,10 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
-        self._barred: Sequence[int] = ()  # before the next one
-        self._steps_left = 0  # for which it still lasts
-        self._repeats_left = 0  # of a random one
-        self._stored = 0  # transitions of this episode
+        self._barred: Sequence[int] = ()  # actions that the next choice leaves out
+        self._steps_left = 0  # that the last choice still lasts
+        self._repeats_left = 0  # that it is still repeated, if it was random
+        self._stored = 0  # transitions that this episode added
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
         """Choose k distinct actions; return them and ``random``, ``repeated`` or ``greedy``.

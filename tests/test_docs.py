@@ -431,6 +431,12 @@ def test_the_tuned_agents_seed_by_seed():
             f"{100 * tuned['goal_reached']:.0f} %",
         ]
     text = flat("docs/tuned.md")
+    rounds = means["rounds"].unstack("method")
+    published = (1 - plot.PUBLISHED["rounds"]) * rounds["random"].mean()
+    best = rounds["best_walk"].mean()
+    assert f"would be {published:.1f} rounds here, and the best walk known takes {best:.1f}" in text
+    lost = rounds["tuned"] - rounds["best_walk"]
+    assert set(lost.index[lost > 1.5]) == {2, 8, 9}
     for quantity in ("rounds", "communication_cost"):
         row = estimated("headline-mnist").loc["", "tuned", f"{quantity}_break_even"]
         assert re.search(rf"\s{row['mean']:.0f}\s\[{row['low']:.0f}, {row['high']:.0f}\]", text)
