@@ -118,8 +118,7 @@ def bootstrap(statistic: Statistic, *values: np.ndarray) -> tuple[float, float, 
     draws = draws + rng.integers(episodes, size=(RESAMPLES, seeds, episodes))
     resampled = statistic(*(array.take(draws) for array in values))
     # "inverted_cdf" gives a value that occurs: interpolation between infinities gives none.
-    tail = (1 - 0.95) / 2  # a little above 0.025, so another draw than at 0.025
-    low, high = np.quantile(resampled, [tail, 1 - tail], method="inverted_cdf")
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
     return mean, float(low), float(high)
 
 
