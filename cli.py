@@ -82,7 +82,7 @@ def add_setting_flags(
     for flag, name in flags.items():
         names = [flag, "--episode"] if flag == "--episodes" else [flag]
         add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
-    help_ = "any setting; repeatable"
+    help_ = "any setting below; repeatable"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
     if AgentSettings in groups:
         help_ = "tuned: our settings of the agent; --set overrides them"
@@ -100,7 +100,8 @@ def _default_and_tuned(name: str, mark: str = "") -> tuple[str, str]:
 
 
 def _settings_help(groups: tuple[type[Group], ...]) -> str:
-    lines = ["settings, for --set (default; tuned value):"]
+    tuned = "; tuned value" if AgentSettings in groups else ""
+    lines = [f"settings, for --set (default{tuned}):"]
     for group in groups:
         lines.append(f"  {group.__doc__}")
         for name in group.model_fields:
@@ -167,7 +168,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     parsed = parser.parse_args(arguments)
     stored, data_sha256 = {}, {}
     if parsed.config is not None:
-        # A comparison has no sessions.
+        # A comparison and an audit have no sessions.
         config = read_config(Path(parsed.config), "sessions", flag="--config: ")
         data_sha256 = config["dataset"]["sha256"]
         stored = {**config["settings"], "DATASET": config["dataset"]["name"]}

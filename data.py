@@ -261,10 +261,9 @@ def _download(name: str) -> Path:
 def load_digits(data_dir: str = "") -> Dataset:
     """Return scikit-learn's 1,797 handwritten digits in MNIST's format: a stand-in (ours).
 
-    They come with scikit-learn, so ``data_dir`` is not used.
     The 8 x 8 images are enlarged to 20 x 20 in the middle of 28 x 28 pixels, as MNIST's are. A
     fifth of each class is the test set. The other digits of a class are repeated to 6,000 training
-    images, enough for 150 nodes, each with a small distortion of its own.
+    images, enough for 150 nodes, each with a small distortion of its own. ``data_dir`` is not used.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_bundled
@@ -327,7 +326,6 @@ def load_auto(data_dir: str) -> Dataset:
         return load_digits()
 
 
-# The functions take DATA_DIR.
 DATASETS: dict[str, Callable[[str], Dataset]] = {
     "auto": load_auto,
     "mnist": partial(load_published, "mnist"),

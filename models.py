@@ -1,4 +1,4 @@
-"""The two Keras networks as functions of their weights; the foundation model; the device.
+"""The two Keras networks as functions of their weights; local training, evaluation, the device.
 
 Departure: there is one compiled Keras model of each kind per process, where the public code builds
 one per node and episode. Nodes, rounds and agents differ in one vector of weights, which the

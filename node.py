@@ -135,21 +135,21 @@ def q_targets(
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and FIT_ALL_ACTIONS.
     """
-    barred = actions_taken(sample["barred"], q_values.shape[1])
+    barred = action_mask(sample["barred"], q_values.shape[1])
     possible = tf.where(barred, next_values.dtype.min, next_values)
     future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
-    taken = actions_taken(sample["actions"], q_values.shape[1])
+    taken = action_mask(sample["actions"], q_values.shape[1])
     targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
     if settings.FIT_ALL_ACTIONS:
         targets = tf.math.divide_no_nan(targets, tf.norm(targets))
     return tf.cast(targets, tf.float32)
 
 
-def actions_taken(actions: tf.Tensor, count: int) -> tf.Tensor:
-    """Return (n, count) bool: which actions (n, k) int32 names; -1 names none."""
+def action_mask(actions: tf.Tensor, count: int) -> tf.Tensor:
+    """Return (n, count) bool: True at the actions (n, k) int32; -1 is none."""
     return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)
 
 
@@ -234,7 +234,7 @@ class QNetwork:
                     outputs = self.network.apply(weights, sample["observations"][start:stop])
                     errors = tf.square(outputs - batch)
                     if not settings.FIT_ALL_ACTIONS:
-                        taken = actions_taken(sample["actions"][start:stop], outputs.shape[1])
+                        taken = action_mask(sample["actions"][start:stop], outputs.shape[1])
                         errors = tf.where(taken, errors, 0.0)
                     loss = tf.reduce_mean(errors)
                 lost += loss * tf.cast(tf.shape(batch)[0], tf.float32)
@@ -246,7 +246,8 @@ class QNetwork:
         return weights, moments, total / tf.cast(tf.shape(draws)[0], tf.float32)
 
 
-# Compiling takes a second, and the network holds no weights: agents with equal settings share it.
+# Compiling takes a second, and the network holds no weights: agents share the latest one if their
+# sizes and AgentSettings are equal.
 shared_q_network = functools.lru_cache(maxsize=1)(QNetwork)
 
 
@@ -291,8 +292,8 @@ class DQNAgent:
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
         self._barred: Sequence[int] = ()  # actions that the next choice leaves out
-        self._steps_left = 0  # that the last choice still lasts
-        self._repeats_left = 0  # that it is still repeated, if it was random
+        self._steps_left = 0  # steps that the last choice still lasts
+        self._repeats_left = 0  # times that it is still repeated, if it was random
         self._stored = 0  # transitions that this episode added
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:

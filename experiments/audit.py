@@ -254,18 +254,15 @@ def audit(settings: Settings, count: int) -> int:
     used = {name: value for name, value in settings.stored().items() if name in names}
     config = {"dataset": {"name": dataset.name, "sha256": dataset.sha256}, "settings": used}
 
-    def comparable(config: dict[str, Any]) -> dict[str, Any]:
-        data = records.fingerprint(**config["dataset"])
-        return {"data": data, **{name: config["settings"].get(name) for name in used}}
+    def comparable(content: dict[str, Any]) -> dict[str, Any]:
+        data = records.fingerprint(**content["dataset"])
+        return {"data": data, **{name: content["settings"].get(name) for name in used}}
 
-    path = folder / "audit.csv"
+    now, identity, path = comparable(config), folder / "config.json", folder / "audit.csv"
     with records.locked(folder, "audit"):
-        if (
-            records.read_own(folder / "config.json", "audit", comparable, comparable(config))
-            is None
-        ):
+        if records.read_own(identity, "audit", comparable, now) is None:
             config |= records.circumstances(environment.threads)
-            records.write_json(folder / "config.json", config)
+            records.write_json(identity, config)
         table = records.read_table(path, AUDIT_COLUMNS) if path.exists() else None
         if table is None or (table["episodes"] != count).any():
             table = audit_table(_walks(environment, folder / "walks", count), environment)

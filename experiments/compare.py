@@ -133,11 +133,11 @@ class Plan:
         items = self.comparison.variants.items()
         return {name: self.settings.replace(**changes) for name, changes in items}
 
-    def _check_overrides(self, method: str, settings: Settings, named: set[str]) -> None:
-        """Raise a ConfigError if a method changes a setting that the user chose."""
+    def _check_overrides(self, method: str, settings: Settings, chosen: set[str]) -> None:
+        """Raise a ConfigError if a method changes a setting that is named or varied."""
         for setting, value in self.overrides(method, settings).items():
             got = getattr(settings, setting)
-            if setting in named and got != value:
+            if setting in chosen and got != value:
                 message = f"{setting}: got {got!r}, takes {value!r} with the method {method}"
                 raise ConfigError(message)
 

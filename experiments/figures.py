@@ -19,9 +19,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 import cli
 import plot
 import records
-from config import Settings, WorldSettings, names_of
+from config import Settings, WorldSettings
 from experiments import estimates
-from plot import BLACK, BLUE, GREY, PUBLISHED
+from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_TASK
 
 # What estimates.read_comparison returns, "estimates", and what prepare adds.
 Tables = dict[str, Any]
@@ -374,11 +374,16 @@ def by_task(comparisons: list[Tables]) -> dict[str, pd.DataFrame]:
 
 
 def _task(config: dict[str, Any]) -> str:
+    """Return the name of a comparison's task, see ``by_task``."""
     dataset, used = config["dataset"]["name"], config["settings"]
-    default = Settings(DATASET=dataset).model_dump(include=names_of(WorldSettings))
-    default |= {name: used.get(name) for name in ("DATASET", "NUM_NODES")}
+    usual = Settings(DATASET=dataset).model_dump()
+    if dataset == PUBLISHED_TASK["dataset"]:  # whatever a user edited in config.py
+        usual |= {name: PUBLISHED_TASK[name.lower()] for name in ("GOAL_ACCURACY", "MAX_ROUNDS")}
     parts = [dataset, f"{used['NUM_NODES']} nodes"]
-    parts += [f"{k}={used[k]}" for k, value in default.items() if used.get(k, value) != value]
+    for name in WorldSettings.model_fields:
+        value = used.get(name, usual[name])
+        if name not in ("DATASET", "NUM_NODES") and value != usual[name]:
+            parts.append(f"{name}={value}")
     if config["episodes"] != "test":
         parts.append(f"{config['episodes']} episodes")
     return ", ".join(parts)

@@ -313,6 +313,7 @@ def test_settings_of_an_audit():
     [
         (["--walks", "5"], "--walks: got 5, takes at least 6"),
         (["--walks", "0"], "--walks: got '0', takes an integer >= 1"),
+        (["--settings", "tuned"], "unrecognized arguments: --settings tuned"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
         (["--set", "REWARD=progress"], "REWARD: got 'progress', takes none"),
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),

@@ -436,7 +436,8 @@ def test_the_tuned_agents_seed_by_seed():
     best = rounds["best_walk"].mean()
     assert f"would be {published:.1f} rounds here, and the best walk known takes {best:.1f}" in text
     lost = rounds["tuned"] - rounds["best_walk"]
-    assert set(lost.index[lost > 1.5]) == {2, 8, 9}
+    *others, last = map(str, lost.index[lost > 1.5])
+    assert f"seeds {', '.join(others)} and {last} lose more" in text
     for quantity in ("rounds", "communication_cost"):
         row = estimated("headline-mnist").loc["", "tuned", f"{quantity}_break_even"]
         assert re.search(rf"\s{row['mean']:.0f}\s\[{row['low']:.0f}, {row['high']:.0f}\]", text)

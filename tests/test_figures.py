@@ -498,6 +498,20 @@ def test_the_tables_by_task(tasks):
     ]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "world", "episodes", "more"),
+    [
+        ("fashion_mnist", {"GOAL_ACCURACY": 0.72, "MAX_ROUNDS": 87}, "test", ""),
+        ("fashion_mnist", {"GOAL_ACCURACY": 0.8}, "test", ", GOAL_ACCURACY=0.8"),
+        ("mnist", {"STARTER_NODE": 4}, "validation", ", STARTER_NODE=4, validation episodes"),
+    ],
+)
+def test_the_name_of_a_task(dataset, world, episodes, more):
+    settings = {"NUM_NODES": 10, **world}
+    config = {"dataset": {"name": dataset}, "settings": settings, "episodes": episodes}
+    assert figures._task(config) == f"{dataset}, 10 nodes{more}"
+
+
 def test_the_figure_by_task(tasks):
     figure = figures.draw_changes(tasks)
     rounds, cost, *others = figure.axes

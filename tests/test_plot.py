@@ -75,6 +75,8 @@ def test_the_summary_names_a_dqn_that_never_trained(tmp_path):
     episodes = pd.read_csv(folder / "episodes.csv")
     episodes.assign(q_loss="").to_csv(folder / "episodes.csv", index=False)
     assert "REPLAY_SAMPLE" in plot.summary(folder)
+    episodes.assign(q_loss="nan", diverged=1).to_csv(folder / "episodes.csv", index=False)
+    assert "REPLAY_SAMPLE" not in plot.summary(folder)
 
 
 def test_interval_by_hand():
