@@ -67,9 +67,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_setting_flags(
-    parser: Parser, flags: dict[str, str], groups: tuple[type[Group], ...] = GROUPS
+    parser: Parser, names: set[str], groups: tuple[type[Group], ...] = GROUPS
 ) -> None:
-    """Add short flags, ``--set``, and to the help the settings of groups.
+    """Add the short flags of ``names``, ``--set``, and to the help the settings of groups.
 
     ``--settings``, which changes the agent, is added if AgentSettings is among them.
     """
@@ -79,9 +79,10 @@ def add_setting_flags(
         Parser("config.py", "").error(str(error))
     parser.epilog = _settings_help(groups)
     add = parser.add_argument
-    for flag, name in flags.items():
-        names = [flag, "--episode"] if flag == "--episodes" else [flag]
-        add(*names, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
+    for flag, name in FLAGS.items():
+        if name in names:
+            spellings = [flag, "--episode"] if flag == "--episodes" else [flag]
+            add(*spellings, dest=name, metavar="VALUE", help=f"short for --set {name}=VALUE")
     help_ = "any setting below; repeatable"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=help_)
     if AgentSettings in groups:
@@ -164,7 +165,7 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     parser = Parser("main.py", "Train the DQN; results go to results/<name>/.", examples)
     help_ = "run again what a run's config.json says"
     parser.add_argument("--config", type=os.path.expanduser, metavar="FILE", help=help_)
-    add_setting_flags(parser, FLAGS)
+    add_setting_flags(parser, set(FLAGS.values()))
     parsed = parser.parse_args(arguments)
     stored, data_sha256 = {}, {}
     if parsed.config is not None:

@@ -87,8 +87,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     parser = cli.Parser(PROGRAM, text, examples)
     help_ = f"episodes to record, at least {_FOLDS} [%(default)s]"
     parser.add_argument("--walks", type=cli.count_of, default=60, metavar="N", help=help_)
-    flags = {f"--{name.lower()}": name for name in ("DATASET", "SEED", "NAME")}
-    cli.add_setting_flags(parser, flags, (WorldSettings, RunSettings, PlaceSettings))
+    groups = (WorldSettings, RunSettings, PlaceSettings)
+    cli.add_setting_flags(parser, {"DATASET", "SEED", "NAME"}, groups)
     parsed = parser.parse_args(arguments)
     if parsed.walks < _FOLDS:
         parser.error(f"--walks: got {parsed.walks}, takes at least {_FOLDS}")

@@ -171,7 +171,7 @@ def _parser() -> cli.Parser:
     where("--jobs", type=cli.count_of, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
     add("--seed", dest="SEED", help=argparse.SUPPRESS)  # main.py's, refused as --set SEED is
-    cli.add_setting_flags(parser, {f"--{n.lower()}": n for n in ("DATASET", "EPISODES", "NAME")})
+    cli.add_setting_flags(parser, {"DATASET", "EPISODES", "NAME"})
     return parser
 
 

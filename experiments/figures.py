@@ -35,7 +35,8 @@ _NODE_COLORS = (
 _MOST_CHANGE = 0.6  # larger changes are written as text
 _MOST_COST = 3.0  # times random's; larger costs are written as text
 
-_PAPER, _PAPER_TASK = "paper (MNIST)", "mnist, 10 nodes"  # its row, and where it belongs
+_PAPER = "paper (MNIST)"  # its row, and the task where it belongs
+_PAPER_TASK = f"{PUBLISHED_TASK['dataset']}, {PUBLISHED_TASK['nodes']} nodes"
 
 _QUANTITIES = ("rounds", "communication_cost", "goal_reached")
 
