@@ -172,7 +172,7 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
     if _PAPER_TASK in tasks:
         places[_PAPER] = -PUBLISHED["rounds"]
     labels = sorted(places, key=lambda label: places[label])
-    figure, axes = plot.panels(0.2 * len(labels) + 1.5, 1, 2 * len(tasks), sharex=True, sharey=True)
+    figure, axes = plot.panels(0.2 * len(labels) + 1.8, 1, 2 * len(tasks), sharex=True, sharey=True)
     panels = itertools.product(tasks.items(), PUBLISHED.items())
     for axis, ((name, rows), (column, share)) in zip(axes, panels, strict=True):
         axis.axvline(0, color=BLACK, lw=1, label="random")
@@ -180,20 +180,22 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
         if name == _PAPER_TASK:
             style: Any = {"ms": 5, "mfc": "white", "mec": plot.RED, "mew": 1.2}
             axis.plot(-share, labels.index(_PAPER), "D", label="published", **style)
-        axis.set_xlabel(f"{column.replace('_', ' ')}\n(change in %)")
+        axis.set_xlabel(f"{column.removeprefix('communication_')} (%)")
         axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         if column == "rounds":
             dataset, nodes, *others = name.split(", ")
-            size = _size(rows[rows["quantity"] == "rounds_reduction"])
+            size = _size(rows[rows["quantity"] == "rounds_reduction"]).replace(" x ", "\nx ")
             title = "\n".join([f"{plot.data_name(dataset)}, {nodes}", *others, size])
             axis.set_title(title, loc="left")
             continue
         goal = _rows(rows, "goal_reached")["mean"]
-        plot.label_at_right(axis, -1.2, "goal\nreached", x=1.03)
+        below: Any = {"textcoords": "offset points", "va": "top", "fontsize": 7}
+        axis.annotate("goal\nreached", (1.03, 0), (0, -12), "axes fraction", **below)
         for label, mean in goal[goal.index.isin(labels)].items():
             plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
     _add_legend(figure)
-    figure.suptitle(f"Change against random, {_mean_of(changed)}")
+    title = "Change of rounds and communication cost against random"
+    figure.suptitle(f"{title}, {_mean_of(changed)}")
     return figure
 
 

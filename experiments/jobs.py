@@ -255,14 +255,15 @@ def _test_episode(
         holder = np.atleast_1d(info["node"])[0]
     # An agent that sees all nodes' weights needs them: each new model goes to all other nodes.
     sees_weights = method.policy is None and settings.OBSERVATION in ("broadcast", "local", "both")
-    models_seen = info["round"] * settings.NODES_PER_ROUND * (settings.NUM_NODES - 1)
+    models_trained = len(first_nodes) + (info["round"] - 1) * settings.NODES_PER_ROUND
+    models_sent = sees_weights * models_trained * (settings.NUM_NODES - 1)
     return {
         **episode_row(info, settings, started),
         **whose,
         "communication_cost": cost,
         "transfers": transfers,
         "megabytes": megabytes,
-        "observation_megabytes": sees_weights * models_seen * model_megabytes,
+        "observation_megabytes": models_sent * model_megabytes,
     }
 
 

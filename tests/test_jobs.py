@@ -179,8 +179,8 @@ def test_several_nodes_per_round(tmp_path):
         rounds = tables(job)[1]
         assert rounds["node"][1].count("+") == 1
         assert rounds["method"].unique().tolist() == [method]
-        # Five rounds make two models each, which three nodes get so that the agent can see them.
-        size = 5 * 2 * 3 * 33_580 * 4 / 1e6
+        # The starter's round makes a model, four more make two each. Three nodes get each of them.
+        size = (1 + 4 * 2) * 3 * 33_580 * 4 / 1e6
         megabytes = tables(job)[0]["observation_megabytes"]
         assert megabytes.tolist() == pytest.approx([size if method == "hl" else 0] * 2)
 
