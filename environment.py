@@ -72,7 +72,7 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
 
     The cost is that of a singular value decomposition of the M distinct vectors, however many nodes
     there are. Departure: a component without variance is 0 here; the public code, by scikit-learn's
-    PCA, gives the DQN rounding noise below 1e-5 there.
+    PCA, gives the DQN rounding noise there.
 
     Args:
         models: (M, P) float, the distinct weight vectors.

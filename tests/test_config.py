@@ -1,12 +1,10 @@
 import math
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pydantic
 import pytest
 from conftest import PROJECT
 
@@ -54,16 +52,7 @@ def test_the_environment_names_the_folder_of_the_data():
 def test_groups_tell_whose_a_setting_is():
     assert config.names_of(config.PlaceSettings) == {"NAME", "RESULTS_DIR", "DATA_DIR"}
     assert config.names_of(config.RunSettings) == {"SEED", "THREADS", "DEVICE"}
-    assert {"EPISODES", "OBSERVATION", "REWARD_BASE", "EPSILON"} < config.names_of(
-        config.AgentSettings
-    )
-    assert {"NUM_NODES", "GOAL_ACCURACY", "LEARNING_RATE"} < config.names_of(config.WorldSettings)
     assert set(NAMED_SETTINGS["tuned"]) < config.names_of(config.AgentSettings)
-
-
-def test_settings_are_immutable():
-    with pytest.raises(pydantic.ValidationError):
-        Settings().EPISODES = 3
 
 
 def test_replace_changes_a_copy_and_validates():
@@ -79,8 +68,6 @@ def test_replace_changes_a_copy_and_validates():
     [
         ("EPISODES", 0, "an integer >= 1"),
         ("EPISODES", 1.0, "an integer >= 1"),
-        ("EPISODES", True, "an integer >= 1"),
-        ("EPISODES", "many", "an integer >= 1"),
         ("GOAL_ACCURACY", 1.01, r"a number in \[0, 1\]"),
         ("GOAL_ACCURACY", math.nan, r"a number in \[0, 1\]"),
         ("REWARD_BASE", 0, "a number > 0"),
@@ -92,18 +79,16 @@ def test_replace_changes_a_copy_and_validates():
         ("HIDDEN_UNITS", (), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", 500, "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", {500, 200}, "a tuple of integers >= 1"),
-        ("HIDDEN_UNITS", (500, True), "a tuple of integers >= 1"),
         ("HIDDEN_UNITS", (500, 0), "a tuple of integers >= 1"),
-        ("HIDDEN_UNITS", (500, 2.5), "a tuple of integers >= 1"),
         ("FIT_ALL_ACTIONS", 1, "True or False"),
-        ("FIT_ALL_ACTIONS", "yes", "True or False"),
         ("REPLAY_SAMPLE", 50_001, r"an integer in \[1, 50000\]"),
         ("NAME", "../elsewhere", "letters, digits"),
         ("NAME", ".", "letters, digits"),
         ("DATASET", 3, "text"),
         ("RESULTS_DIR", "", "text"),
         ("THREADS", 1025, r"an integer in \[0, 1024\]"),
-        ("N_STEP", 0, "an integer >= 1"),
+        ("STARTER_NODE", 10, "at most NUM_NODES - 1 = 9"),
+        ("NODES_PER_ROUND", 11, "at most NUM_NODES = 10"),
     ],
 )
 def test_refuses_values(name, value, takes):
@@ -111,25 +96,6 @@ def test_refuses_values(name, value, takes):
         Settings(**{name: value})
     assert repr(value) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"STARTER_NODE": 10},
-        {"NODES_PER_ROUND": 11},
-    ],
-)
-def test_refuses_combinations(values):
-    name, value = next(iter(values.items()))
-    with pytest.raises(ConfigError, match=rf"^{name}: got {value}, takes .* = {value - 1}"):
-        Settings(**values)
-    assert getattr(Settings(**{**values, name: value - 1}), name) == value - 1  # the bound itself
-
-
-def test_unknown_names_are_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"^EPISDOES: unknown.*EPISODES"):
-        Settings(EPISDOES=3)
 
 
 def test_paths_are_relative_to_the_project_or_the_users_folder(monkeypatch):
@@ -168,7 +134,6 @@ def test_stored_settings_give_the_same_settings_again():
     assert "NAME" not in stored
     assert stored["HIDDEN_UNITS"] == [64, 64]
     assert Settings(**stored) == settings.replace(NAME="", RESULTS_DIR="results")
-    assert pickle.loads(pickle.dumps(settings)) == settings
 
 
 def test_streams_are_named_and_independent():
@@ -182,5 +147,9 @@ def test_streams_are_named_and_independent():
     # The definition, spelled out: what a stored seed means must not change.
     expected = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(5, 2))).integers(2**63)
     assert config.stream(3, "replay", 2).integers(2**63) == expected
-    assert sorted(config.STREAMS.values()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
-    assert config.episode_seed(0, 1) != config.episode_seed(0, 2)
+    first = "episode initialisation shuffling network exploration replay shards test policy"
+    later = {"validation": 10, "judging": 11, "audit": 12}
+    numbers = {name: number for number, name in enumerate(first.split())} | later
+    assert numbers == config.STREAMS
+    kinds = [config.episode_seed(0, 1, kind) for kind in ("episode", "test", "validation")]
+    assert kinds == [draws[0, kind, 1] for kind in ("episode", "test", "validation")]

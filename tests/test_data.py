@@ -22,36 +22,17 @@ from data import DataError, DataNotFound, Dataset
 # --- Shards ----------------------------------------------------------------------------------
 
 
-def slow_main_class_shard(labels, node, main, rest):
-    # The public code's rule for one node, image by image.
-    group, digit = node // 10, node % 10
-    own = [i for i, label in enumerate(labels) if label == digit]
-    others = [i for i, label in enumerate(labels) if label != digit]
-    return own[group * main : (group + 1) * main] + others[group * rest : (group + 1) * rest]
-
-
 def test_main_class_shards_by_hand():
-    # Two classes, four nodes, 4 images a node of which H = 0.75 are of the main class.
+    # Two classes, four nodes, 5 images a node of which H = 0.32, rounded, are of the main class.
     labels = np.array([0, 0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1])
-    settings = Settings(NUM_NODES=4, SAMPLES_PER_NODE=4, HETEROGENEITY=0.75)
+    settings = Settings(NUM_NODES=4, SAMPLES_PER_NODE=5, HETEROGENEITY=0.32)
     shards = data.main_class_shards(labels, settings, None)
     assert [shard.tolist() for shard in shards] == [
-        [0, 1, 3, 2],  # class 0: its images 0-2, and the first other image
-        [2, 4, 5, 0],
-        [6, 8, 9, 4],  # class 0 again: its images 3-5, and the second other image
-        [7, 10, 11, 1],
+        [0, 1, 2, 4, 5],  # class 0: its images 0 and 1, and the other images 0-2
+        [2, 4, 0, 1, 3],
+        [3, 6, 7, 10, 11],  # class 0 again: its images 2 and 3, and the other images 3-5
+        [5, 7, 6, 8, 9],
     ]
-
-
-@pytest.mark.parametrize("nodes", [10, 25])
-@pytest.mark.parametrize("heterogeneity", [0.0, 0.2, 0.8, 1.0])
-def test_main_class_shards_against_the_slow_rule(digits, nodes, heterogeneity):
-    settings = small_settings(NUM_NODES=nodes, SAMPLES_PER_NODE=50, HETEROGENEITY=heterogeneity)
-    shards = data.make_shards(digits, settings)
-    main = {0.0: 0, 0.2: 10, 0.8: 40, 1.0: 50}[heterogeneity]
-    for node, shard in enumerate(shards):
-        expected = slow_main_class_shard(digits.y_train.tolist(), node, main, 50 - main)
-        assert shard.tolist() == expected
 
 
 def test_main_class_shards_reach_as_far_as_the_data(digits):
@@ -63,11 +44,12 @@ def test_main_class_shards_reach_as_far_as_the_data(digits):
 
 def test_iid_shards_are_disjoint_and_even(digits):
     settings = Settings(SHARD_RULE="iid", NUM_NODES=20, SAMPLES_PER_NODE=3000)
-    shards = data.make_shards(digits, settings)
+    labels = np.repeat(np.arange(10), 6000)
+    shards = data.iid_shards(labels, settings, config.stream(0, "shards"))
     assert sorted(np.concatenate(shards).tolist()) == list(range(60_000))
     # Hypergeometric: 300 of each class expected, standard deviation 16.
     for shard in shards:
-        counts = np.bincount(digits.y_train[shard], minlength=10)
+        counts = np.bincount(labels[shard], minlength=10)
         assert abs(counts - 300).max() < 5 * 16
     with pytest.raises(ConfigError, match=r"SAMPLES_PER_NODE: got 3001, .* 3000"):
         data.make_shards(digits, settings.replace(SAMPLES_PER_NODE=3001))
@@ -443,11 +425,8 @@ def test_auto_does_not_hide_a_damaged_file(tmp_path, no_network):
 
 
 @pytest.fixture
-def only_download(monkeypatch, tmp_path):
-    # No dataset on this machine, and no proxy between it and the test's own server.
-    monkeypatch.setattr(data, "_SYSTEM_FOLDER", tmp_path / "system")
-    monkeypatch.setattr(config, "PROJECT", tmp_path / "project")
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+def only_download(no_data, monkeypatch):
+    # No proxy between this machine and the test's own server.
     monkeypatch.setenv("NO_PROXY", "*")
 
 
