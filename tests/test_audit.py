@@ -43,21 +43,23 @@ def test_r2_by_hand():
 
 
 def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to(few):
-    # "broadcast" holds most of the accuracies here. "local" holds the walk's number, from which the
-    # rest can't be predicted: it is the walk's own.
+    # The node decides the accuracy, and "broadcast" shows it. "local" holds the walk's number,
+    # from which the rest can't be predicted: it is the walk's own.
     rng = np.random.default_rng(0)
     settings = small_settings(OBSERVATION="zeros")
     walks = []
     for number in range(30):
-        known, own = rng.normal(size=9), rng.normal() / 5
-        walk = {"nodes": rng.integers(4, size=9), "accuracies": known + own}
-        walk["broadcast"] = np.tile(known[:, None], 16).astype(np.float32)
+        nodes = rng.integers(4, size=9)
+        walk = {"nodes": nodes, "accuracies": nodes + rng.normal() / 5}
+        walk["broadcast"] = np.tile(nodes[:, None], 16).astype(np.float32)
         walk["local"] = np.full((9, 16), number, np.float32)
         walks.append(walk)
     table = audit.audit_table(walks, DecentralizedLearning(settings, few))
-    r2 = table[table["target"] == "accuracy"].set_index("observation")["r2"]
-    assert r2["broadcast"] > 0.7
-    assert r2["local"] < 0.1
+    r2 = table.set_index(["target", "observation"])["r2"]
+    assert r2["accuracy", "broadcast"] > 0.7
+    assert r2["accuracy"][["local", "zeros"]].max() < 0.1
+    # The next accuracy is predicted with the next node.
+    assert r2["next_accuracy", "zeros"] > 0.7
 
 
 def test_observations_by_hand():
@@ -194,7 +196,7 @@ def test_more_walks_make_another_table(tmp_path):
         assert set(table["rounds"]) == {count * 4}
 
 
-def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path, monkeypatch):
+def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path):
     folder = tmp_path / "audit-digits"
     prepare_folder(folder, small_settings(), 8)
     path = folder / "walks" / "walk-3.npz"
@@ -207,9 +209,6 @@ def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path, monkeypatch):
     others = audit.audit_table(walks, DecentralizedLearning(small_settings()))
     columns = ["observation", "target", "r2", "low", "high"]
     pd.testing.assert_frame_equal(table[columns], others[columns], check_exact=True)
-    # The finished table is only drawn: no regression is fitted again.
-    monkeypatch.setattr(audit, "audit_table", None)
-    assert start(tmp_path, "--walks", "8") == 0
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,6 @@ def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path, monkeypatch):
     [
         ({"LEARNING_RATE": 0.1}, "LEARNING_RATE = 0.1 there, 0.001 now"),
         ({"SEED": 4}, "SEED = 4 there, 0 now"),
-        ({"BATCH_SIZE": 16}, "BATCH_SIZE = 16 there, 32 now"),
     ],
 )
 def test_another_audit_is_left_alone(tmp_path, capsys, changes, words):
@@ -232,30 +230,6 @@ def test_another_audit_is_left_alone(tmp_path, capsys, changes, words):
 def test_settings_of_an_agent_make_no_other_audit(tmp_path):
     prepare_folder(tmp_path / "audit-digits", small_settings(), 6, DISCOUNT=0.5, THREADS=7)
     assert start(tmp_path, "--walks", "6") == 0
-
-
-def test_a_damaged_folder(tmp_path, capsys):
-    prepare_folder(tmp_path / "audit-digits", small_settings(), 6)
-    (tmp_path / "audit-digits" / "config.json").write_text("{}")
-    assert start(tmp_path, "--walks", "6") == 2
-    assert "config.json: damaged" in capsys.readouterr().err
-
-
-def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
-    (tmp_path / "audit-digits").mkdir()
-    (tmp_path / "audit-digits" / "notes.txt").write_text("mine")
-    assert start(tmp_path, "--walks", "6") == 2
-    assert "notes.txt" in capsys.readouterr().err
-    left = [p.name for p in (tmp_path / "audit-digits").iterdir() if p.name[0] != "."]
-    assert left == ["notes.txt"]
-
-
-def test_an_unwritable_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert start(tmp_path / "file", "--walks", "6") == 2
-    message = capsys.readouterr().err
-    assert str(tmp_path / "file" / "audit-digits") in message
-    assert message.count("\n") == 1
 
 
 def test_walks_of_one_round_teach_nothing(tmp_path, capsys):
@@ -291,13 +265,6 @@ def test_the_figure_shows_the_table(table):
     assert "bundled digits, NOT MNIST" in figure.get_suptitle()
 
 
-def test_the_report_shows_the_table(table):
-    lines = audit.report(table).splitlines()
-    assert len(lines) == 2 + len(audit.OBSERVATIONS)
-    assert lines[2].endswith("| 0.00 [0.00, 2.00] | 0.01 [0.00, 2.00] |")
-    assert lines[5].endswith("| 0.30 [0.00, 2.00] | 0.31 [0.00, 2.00] |")
-
-
 # --- Command line ---
 
 
@@ -312,12 +279,9 @@ def test_settings_of_an_audit():
     ("arguments", "words"),
     [
         (["--walks", "5"], "--walks: got 5, takes at least 6"),
-        (["--walks", "0"], "--walks: got '0', takes an integer >= 1"),
         (["--settings", "tuned"], "unrecognized arguments: --settings tuned"),
         (["--set", "OBSERVATION=local"], "OBSERVATION: got 'local', takes none"),
-        (["--set", "REWARD=progress"], "REWARD: got 'progress', takes none"),
         (["--set", "DISCOUNT=0.5"], "DISCOUNT: got 0.5, takes none"),
-        (["--set", "MAX_ROUNDS=1"], "MAX_ROUNDS: got 1, takes an integer >= 2"),
         (["--set", "NODES_PER_ROUND=2"], "NODES_PER_ROUND: got 2, takes 1"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import PROJECT
-from test_estimates import LIMIT, REFERENCE, VALUES, change_cell, write_comparison
+from test_estimates import LIMIT, REFERENCE, VALUES, write_comparison
 
 from experiments import estimates, figures
 
@@ -94,21 +94,6 @@ def test_no_text_is_smaller_than_7_points(drawn):
 # --- Methods ---------------------------------------------------------------------------------
 
 
-def test_changes_have_the_sign_of_the_change(tmp_path, draw):
-    write_comparison(tmp_path, VALUES)
-    draw(tmp_path)
-    (reduction,) = (
-        pd.read_csv(tmp_path / "estimates.csv").query("quantity == 'rounds_reduction'").itertuples()
-    )
-    (change,) = draw.tables["estimates"].query("quantity == 'rounds_reduction'").itertuples()
-    # 80 rounds against 120.
-    assert change.mean == pytest.approx(-1 / 3)
-    assert (change.low, change.high) == pytest.approx((-reduction.high, -reduction.low))
-    rounds = draw.tables["estimates"].query("quantity == 'rounds'").set_index("label")
-    assert rounds.loc["hl", "mean"] == 20
-    assert rounds.loc["hl", "low"] < 20 < rounds.loc["hl", "high"]
-
-
 def test_headline(drawn):
     rounds, cost = drawn["headline"].axes
     # The paper, hl, random: from the fewest rounds to the most, and so in both panels.
@@ -145,28 +130,6 @@ def test_a_method_without_a_seed_of_random_is_no_row_of_the_headline(tmp_path, d
     write_comparison(tmp_path, values)
     rounds, _ = draw(tmp_path)["headline"].axes
     assert labels(rounds) == ["hl", "paper (MNIST)", "random"]
-
-
-def test_headline_cuts_off_large_changes_and_greys_few_successes(tmp_path, draw):
-    values = {
-        "random": {0: [(30, 1.0), (20, 1.0)]},
-        "stay": {0: [(LIMIT, 0.0), (LIMIT, 0.0)]},
-        "fedavg": {0: [(5, 8.0), (5, 8.0)]},
-    }
-    write_comparison(tmp_path, values)
-    figure = draw(tmp_path)["headline"]
-    rounds, cost = figure.axes
-    assert labels(rounds) == ["fedavg", "paper (MNIST)", "random", "stay"]
-    changes = {y: x for y, (x, _, _) in marks(rounds).items()}
-    assert changes == pytest.approx({0: -0.8, 3: 0.44})
-    # A cost of 8 against 1 is 700 % more.
-    assert {y: x for y, (x, _, _) in marks(cost).items()} == {3: -1}
-    assert texts(cost)[0] == "+700 % →"
-    colors = {
-        container.lines[0].get_ydata()[0]: container.lines[0].get_color()
-        for container in rounds.containers
-    }
-    assert colors == {0: figures.BLACK, 3: "0.65"}
 
 
 def test_points_are_the_seeds_and_their_mean(drawn):
@@ -277,9 +240,6 @@ def test_trainings_of_two_methods(tmp_path, draw):
     axis = draw(tmp_path)["training"].axes[1]
     lines = {line.get_label().split(",")[0]: line.get_ydata()[-1] for line in axis.lines}
     assert lines == {"hl": 30, "tuned": 12}
-    first, second = axis.lines
-    assert first.get_color() != second.get_color()
-    assert first.get_linestyle() != second.get_linestyle()
 
 
 def test_many_trainings_are_not_drawn(tmp_path, draw):
@@ -404,7 +364,8 @@ def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     stored = estimates.records.read_table(tmp_path / "estimates.csv", estimates.ESTIMATE_COLUMNS)
     assert len(stored) == 2 * len(estimates.QUANTITIES) + 2
     # The same tables give the same files. A job's error is the command's.
-    change_cell(tmp_path / "jobs.csv", 0, "error", "its disk was full")
+    jobs = pd.read_csv(tmp_path / "jobs.csv", dtype=str, keep_default_na=False)
+    jobs.assign(error="its disk was full").to_csv(tmp_path / "jobs.csv", index=False)
     assert figures.main([str(tmp_path)]) == 1
     assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
 
@@ -414,17 +375,6 @@ def test_other_formats(tmp_path):
     assert figures.main([str(tmp_path), "--format", "svg"]) == 0
     drawn = {path.name for path in tmp_path.iterdir() if path.suffix not in (".csv", ".json")}
     assert drawn == {"methods.svg", "walks.svg"}
-
-
-def test_mistakes_are_one_line(tmp_path, capsys):
-    assert figures.main([str(tmp_path / "nowhere")]) == 2
-    write_comparison(tmp_path, VALUES)
-    (tmp_path / "rounds.csv").unlink()
-    assert figures.main([str(tmp_path)]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
-    assert "nowhere" in errors[0]
-    assert "rounds.csv" in errors[1]
 
 
 def committed(name):
@@ -523,6 +473,8 @@ def test_the_figure_by_task(tasks):
     # Saved while the goal is missed more often: open.
     faces = [container.lines[0].get_markerfacecolor() for container in cost.containers]
     assert faces == [figures.BLACK, "white"]
+    colors = [container.lines[0].get_color() for container in cost.containers]
+    assert colors == [figures.BLACK, "0.65"]  # few reach the goal: grey
     kinds = {text.get_text().split(":")[0] for text in figure.legends[0].get_texts()}
     assert kinds == {"random", "published", "not learned", "grey", "open"}
     assert texts(rounds) == ["+80 % →"]

@@ -38,6 +38,7 @@ def tour_length(distances, tour):
 
 def test_staying_and_turns():
     assert walk("stay", 5) == [0] * 5
+    assert METHODS["stay"].first_nodes(small_settings(STARTER_NODE=2), 5) == [2]
     assert walk("round_robin", 12, STARTER_NODE=7) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -55,7 +56,6 @@ def test_nearest_neighbours_by_hand():
     )
     # From 0 the nearest is 2; from 2 then 4 (6 < 7 < 8); from 4, 3; 1 is left.
     assert methods.nearest_tour(distances, 0) == [0, 2, 4, 3, 1]
-    assert tour_length(distances, [0, 2, 4, 3, 1]) == 1 + 6 + 1 + 2 + 5
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -82,16 +82,11 @@ def test_many_nodes_get_a_tour_that_no_turned_stretch_shortens():
         assert tour_length(distances, turned) >= length - 1e-9
 
 
-def test_random_draws_every_node_from_its_own_stream():
+def test_random_draws_several_distinct_nodes():
     class Untrained:
-        settings = small_settings(NUM_NODES=10)
+        settings = small_settings(NUM_NODES=10, NODES_PER_ROUND=4)
 
-    policy = methods.random_policy(Untrained)
     rng = stream(0, "policy", 1)
-    counts = np.bincount([policy(None, {"node": 3}, rng) for _ in range(5000)], minlength=10)
-    assert counts.min() > 400  # 500 expected, standard deviation 21
-    assert counts.max() < 600
-    Untrained.settings = small_settings(NUM_NODES=10, NODES_PER_ROUND=4)
     drawn = np.array([methods.random_policy(Untrained)(None, {}, rng) for _ in range(500)])
     assert all(len(set(row)) == 4 for row in drawn.tolist())
     assert np.bincount(drawn.ravel(), minlength=10).min() > 150
@@ -150,21 +145,11 @@ def test_metropolis_draws_by_its_chain():
         assert shares[2] == pytest.approx(jumps / 4, abs=0.0075)  # three standard deviations
 
 
-def test_each_node_in_turn_is_alone():
-    settings = small_settings(NUM_NODES=4)
-    first = [METHODS["standalone"].first_nodes(settings, episode) for episode in range(6)]
-    assert first == [[0], [1], [2], [3], [0], [1]]
-    assert METHODS["stay"].first_nodes(small_settings(STARTER_NODE=2), 5) == [2]
-
-
-def test_centralized_trains_on_all_images_and_sends_them_once(few):
+def test_centralized_trains_on_all_images(few):
     environment = DecentralizedLearning(small_settings(STARTER_NODE=1), few)
     everything = np.concatenate(environment.shards)
-    transfers, cost, megabytes = METHODS["centralized"].prepare(environment)
+    METHODS["centralized"].prepare(environment)
     assert environment.shards[1].tolist() == everything.tolist()
-    assert transfers == 3
-    assert cost == pytest.approx(environment.distances[1].sum())
-    assert megabytes == pytest.approx(3 * 64 * (28 * 28 + 1) / 1e6)
 
 
 def test_fedavg_takes_equal_shards_only(few):
@@ -174,20 +159,8 @@ def test_fedavg_takes_equal_shards_only(few):
         METHODS["fedavg"].prepare(environment)
 
 
-def test_fedavg_averages_all_nodes_models(few):
-    settings = small_settings(STARTER_NODE=2, NODES_PER_ROUND=4)
-    environment = DecentralizedLearning(settings, few)
-    nodes = METHODS["fedavg"].first_nodes(settings, 1)
-    assert nodes == [2, 0, 1, 3]
-    _, info = environment.reset(seed=5, options={"nodes": nodes})
-    assert info["node"] == nodes
-    trained = np.stack([environment._own[node].numpy() for node in nodes])
-    assert len(np.unique(trained[:, 0])) == 4
-    np.testing.assert_allclose(environment._model, trained.mean(axis=0), rtol=0, atol=1e-7)
-    mean, policy = environment._model, METHODS["fedavg"].policy(environment)
-    _, _, _, _, info = environment.step(policy(None, info, None))
-    assert info["node"] == nodes
-    np.testing.assert_array_equal(environment._received, mean)  # what every node started from
+def test_fedavg_starts_with_the_starter():
+    assert METHODS["fedavg"].first_nodes(small_settings(STARTER_NODE=2), 1) == [2, 0, 1, 3]
 
 
 def test_what_methods_change_of_the_settings():
@@ -204,18 +177,3 @@ def test_what_methods_change_of_the_settings():
     assert trained == ["hl", "tuned", "agent", "walk_search"]
     several = [name for name, method in METHODS.items() if method.several]
     assert several == ["hl", "tuned", "agent", "random"]
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "words"),
-    [
-        ("rnadom", {}, ("--methods", "'rnadom'", "hl, tuned, agent, random")),
-        ("nearest", {"NODES_PER_ROUND": 2}, ("NODES_PER_ROUND", "got 2", "takes 1", "nearest")),
-        ("best_walk", {}, ("NUM_NODES", "got 4", "at least 6", "best_walk")),
-    ],
-)
-def test_methods_that_cannot_run(name, overrides, words):
-    with pytest.raises(ConfigError) as error:
-        methods.check_method(name, small_settings(**overrides))
-    assert all(word in str(error.value) for word in words)
-    methods.check_method("random", small_settings(NODES_PER_ROUND=2))
