@@ -189,13 +189,19 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
             axis.set_title(title, loc="left")
             continue
         goal = _rows(rows, "goal_reached")["mean"]
-        below: Any = {"textcoords": "offset points", "va": "top", "fontsize": 7}
-        axis.annotate("goal\nreached", (1.03, 0), (0, -12), "axes fraction", **below)
+        axis.annotate(
+            "goal\nreached",
+            xy=(1.03, 0),
+            xycoords="axes fraction",
+            xytext=(0, -12),
+            textcoords="offset points",
+            va="top",
+            fontsize=7,
+        )
         for label, mean in goal[goal.index.isin(labels)].items():
             plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
     _add_legend(figure)
-    title = "Change of rounds and communication cost against random"
-    figure.suptitle(f"{title}, {_mean_of(changed)}")
+    figure.suptitle(f"Change of rounds and communication cost against random, {_mean_of(changed)}")
     return figure
 
 

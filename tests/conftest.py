@@ -72,24 +72,6 @@ def mnist_dir():
     return Path(DATA_DIR)
 
 
-@pytest.fixture
-def no_data(monkeypatch, tmp_path):
-    """No file of any dataset on this machine."""
-    monkeypatch.setattr(data, "_SYSTEM_FOLDER", tmp_path / "system")
-    monkeypatch.setattr(config, "PROJECT", tmp_path / "project")
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-
-
-@pytest.fixture
-def no_network(no_data, monkeypatch):
-    """No file of any dataset on this machine, and a download that fails at once."""
-
-    def refuse(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr(data, "_download", refuse)
-
-
 def as_flags(settings):
     """Return the --set flags that give ``settings``."""
     defaults = config.Settings()

@@ -1,5 +1,6 @@
 import json
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -50,16 +51,16 @@ def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to(few):
     walks = []
     for number in range(30):
         nodes = rng.integers(4, size=9)
-        walk = {"nodes": nodes, "accuracies": nodes + rng.normal() / 5}
+        walk = {"nodes": nodes, "accuracies": nodes + rng.normal()}
         walk["broadcast"] = np.tile(nodes[:, None], 16).astype(np.float32)
         walk["local"] = np.full((9, 16), number, np.float32)
         walks.append(walk)
     table = audit.audit_table(walks, DecentralizedLearning(settings, few))
     r2 = table.set_index(["target", "observation"])["r2"]
-    assert r2["accuracy", "broadcast"] > 0.7
+    assert r2["accuracy", "broadcast"] > 0.4
     assert r2["accuracy"][["local", "zeros"]].max() < 0.1
     # The next accuracy is predicted with the next node.
-    assert r2["next_accuracy", "zeros"] > 0.7
+    assert r2["next_accuracy", "zeros"] > 0.4
 
 
 def test_observations_by_hand():
@@ -170,9 +171,10 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     assert list(walks.iterdir()) == []
 
 
-def prepare_folder(folder, settings, count, **changes):
+def prepare_folder(folder, count, **changes):
     """Make a folder with recorded walks and config.json, without recording."""
     (folder / "walks").mkdir(parents=True)
+    settings = small_settings()
     dataset = data.load(settings)
     about = {
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
@@ -188,7 +190,7 @@ def prepare_folder(folder, settings, count, **changes):
 
 def test_more_walks_make_another_table(tmp_path):
     folder = tmp_path / "audit-digits"
-    prepare_folder(folder, small_settings(), 8)
+    prepare_folder(folder, 8)
     for count in (6, 8):
         assert start(tmp_path, "--walks", str(count)) == 0
         table = pd.read_csv(folder / "audit.csv")
@@ -198,7 +200,7 @@ def test_more_walks_make_another_table(tmp_path):
 
 def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path):
     folder = tmp_path / "audit-digits"
-    prepare_folder(folder, small_settings(), 8)
+    prepare_folder(folder, 8)
     path = folder / "walks" / "walk-3.npz"
     write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
     assert start(tmp_path, "--walks", "8") == 0
@@ -219,7 +221,7 @@ def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path):
     ],
 )
 def test_another_audit_is_left_alone(tmp_path, capsys, changes, words):
-    prepare_folder(tmp_path / "audit-digits", small_settings(), 6, **changes)
+    prepare_folder(tmp_path / "audit-digits", 6, **changes)
     assert start(tmp_path, "--walks", "6") == 2
     error = capsys.readouterr().err
     assert words in error
@@ -228,7 +230,9 @@ def test_another_audit_is_left_alone(tmp_path, capsys, changes, words):
 
 
 def test_settings_of_an_agent_make_no_other_audit(tmp_path):
-    prepare_folder(tmp_path / "audit-digits", small_settings(), 6, DISCOUNT=0.5, THREADS=7)
+    prepare_folder(tmp_path / "audit-digits", 6, DISCOUNT=0.5, THREADS=7)
+    with filelock.FileLock(tmp_path / "audit-digits" / ".lock"):  # another audit at work
+        assert start(tmp_path, "--walks", "6") == 2
     assert start(tmp_path, "--walks", "6") == 0
 
 

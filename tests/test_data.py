@@ -19,6 +19,25 @@ import data
 from config import ConfigError, Settings
 from data import DataError, DataNotFound, Dataset
 
+
+@pytest.fixture
+def no_data(monkeypatch, tmp_path):
+    """No file of any dataset on this machine."""
+    monkeypatch.setattr(data, "_SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(config, "PROJECT", tmp_path / "project")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+
+
+@pytest.fixture
+def no_network(no_data, monkeypatch):
+    """No file of any dataset on this machine, and a download that fails at once."""
+
+    def refuse(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "_download", refuse)
+
+
 # --- Shards ----------------------------------------------------------------------------------
 
 
@@ -45,7 +64,7 @@ def test_main_class_shards_reach_as_far_as_the_data(digits):
 def test_iid_shards_are_disjoint_and_even(digits):
     settings = Settings(SHARD_RULE="iid", NUM_NODES=20, SAMPLES_PER_NODE=3000)
     labels = np.repeat(np.arange(10), 6000)
-    shards = data.iid_shards(labels, settings, config.stream(0, "shards"))
+    shards = data.make_shards(dataclasses.replace(digits, y_train=labels), settings)
     assert sorted(np.concatenate(shards).tolist()) == list(range(60_000))
     # Hypergeometric: 300 of each class expected, standard deviation 16.
     for shard in shards:
@@ -297,7 +316,7 @@ def test_canonical_fashion_mnist(mnist_dir):
 
 
 @pytest.mark.filterwarnings("ignore:.*published pixels")
-def test_order_of_places(tmp_path, arrays, no_network, monkeypatch, capsys):
+def test_order_of_places(tmp_path, arrays, no_network):
     def place(folder, value):
         marked = dict(arrays, x_test=arrays["x_test"].copy())
         marked["x_test"][0, 0, 0] = value

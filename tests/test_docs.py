@@ -339,6 +339,7 @@ def test_the_numbers_of_the_readme():
         ("headline-mnist", "best_walk"),
         ("headline-mnist", "walk_search"),
         ("paper-fashion_mnist", "tuned"),
+        ("nodes-100-mnist", "tuned"),
     ]
     for row, (folder, method) in zip(rows, shown, strict=False):
         quantities = estimated(folder).loc["", method]
@@ -354,9 +355,9 @@ def test_the_numbers_of_the_readme():
         # What is saved by missing the goal is marked.
         marked = method in ("hl", "walk_search")
         assert [cell.endswith(" *") for cell in row[1:]] == [False, False, marked, False]
-    assert len(rows) == 7
+    assert len(rows) == 8
     published = [f"{-100 * plot.PUBLISHED[name]:+.1f} %" for name in plot.PUBLISHED]
-    assert rows[6] == ["the paper", "", *published, ""]
+    assert rows[7] == ["the paper", "", *published, ""]
 
 
 def test_the_numbers_of_the_reference_run():
@@ -410,6 +411,22 @@ def test_what_carries_over_to_fashion_mnist():
     assert all(0.85 < quantities["tuned", name] / mnist[name] < 1 for name in changes)
     stay = table("paper-digits", "episodes").query("method == 'stay'")["rounds"].mean()
     assert f"the starter needs {stay:.1f} there" in text
+
+
+def test_a_hundred_nodes():
+    text, quantities = flat("docs/results.md"), estimated("nodes-100-mnist").loc[""]
+    tuned, searched = (quantities.loc[name, "rounds"] for name in ("tuned", "walk_search"))
+    assert f"trained here, takes {tuned['mean']:.1f} rounds" in text
+    # As good: the mean of each is within the other's interval.
+    for one, other in ((tuned, searched), (searched, tuned)):
+        assert one["low"] < other["mean"] < one["high"]
+    training = table("nodes-100-mnist", "training").query("method == 'tuned'")
+    lasting = config.NAMED_SETTINGS["tuned"]["ROUNDS_PER_CHOICE"]
+    choices = -(-(training["rounds"] - 1) // lasting)  # the starter's round is no choice
+    count = choices.groupby(training["seed"]).sum().mean()
+    assert f"makes about {count:.0f} choices, {count / 100:.0f} per node" in text
+    hours = table("nodes-100-mnist", "jobs")["seconds"].sum() / 3600
+    assert f"took {hours:.1f} hours of one core" in text
 
 
 def test_the_searched_walk():

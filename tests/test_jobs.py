@@ -57,7 +57,7 @@ def same(first, second):
 def done(tmp_path_factory, few):
     """Finished jobs by method: do not write into them."""
     folder = tmp_path_factory.mktemp("done")
-    finished = {name: job_of(folder, name, seed=1) for name in ("hl", "random", "stay", "fedavg")}
+    finished = {name: job_of(folder, name, seed=1) for name in ("hl", "random", "fedavg")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "load_dataset", lambda name, folder: few)
         for job in finished.values():
@@ -361,7 +361,7 @@ def test_local_workers_end_with_their_client():
         workers = set(client.run(os.getpid).values())
         assert len(workers - {os.getpid()}) == 2
         assert client.submit(os.getpid).result() in workers
-        # Its settings can't be made in the worker: no other job stops.
+        # Its settings can't be made in the worker: Dask gives the job up.
         broken = SimpleNamespace(model_dump=lambda: {"EPISODES": 0})
         job = dataclasses.replace(job_of("x", "stay"), settings=broken)
         ends = [end for end in jobs.run_jobs([job], client) if end]

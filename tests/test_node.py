@@ -310,8 +310,8 @@ def test_what_is_barred_is_stored_with_the_next_observation(kind, expected):
     assert stored["next_observations"][0] == expected + 1
 
 
-def filled(agent, count, seed=0):
-    rng = np.random.default_rng(seed)
+def filled(agent, count):
+    rng = np.random.default_rng(0)
     for _ in range(count):
         a, b = rng.normal(size=(2, 4))
         agent.replay.add(

@@ -123,7 +123,7 @@ def test_the_command_in_a_process_of_its_own(tmp_path):
     assert all((folder / f"{name}.png").read_bytes() == made[name] for name in made)
 
 
-def test_formats(tmp_path):
+def test_formats(tmp_path, capsys):
     folder = make_run(tmp_path / "x", episodes=2)
     assert plot.main([str(folder), "--format", "pdf"]) == 0
     assert plot.main([str(folder), "--format", "svg"]) == 0
@@ -135,11 +135,12 @@ def test_formats(tmp_path):
         again = tmp_path / f"again.{suffix}"
         plot.save_figure(again, plot.draw_data(plot.read_run(folder)))
         assert again.read_bytes() == made[f"data.{suffix}"]
+    assert "--format" in refusal(plot.main, [str(folder), "--format", "gif"], capsys)
 
 
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("nodes", [4, 30])
-def test_no_text_is_below_7_points_and_none_is_cut_off(tmp_path, name, nodes):
+def test_figures_name_data_and_axes_in_texts_that_fit(tmp_path, name, nodes):
     figure = getattr(plot, f"draw_{name}")(plot.read_run(make_run(tmp_path / "x", nodes=nodes)))
     plot.save_figure(tmp_path / "figure.png", figure)
     texts = [t for t in figure.findobj(plot.matplotlib.text.Text) if t.get_text()]

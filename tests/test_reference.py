@@ -49,17 +49,15 @@ def compare(settings, dataset, walk, seed):
         epochs=settings.LOCAL_EPOCHS,
     )
     images = 1 / len(dataset.y_test)
-    done = False
     for action in [None, *walk]:
         nodes = [settings.STARTER_NODE] if action is None else np.atleast_1d(action).tolist()
-        expected, accuracy, reward, expected_done = reference.round(nodes)
+        expected, accuracy, reward = reference.round(nodes)
         weights = flat(reference.global_model.get_weights())
         for kind, env in environments.items():
             observation, info = seen[kind]
             if action is not None:
-                observation, value, terminated, truncated, info = env.step(action)
+                observation, value, _, _, info = env.step(action)
                 assert value == info["reward"]
-                done = terminated or truncated
             difference = abs(info["accuracy"] - accuracy)
             assert difference <= (IMAGES + 0.01) * images
             # The reward's slope by the accuracy is ln(32) 32^(accuracy - goal), below 7.
@@ -68,17 +66,16 @@ def compare(settings, dataset, walk, seed):
             assert np.quantile(apart, 0.999) <= WEIGHTS
             assert apart.max() <= FEW_WEIGHTS
             np.testing.assert_allclose(observation, expected[kind], rtol=0, atol=OBSERVATION)
-            assert done == expected_done
     return info
 
 
 def test_a_walk_that_stays_moves_and_comes_back(few):
-    settings = small_settings(NUM_NODES=3, SAMPLES_PER_NODE=120, MAX_ROUNDS=36)
+    settings = small_settings(NUM_NODES=3, SAMPLES_PER_NODE=120, MAX_ROUNDS=9)
     compare(settings, few, [0, 0, 1, 2, 1, 0], seed=7)
 
 
 def test_two_nodes_in_a_round_and_two_epochs(few):
-    settings = small_settings(NODES_PER_ROUND=2, LOCAL_EPOCHS=2, MAX_ROUNDS=36)
+    settings = small_settings(NODES_PER_ROUND=2, LOCAL_EPOCHS=2)
     compare(settings, few, [[1, 2], [2, 0]], seed=8)
 
 
