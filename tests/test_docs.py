@@ -369,8 +369,6 @@ def test_the_numbers_of_the_reference_run():
             cell.replace(" %", "%") for cell in expected
         ]
     text = flat("docs/results.md")
-    minutes = table("mnist-seed0", "episodes")["seconds"].sum() / 60
-    assert f"{minutes:.1f} minutes on two cores" in text
     digits = table("digits-seed0", "episodes")["rounds"]
     assert f"from {digits[:20].mean():.1f} to {digits[-20:].mean():.1f}" in text
 
@@ -384,7 +382,8 @@ def test_how_long_the_committed_comparisons_took():
     assert f"took {hours('paper-mnist'):.0f} hours in all" in flat("docs/results.md")
     random = table("paper-mnist", "episodes").query("method == 'random' and seed < 5")
     assert f"({random['rounds'].mean():.1f} rounds)" in flat("docs/results.md")
-    assert f"All episodes took {hours('paper-fashion_mnist'):.1f} hours" in flat("docs/results.md")
+    for folder in ("paper-fashion_mnist", "nodes-100-mnist"):
+        assert f"All episodes took {hours(folder):.1f} hours" in flat("docs/results.md")
     minutes = {
         method: table(folder, "training")
         .query(f"method == '{method}'")
@@ -417,16 +416,15 @@ def test_a_hundred_nodes():
     text, quantities = flat("docs/results.md"), estimated("nodes-100-mnist").loc[""]
     tuned, searched = (quantities.loc[name, "rounds"] for name in ("tuned", "walk_search"))
     assert f"trained here, takes {tuned['mean']:.1f} rounds" in text
-    # As good: the mean of each is within the other's interval.
-    for one, other in ((tuned, searched), (searched, tuned)):
-        assert one["low"] < other["mean"] < one["high"]
+    assert f"no worse:** it takes {searched['mean']:.1f} rounds" in text
+    assert tuned["low"] < searched["mean"] < tuned["mean"]
+    more = quantities["mean"].unstack()["rounds_reduction"]
+    assert more[["round_robin", "nearest", "shortest", "balanced"]].max() < 0
     training = table("nodes-100-mnist", "training").query("method == 'tuned'")
     lasting = config.NAMED_SETTINGS["tuned"]["ROUNDS_PER_CHOICE"]
     choices = -(-(training["rounds"] - 1) // lasting)  # the starter's round is no choice
     count = choices.groupby(training["seed"]).sum().mean()
-    assert f"makes about {count:.0f} choices, {count / 100:.0f} per node" in text
-    hours = table("nodes-100-mnist", "jobs")["seconds"].sum() / 3600
-    assert f"took {hours:.1f} hours of one core" in text
+    assert f"about {count:.0f} choices in its training, {count / 100:.0f} per node" in text
 
 
 def test_the_searched_walk():
