@@ -420,6 +420,10 @@ def test_a_hundred_nodes():
     assert tuned["low"] < searched["mean"] < tuned["mean"]
     more = quantities["mean"].unstack()["rounds_reduction"]
     assert more[["round_robin", "nearest", "shortest", "balanced"]].max() < 0
+    stays = table("nodes-100-mnist", "rounds").query("method == 'hl' and round > 1")
+    shares = stays.groupby(["seed", "episode"])["node"].value_counts(normalize=True)
+    assert shares.groupby(["seed", "episode"]).max().mean() > 0.98
+    assert quantities["mean"]["hl", "goal_reached"] < 0.1
     training = table("nodes-100-mnist", "training").query("method == 'tuned'")
     lasting = config.NAMED_SETTINGS["tuned"]["ROUNDS_PER_CHOICE"]
     choices = -(-(training["rounds"] - 1) // lasting)  # the starter's round is no choice
