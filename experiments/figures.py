@@ -102,10 +102,10 @@ def _counted(counts: pd.Series, noun: str) -> str:
     return f"{plot.span(counts.sort_values())} {noun}{'s' if counts.max() > 1 else ''}"
 
 
-def _size(rows: pd.DataFrame) -> str:
-    """Return what the estimates rest on: 5 to 10 seeds x 20 episodes."""
-    seeds = _counted(rows["seeds"], "seed")
-    return f"{seeds} x {_counted(rows['episodes'] // rows['seeds'], 'episode')}"
+def _size(rows: pd.DataFrame) -> tuple[str, str]:
+    """Return what the estimates rest on: "5 to 10 seeds" and "x 20 episodes"."""
+    episodes = _counted(rows["episodes"] // rows["seeds"], "episode")
+    return _counted(rows["seeds"], "seed"), f"x {episodes}"
 
 
 def _mean_of(rows: pd.DataFrame) -> str:
@@ -184,8 +184,8 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
         axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         if column == "rounds":
             dataset, nodes, *others = name.split(", ")
-            size = _size(rows[rows["quantity"] == "rounds_reduction"]).replace(" x ", "\nx ")
-            title = "\n".join([f"{plot.data_name(dataset)}, {nodes}", *others, size])
+            size = _size(rows[rows["quantity"] == "rounds_reduction"])
+            title = "\n".join([f"{plot.data_name(dataset)}, {nodes}", *others, *size])
             axis.set_title(title, loc="left")
             continue
         goal = _rows(rows, "goal_reached")["mean"]
@@ -229,7 +229,7 @@ def draw_rows(tables: Tables) -> Figure:
     axes[0].set_ylabel(config["parameter"])
     _add_legend(figure)
     rows = table[table["quantity"] == "rounds"]
-    plot.set_title(figure, episodes, "Rounds, cost and goal", _size(rows), _mean_of(rows))
+    plot.set_title(figure, episodes, "Rounds, cost and goal", " ".join(_size(rows)), _mean_of(rows))
     return figure
 
 
