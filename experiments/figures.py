@@ -140,7 +140,9 @@ def _add_marks(
     for row in table[table["quantity"] == quantity].itertuples():
         y, mean = labels.index(row.label), row.mean
         if mean > most:
-            text = form.format(mean).replace("%", " %") + " \N{RIGHTWARDS ARROW}"
+            text = (
+                form.format(mean).removesuffix("%") + " \N{RIGHTWARDS ARROW}"
+            )  # labels have units
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             right = axis.get_yaxis_transform()
             axis.text(0.98, y, text, ha="right", va="center", size=7, bbox=box, transform=right)

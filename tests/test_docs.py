@@ -420,6 +420,10 @@ def test_a_hundred_nodes():
     assert tuned["low"] < searched["mean"] < tuned["mean"]
     more = quantities["mean"].unstack()["rounds_reduction"]
     assert more[["round_robin", "nearest", "shortest", "balanced"]].max() < 0
+    fedavg, times = (
+        quantities["mean"]["fedavg", name] for name in ("rounds", "communication_cost_reduction")
+    )
+    assert f"FedAvg needs {fedavg:.1f}, at {1 - times:.0f} times the cost" in text
     stays = table("nodes-100-mnist", "rounds").query("method == 'hl' and round > 1")
     shares = stays.groupby(["seed", "episode"])["node"].value_counts(normalize=True)
     assert shares.groupby(["seed", "episode"]).max().mean() > 0.98

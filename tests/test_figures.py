@@ -390,7 +390,7 @@ def test_the_committed_headlines_and_walks():
     assert [text.replace(" ", "_") for text in labels(rounds)] == order.split()
     assert marks(rounds)[13] == pytest.approx((0.250, 0.192, 0.318), abs=5e-4)
     assert marks(cost)[13][0] == pytest.approx(-0.623, abs=5e-4)
-    assert texts(cost)[0] == "+578 % →"
+    assert texts(cost)[0] == "+578 →"
     assert (goals(cost)[8], goals(cost)[13]) == ("93 %", "1 %")
     walks = figures.draw_walks(tables).axes
     assert [len(texts(axis)) for axis in walks] == [29, 36]
@@ -473,8 +473,8 @@ def test_the_figure_by_task(tasks):
     assert colors == [figures.BLACK, "0.65"]  # few reach the goal: grey
     kinds = {text.get_text().split(":")[0] for text in figure.legends[0].get_texts()}
     assert kinds == {"random", "published", "not learned", "grey", "open"}
-    assert texts(rounds) == ["+80 % →"]
-    assert texts(cost)[0] == "+100 % →"
+    assert texts(rounds) == ["+80 →"]
+    assert texts(cost)[0] == "+100 →"
     assert goals(cost) == {0: "100 %", 2: "100 %", 3: "100 %", 4: "0 %"}
     assert [axis.lines[-1].get_xdata() for axis in (rounds, cost)] == [[-0.508], [-0.746]]
     for axis, x in zip(others, (-0.5, -0.75), strict=True):
