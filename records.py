@@ -54,7 +54,7 @@ TEXT_COLUMNS = set(
 # pandas before 3 needs this to read back the same bits.
 _EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 
-_PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
+_PACKAGES = ("keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
 Json = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 _ADVICE = "move the folder away, or choose another --name"
@@ -201,7 +201,11 @@ def circumstances(threads: int) -> Json:
     """Return what a result depends on beside settings and data; it computes with ``threads``."""
     return {
         "git_revision": git_revision(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "tensorflow": tensorflow_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_name(),
@@ -210,6 +214,13 @@ def circumstances(threads: int) -> Json:
             "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS"),
         },
     }
+
+
+def tensorflow_version() -> str:
+    """Return TensorFlow's version by itself: its package may be called tensorflow-cpu."""
+    import tensorflow
+
+    return tensorflow.__version__
 
 
 def git_revision() -> str | None:

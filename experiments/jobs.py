@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +305,7 @@ def attempt(job: Job) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "error": error,
         "git_revision": records.git_revision() or "",
-        "tensorflow": version("tensorflow"),
+        "tensorflow": records.tensorflow_version(),
         "cpu": records.cpu_name(),
     }
 
@@ -382,7 +381,7 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
-    except (OSError, ValueError, asyncio.TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, asyncio.TimeoutError) as error:
         where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
         raise UserError(f"{where} ({_line(error)})") from error
     finally:

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -234,6 +235,12 @@ def test_no_scheduler_there(monkeypatch):
     monkeypatch.setattr(jobs, "CLUSTER_TIMEOUT", 0.5)
     with pytest.raises(UserError, match=r"--cluster: .* tcp://127.0.0.1:1"):
         jobs.dask_client(1, "tcp://127.0.0.1:1")
+
+
+def test_no_workers_here():
+    nowhere = {"temporary-directory": "/dev/null/none"}
+    with dask.config.set(nowhere), pytest.raises(UserError, match=r"--jobs: no workers .*/none"):
+        jobs.dask_client(2, "")
 
 
 # Long enough to be killed in the middle.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 from conftest import PROJECT, small_settings
 
 import records
@@ -358,6 +359,12 @@ def test_config_of_a_run(stopped_run, few):
     assert session["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert session["started"]
     assert session["ended"] is None
+
+
+def test_tensorflow_may_come_from_a_package_of_another_name(monkeypatch):
+    installed = {name: "1" for name in records._PACKAGES}  # and tensorflow-cpu, say
+    monkeypatch.setattr(records, "version", installed.__getitem__)
+    assert records.circumstances(1)["versions"]["tensorflow"] == tf.__version__
 
 
 def test_a_run_continues_after_its_last_checkpoint(tmp_path, stopped, few):
