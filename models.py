@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from dask.system import cpu_count  # minds a container's limit and the process's affinity
 
-from config import ConfigError
+from config import ConfigError, reason
 from data import Dataset
 
 
@@ -255,12 +256,6 @@ def _to_input(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
 
 
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def use_device(threads: int = 0, device: str = "cpu") -> int:
     """Let TensorFlow compute on so many CPU threads, 0 for all cores, and on a DEVICE.
 
@@ -274,7 +269,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
             Whatever computes with TensorFlow before the first call starts it otherwise.
     """
-    wanted = threads or available_cores()
+    wanted = threads or cpu_count()
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # read when TensorFlow first looks for devices
     with _without_stderr():  # it reports in its own words that it finds none
@@ -290,13 +285,10 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         tf.config.threading.set_intra_op_parallelism_threads(wanted)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.list_logical_devices()  # TensorFlow starts here
-    except RuntimeError as error:  # it has started otherwise
-        used = tf.config.threading.get_intra_op_parallelism_threads()
-        ours = used and tf.config.threading.get_inter_op_parallelism_threads() == 1
-        takes = f"{used} threads and the same device: use_device" if ours else "none: other code"
+    except RuntimeError as error:
         raise ConfigError(
-            f"THREADS, DEVICE: got {threads}, {device!r}, takes {takes} has started TensorFlow in "
-            "this process"
+            f"THREADS, DEVICE: got {threads}, {device!r}, takes what TensorFlow has started with "
+            f"in this process ({reason(error)})"
         ) from error
     return wanted
 

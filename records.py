@@ -172,9 +172,9 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
-    """Write a trained Q-network as ``.npz``, with its settings, and its data's name and SHA-256.
+    """Write a trained agent as ``.npz``, with its settings, and its data's name and SHA-256.
 
-    ``weights`` are float32 arrays by layer, as ``FlatNetwork.named_arrays`` gives them.
+    ``weights`` are what the agent's ``arrays`` returned: of a DQN, float32 by layer.
     """
     data = {"name": dataset.name, "sha256": dataset.sha256}
     config = json.dumps({"settings": settings.stored(), "dataset": data})
@@ -329,7 +329,7 @@ class Run:
         return self.config["state"] == "finished"
 
     def _read(self) -> None:
-        """Read what an earlier session left. Nothing is written before ``start``."""
+        """Read what an earlier session left. Only a finished run's checkpoint is deleted."""
         dataset = self.dataset
         new: Json = {
             "state": "running",

@@ -35,7 +35,7 @@ import main
 from cli import Parser
 from config import NAMED_SETTINGS, PROJECT, Settings
 from environment import DecentralizedLearning
-from models import available_cores, tf, use_device
+from models import cpu_count, tf, use_device
 from node import DQNAgent
 from records import Run, cpu_name
 
@@ -182,7 +182,7 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
         add(what, seconds, f"{share:.0%} of the matrix product's rate")
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy"))
-    machine = f"{available_cores()} cores of {cpu_name() or 'an unknown processor'}"
+    machine = f"{cpu_count()} cores of {cpu_name() or 'an unknown processor'}"
     lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
     lines += ["| what | measured | compared |", "| --- | --- | --- |"]
     product, one, tuned, reference = map(values, ("product", "one", "tuned", "reference"))

@@ -5,7 +5,6 @@ Usage: python3 -m experiments.compare [NAME] [options]; ``--list`` shows compari
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -37,7 +36,7 @@ from experiments.methods import METHODS, check_method
 
 # Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
 if TYPE_CHECKING:
-    from experiments.jobs import Job, Tables
+    from experiments.jobs import ComparisonFolder, Job
 
 PROGRAM = "experiments.compare"
 
@@ -170,7 +169,6 @@ def _parser() -> cli.Parser:
     help_ = "processes on this machine [one per core]"
     where("--jobs", type=cli.count_of, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
-    add("--seed", dest="SEED", help=argparse.SUPPRESS)  # main.py's, refused as --set SEED is
     cli.add_setting_flags(parser, {"DATASET", "EPISODES", "NAME"})
     return parser
 
@@ -186,7 +184,9 @@ def parse(arguments: list[str] | None = None) -> Plan:
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     seeds, world, agent_settings, data_sha256 = parsed.seeds, {}, {}, {}
     if parsed.agent is not None:
-        about = records.load_agent(Path(parsed.agent))[1]
+        arrays, about = records.load_agent(Path(parsed.agent))
+        if "0/kernel" not in arrays:  # those of walk_search are no network's
+            raise ConfigError(f"--agent: got {parsed.agent}, takes the agent.npz of a DQN")
         trained, data_sha256 = Settings(**about["settings"]), about["dataset"]["sha256"]
         agent_settings = trained.model_dump(include={*names_of(AgentSettings), "NUM_NODES"})
         world = trained.model_dump(include=names_of(WorldSettings))
@@ -263,9 +263,9 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
 
 def open_tables(
     plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
-) -> tuple[Tables, list[Job]]:
+) -> tuple[ComparisonFolder, list[Job]]:
     """Return a comparison's tables and its unfinished jobs; UserError if they would be mixed."""
-    from experiments.jobs import Tables, finished_jobs
+    from experiments.jobs import ComparisonFolder, finished_jobs
 
     config: dict[str, Any] = {
         "comparison": plan.name,
@@ -294,7 +294,7 @@ def open_tables(
     found = records.read_own(path, "comparison", lambda content: now | comparable(content), now)
     if found:
         config = found | {kind: found[kind] | config[kind] for kind in several}
-    tables = Tables(folder, config)
+    tables = ComparisonFolder(folder, config)
     finished, rows = finished_jobs(folder, plan.test_episodes), tables.jobs()
     for job in jobs:
         if job.key in rows and rows[job.key]["agent"] != job.agent_sha256():
@@ -305,7 +305,7 @@ def open_tables(
 def compare(plan: Plan) -> int:
     """Run what is left of a comparison and report it; return 1 if a job failed, else 0.
 
-    After a UserError nothing was started.
+    A command line, data or folder that is refused with a UserError starts nothing.
     """
     import models
     from experiments import figures
@@ -327,7 +327,7 @@ def compare(plan: Plan) -> int:
     for job in jobs:
         data.make_shards(dataset, job.settings)
     _, waiting = open_tables(plan, dataset, folder, jobs)
-    workers = min(plan.workers or models.available_cores(), len(waiting))
+    workers = min(plan.workers or models.cpu_count(), len(waiting))
     cluster = plan.cluster if waiting else ""
     with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
         # Read again: another process may have written here meanwhile.
@@ -350,7 +350,7 @@ def compare(plan: Plan) -> int:
     return 1 if failed else 0
 
 
-def _run(plan: Plan, tables: Tables, waiting: list[Job], client: Any) -> int:
+def _run(plan: Plan, tables: ComparisonFolder, waiting: list[Job], client: Any) -> int:
     """Run the waiting jobs, collect each as it ends; return how many failed."""
     from experiments.jobs import run_jobs
 

@@ -109,7 +109,7 @@ def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
 
 
 @dataclasses.dataclass
-class Tables:
+class ComparisonFolder:
     """The tables of a comparison's folder, to which a finished job's rows are added.
 
     A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.

@@ -463,7 +463,6 @@ def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
         (["--seeds", "five"], "--seeds: got 'five'"),
         (["--test-episodes", "0"], "--test-episodes: got '0', takes an integer >= 1"),
         (["--jobs", "-1"], "--jobs: got '-1', takes an integer >= 1"),
-        (["--seed", "3"], "SEED: got it, takes --seeds"),
         (["--set", "SEED=3"], "SEED: got it, takes --seeds"),
         (["--methods", ","], "--methods: got ''"),
         (["--methods", "hl,rnadom"], "--methods: got 'rnadom', takes some of hl, tuned, agent"),
@@ -515,6 +514,14 @@ def test_wrong_arguments(arguments, words, capsys):
 def test_what_an_agent_was_trained_with_stays(finished, more, words, capsys):
     agent = str(finished / "agents" / "hl-seed1.npz")
     assert words in refusal(compare.main, ["--agent", agent, *more], capsys)
+
+
+def test_the_agent_of_a_walk_search_is_refused(finished, tmp_path, capsys):
+    about = load_agent(finished / "agents" / "hl-seed1.npz")[1]
+    path = tmp_path / "walk.npz"
+    write_arrays(path, {"nodes": np.ones(4), "config": np.array(json.dumps(about))})
+    words = f"--agent: got {path}, takes the agent.npz of a DQN"
+    assert words in refusal(compare.main, ["--agent", str(path)], capsys)
 
 
 def test_shards_that_cannot_be_filled_write_nothing(tmp_path, capsys):
