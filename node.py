@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     from environment import Round
 
 
+def transition_type(observation_size: int, actions_per_step: int) -> np.dtype:
+    """Return the fields of a transition, as ``ReplayBuffer.add`` describes them."""
+    return np.dtype(
+        [
+            ("observations", np.float32, (observation_size,)),
+            ("actions", np.int32, (actions_per_step,)),
+            ("rewards", np.float64),
+            ("next_observations", np.float32, (observation_size,)),
+            ("terminals", np.bool_),
+            ("steps", np.int32),
+            ("barred", np.int32, (actions_per_step,)),
+        ]
+    )
+
+
 class ReplayBuffer:
     """A ring buffer of transitions.
 
@@ -39,16 +54,8 @@ class ReplayBuffer:
     def __init__(self, capacity: int, observation_size: int, actions_per_step: int = 1) -> None:
         self.capacity = capacity
         self.added = 0
-        transition = [
-            ("observations", np.float32, (observation_size,)),
-            ("actions", np.int32, (actions_per_step,)),
-            ("rewards", np.float64),
-            ("next_observations", np.float32, (observation_size,)),
-            ("terminals", np.bool_),
-            ("steps", np.int32),
-            ("barred", np.int32, (actions_per_step,)),
-        ]
-        self._ring = np.zeros(capacity, transition)  # takes memory only where it is written
+        # It takes memory only where it is written.
+        self._ring = np.zeros(capacity, transition_type(observation_size, actions_per_step))
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -174,18 +181,13 @@ class QNetwork:
         self._settings = settings
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
-        observations = tf.TensorSpec([None, inputs], tf.float32)
+        fields = transition_type(inputs, actions_per_step)
         transitions = {
-            "observations": observations,
-            "actions": tf.TensorSpec([None, actions_per_step], tf.int32),
-            "rewards": tf.TensorSpec([None], tf.float64),
-            "next_observations": observations,
-            "terminals": tf.TensorSpec([None], tf.bool),
-            "steps": tf.TensorSpec([None], tf.int32),
-            "barred": tf.TensorSpec([None, actions_per_step], tf.int32),
+            name: tf.TensorSpec([None, *fields[name].shape], fields[name].base)
+            for name in fields.names or ()
         }
         draws = tf.TensorSpec([None, settings.REPLAY_SAMPLE], tf.int32)
-        self._values = tf.function(self.network.apply, [vector, observations])
+        self._values = tf.function(self.network.apply, [vector, transitions["observations"]])
         self.train = tf.function(self._train, [vector, moments, vector, transitions, draws])
 
     def values(self, weights: tf.Tensor, observations: np.ndarray) -> np.ndarray:
