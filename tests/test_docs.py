@@ -399,6 +399,9 @@ def test_what_carries_over_to_fashion_mnist():
     changes = [f"{name}_reduction" for name in ("rounds", "communication_cost")]
     mnist = estimated("headline-mnist").loc["", "tuned"]["mean"]
     assert all(0.85 < quantities["tuned", name] / mnist[name] < 1 for name in changes)
+    learned = quantities.unstack().loc[["walk_search", "tuned"]]
+    assert abs(learned["rounds"].diff().iloc[1]) < 1
+    assert learned["goal_reached"].is_monotonic_increasing
     stay = table("paper-digits", "episodes").query("method == 'stay'")["rounds"].mean()
     assert f"the starter needs {stay:.1f} there" in text
 
