@@ -286,9 +286,10 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.list_logical_devices()  # TensorFlow starts here
     except RuntimeError as error:
+        used = tf.config.threading.get_intra_op_parallelism_threads()
         raise ConfigError(
             f"THREADS, DEVICE: got {threads}, {device!r}, takes what TensorFlow has started with "
-            f"in this process ({reason(error)})"
+            f"in this process: {used or 'unset'} threads ({reason(error)})"
         ) from error
     return wanted
 

@@ -181,7 +181,7 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
         share = np.median(product / seconds) * flop / PRODUCT
         add(what, seconds, f"{share:.0%} of the matrix product's rate")
 
-    versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras", "numpy"))
+    versions = f"tensorflow {tf.__version__}, keras {version('keras')}, numpy {version('numpy')}"
     machine = f"{cpu_count()} cores of {cpu_name() or 'an unknown processor'}"
     lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
     lines += ["| what | measured | compared |", "| --- | --- | --- |"]

@@ -140,9 +140,8 @@ def _add_marks(
     for row in table[table["quantity"] == quantity].itertuples():
         y, mean = labels.index(row.label), row.mean
         if mean > most:
-            text = (
-                form.format(mean).removesuffix("%") + " \N{RIGHTWARDS ARROW}"
-            )  # labels have units
+            # The axis label has the unit.
+            text = form.format(mean).removesuffix("%") + " \N{RIGHTWARDS ARROW}"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             right = axis.get_yaxis_transform()
             axis.text(0.98, y, text, ha="right", va="center", size=7, bbox=box, transform=right)

@@ -359,7 +359,8 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
     """Connect to the Dask scheduler at an address, or start one with workers on this machine.
 
     Without an address, one worker needs no Dask: the client is None. Local workers end with this
-    process, and no limit of memory kills a job. UserError if no scheduler answers.
+    process, and no limit of memory kills a job. UserError if no scheduler answers, or no worker
+    starts.
     """
     if workers <= 1 and not address:
         return contextlib.nullcontext()

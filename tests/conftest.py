@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dask.system import CPU_COUNT  # noqa: F401  # counted before this process gets one core
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -144,7 +144,7 @@ def test_examples_run(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
     reference = tmp_path / "results" / "reference"
-    for name in (*("mnist-seed0/episodes", "paper-mnist/rounds", "pilot-fashion_mnist/rounds"),):
+    for name in ("mnist-seed0/episodes", "paper-mnist/rounds", "pilot-fashion_mnist/rounds"):
         (reference / name).parent.mkdir(parents=True)
         shutil.copy(REFERENCE / f"{name}.csv", (reference / name).parent)
     source = tmp_path / "config.py"
@@ -401,7 +401,7 @@ def test_what_carries_over_to_fashion_mnist():
     assert all(0.85 < quantities["tuned", name] / mnist[name] < 1 for name in changes)
     learned = quantities.unstack().loc[["walk_search", "tuned"]]
     assert abs(learned["rounds"].diff().iloc[1]) < 1
-    assert learned["goal_reached"].is_monotonic_increasing
+    assert learned["goal_reached"].diff().iloc[1] > 0
     stay = table("paper-digits", "episodes").query("method == 'stay'")["rounds"].mean()
     assert f"the starter needs {stay:.1f} there" in text
 

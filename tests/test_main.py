@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from conftest import (
     CORES,
+    CPU_COUNT,
     PROJECT,
     SMALL,
     as_flags,
@@ -290,7 +291,7 @@ def test_a_killed_process_continues_with_the_same_bits(tmp_path):
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     assert agents_are_equal(tmp_path / "killed", tmp_path / "whole")
     session = json.loads((tmp_path / "whole" / "config.json").read_text())["sessions"][0]
-    assert session["machine"]["threads"] == (len(CORES) or os.cpu_count())
+    assert session["machine"]["threads"] == CPU_COUNT
 
 
 def test_a_full_disk(tmp_path, capsys, finished):

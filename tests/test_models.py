@@ -266,20 +266,22 @@ def test_weights_that_are_not_trainable_are_refused():
 def test_threads_can_not_change_in_a_process():
     threads = models.use_device()
     assert threads == models.use_device(threads) == models.cpu_count()
-    with pytest.raises(ConfigError, match="THREADS, DEVICE: got 1000, 'cpu', takes what"):
+    with pytest.raises(
+        ConfigError, match=f"THREADS, DEVICE: got 1000, 'cpu', .*: {threads} threads"
+    ):
         models.use_device(1000)
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("before", "threads"),
     [
         # Other code: as many threads, but several operations run at a time.
-        "tf.config.threading.set_intra_op_parallelism_threads(1); tf.zeros(1)",
+        ("tf.config.threading.set_intra_op_parallelism_threads(1); tf.zeros(1)", 1),
         # An agent alone, without an environment.
-        "node.DQNAgent(4, Settings(THREADS=3))",
+        ("node.DQNAgent(4, Settings(THREADS=3))", 3),
     ],
 )
-def test_what_starts_tensorflow_decides_the_threads(before):
+def test_what_starts_tensorflow_decides_the_threads(before, threads):
     code = f"""
 import node
 from config import ConfigError, Settings
@@ -295,6 +297,7 @@ except ConfigError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True
     )
     assert done.stdout.startswith("THREADS, DEVICE: got 1, 'cpu', takes what")
+    assert f" {threads} threads " in done.stdout
     assert done.stdout.count("\n") == 1
 
 
