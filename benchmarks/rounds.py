@@ -37,7 +37,7 @@ from config import NAMED_SETTINGS, PROJECT, Settings
 from environment import DecentralizedLearning
 from models import cpu_count, tf, use_device
 from node import DQNAgent
-from records import Run, cpu_name
+from records import Run, cpu_name, tensorflow_version
 
 # Floating-point operations of the foundation model on one image: a multiplication and an addition
 # count as two. Convolutions of 24 * 24 positions, 20 filters, 5 * 5 * 1 weights and of 8 * 8, 50,
@@ -181,7 +181,9 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
         share = np.median(product / seconds) * flop / PRODUCT
         add(what, seconds, f"{share:.0%} of the matrix product's rate")
 
-    versions = f"tensorflow {tf.__version__}, keras {version('keras')}, numpy {version('numpy')}"
+    versions = (
+        f"tensorflow {tensorflow_version()}, keras {version('keras')}, numpy {version('numpy')}"
+    )
     machine = f"{cpu_count()} cores of {cpu_name() or 'an unknown processor'}"
     lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
     lines += ["| what | measured | compared |", "| --- | --- | --- |"]
