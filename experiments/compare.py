@@ -5,6 +5,7 @@ Usage: python3 -m experiments.compare [NAME] [options]; ``--list`` shows compari
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -169,6 +170,7 @@ def _parser() -> cli.Parser:
     help_ = "processes on this machine [one per core]"
     where("--jobs", type=cli.count_of, metavar="N", help=help_)
     where("--cluster", default="", metavar="ADDRESS", help="a Dask scheduler that runs the jobs")
+    add("--seed", dest="SEED", help=argparse.SUPPRESS)  # main.py's, refused as --set SEED is
     cli.add_setting_flags(parser, {"DATASET", "EPISODES", "NAME"})
     return parser
 

@@ -463,7 +463,7 @@ def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
         (["--seeds", "five"], "--seeds: got 'five'"),
         (["--test-episodes", "0"], "--test-episodes: got '0', takes an integer >= 1"),
         (["--jobs", "-1"], "--jobs: got '-1', takes an integer >= 1"),
-        (["--seed", "3"], "unrecognized arguments: --seed 3"),
+        (["--seed", "3"], "SEED: got it, takes --seeds"),
         (["--set", "SEED=3"], "SEED: got it, takes --seeds"),
         (["--methods", ","], "--methods: got ''"),
         (["--methods", "hl,rnadom"], "--methods: got 'rnadom', takes some of hl, tuned, agent"),
