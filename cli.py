@@ -199,7 +199,7 @@ def count_of(text: str) -> int:
 
 
 def dataset_of_experiments() -> dict[str, str]:
-    """Return DATASET where no one names it: digits take minutes, where MNIST takes hours."""
+    """Return the default DATASET of experiments: digits take minutes, MNIST hours."""
     return {"DATASET": "digits"} if Settings().DATASET == "auto" else {}
 
 
@@ -247,7 +247,7 @@ def settings_page() -> str:
         "# Settings",
         "",
         "All settings, as `config.py` declares them: what they mean, which values they take, and",
-        "where they come from. Written by `python3 cli.py > docs/settings.md`.",
+        "where they come from. Written by `env -u HL_DATA_DIR python3 cli.py > docs/settings.md`.",
         "",
         'Source "public code" is the authors\' implementation, "ours" is this project.',
     ]

@@ -95,7 +95,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of each array as an IDX file, hexadecimal, whatever container it came from."""
+        """SHA-256 of each array after an IDX header, hexadecimal, whatever file it came from."""
         sums = {}
         for key in _IDX_FILES:
             array = getattr(self, key)

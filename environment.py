@@ -20,6 +20,11 @@ from models import Moments, shared_foundation_model, tf, use_device
 
 _JUDGES = (1000, 2000, 4000)  # numbers of test images, see DecentralizedLearning._judged
 
+# Of progress_reward.
+_MOST_LEFT = 12.0  # rounds that the potential takes to be left, far below the goal
+_GAP_SCALE = 0.1  # gap to the goal, as accuracy, over which that changes by a factor of e
+_MISS_COST = 15.0  # of an episode that misses the goal
+
 
 def distance_matrix(settings: Settings) -> np.ndarray:
     """Return (N, N) float64: the communication distance of each two nodes, no unit (public code).
@@ -36,7 +41,7 @@ def distance_matrix(settings: Settings) -> np.ndarray:
 
 
 def power_reward(accuracy: float, distance: float, settings: Settings) -> float:
-    """Return a round's reward, h^(accuracy - goal) - distance - 1 (paper; h = 32, public code)."""
+    """Return a round's reward, h^(accuracy - goal) - distance - 1 (public code; h = 32)."""
     return settings.REWARD_BASE ** (accuracy - settings.GOAL_ACCURACY) - distance - 1
 
 
@@ -48,7 +53,7 @@ def progress_reward(
     A round costs its distance, and one point unless it reaches the goal; missing the goal costs 15.
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
     after the round, less the potential before it. The potential is
-    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), also at the round limit. docs/tuned.md says why.
+    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), also at the round limit; see docs/tuned.md.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -58,8 +63,8 @@ def progress_reward(
         settings: for GOAL_ACCURACY and DISCOUNT.
     """
     gaps = [min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before)]
-    after, before = (12 * math.expm1(gap / 0.1) for gap in gaps)
-    return settings.DISCOUNT * after - before - distance - (gaps[0] < 0) - 15 * missed
+    after, before = (_MOST_LEFT * math.expm1(gap / _GAP_SCALE) for gap in gaps)
+    return settings.DISCOUNT * after - before - distance - (gaps[0] < 0) - _MISS_COST * missed
 
 
 def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
@@ -80,8 +85,9 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
         components: C, how many components to keep.
 
     Returns:
-        (N, C) float32; all 0 if a weight is not finite. A component's loading of greatest magnitude
-        is positive, which is scikit-learn's rule since 1.5.
+        (N, C) float32. A component's loading of greatest magnitude is positive, which is
+        scikit-learn's rule since 1.5. Departure: all 0 if a weight is not finite, where
+        scikit-learn raises an error.
     """
     scores = np.zeros((len(owners), components), np.float32)
     if not np.isfinite(models).all():
@@ -94,12 +100,12 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     roots = np.sqrt(counts)
     squares, vectors = np.linalg.eigh(roots[:, None] * (centred @ centred.T) * roots)
     squares, vectors = squares[::-1][:components], vectors[:, ::-1][:, :components]
-    # The weights are float32, so variance below their rounding (1e-7, squared) is noise.
+    # The weights are float32, so variance near their rounding (1e-7, squared) is noise.
     kept = (squares > 1e-13 * squares.max()) & (squares > 0)
     squares, vectors = squares[kept], vectors[:, kept]
     loadings = (roots[:, None] * vectors).T @ centred  # times the singular values
     signs = np.where(loadings.max(axis=1) >= -loadings.min(axis=1), 1.0, -1.0)
-    # Row m of the left singular vectors times the singular values, freed of the row's factor.
+    # Row m of the left singular vectors times the singular values, divided by the row's weight.
     rows = signs * np.sqrt(squares) * vectors / roots[:, None]
     scores[:, : len(squares)] = rows[owners]
     return scores
@@ -190,7 +196,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         there only changes the distance of that round. With the default they are the same.
 
         Args:
-            seed: of the model's weights and the order of the images, whatever the actions are.
+            seed: of the model's weights and the order of the images. With one node per round and
+                shards of equal size they are the same whatever the actions are.
                 None continues with the generator as it is.
             options: ``{"nodes": [...]}`` lets these distinct nodes train round 1 instead.
 

@@ -50,9 +50,9 @@ _EVALUATION_BATCH = 200
 def foundation_network(input_shape: tuple[int, int, int], classes: int) -> keras.Model:
     """Return the local foundation model (public code); 33,580 weights for 28 x 28 x 1, 10 classes.
 
-    ReLU follows the pooling, where it has a quarter of the numbers; the result is the same.
-    Departure: the last layer gives logits, and its softmax is part of the loss: the same function
-    computed more exactly. It does not change which class is the greatest.
+    Departure: ReLU follows the pooling, where it has a quarter of the numbers; the result is the
+    same. Departure: the last layer gives logits, and its softmax is part of the loss: the same
+    function computed more exactly. It does not change which class is the greatest.
     """
     layers = keras.layers
     return keras.Sequential(
@@ -191,7 +191,8 @@ class FoundationModel:
         self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
         self.test_size = len(dataset.y_test)
         shape = (-1, *dataset.input_shape)
-        self._x_train = tf.constant(dataset.x_train.reshape(shape))
+        with tf.device("CPU"):  # a GPU can't gather bytes; so batches go there, not all images
+            self._x_train = tf.constant(dataset.x_train.reshape(shape))
         self._y_train = tf.constant(dataset.y_train.astype(np.int32))
         self._x_test = _to_input(tf.constant(dataset.x_test.reshape(shape)))
         self._y_test = tf.constant(dataset.y_test.astype(np.int32))
@@ -245,7 +246,7 @@ class FoundationModel:
             batch = images[start : start + _EVALUATION_BATCH]
             logits = self.network.apply(weights, tf.gather(self._x_test, batch))
             hits = tf.argmax(logits, 1, tf.int32) == tf.gather(self._y_test, batch)
-            # argmax of NaNs is class 0: without this, a diverged model would have 0's share.
+            # Departure: a diverged model counts 0; the argmax of NaNs would be class 0.
             hits &= tf.reduce_all(tf.math.is_finite(logits), 1)
             correct += tf.reduce_sum(tf.cast(hits, tf.int32))
         return correct

@@ -370,7 +370,7 @@ class DQNAgent:
         if round_.chosen_by == "random":
             self._store(observation, self._barred, False, 0)
         self._recent.append((observation, round_.action, round_.reward))
-        # A choice is worth what all of its rounds bring.
+        # The value of a choice includes the rewards of all its rounds.
         steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
         done = round_.terminated or round_.truncated
         self._barred = round_.info.get("barred", ())
@@ -416,7 +416,7 @@ class DQNAgent:
         self.weights, self.moments, loss = self.q.train(
             self.weights, self.moments, self.target_weights, transitions, draws
         )
-        # Without a target network the step counts nothing: the Q-network's values are used.
+        # With TARGET_RATE = 0 these weights are never used.
         step = settings.TARGET_RATE
         self.target_weights = (1 - step) * self.target_weights + step * self.weights
         return float(loss)

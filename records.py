@@ -47,8 +47,8 @@ _TRANSITIONS = "transitions.npy"
 
 # Columns of text, here and in experiments; all others hold numbers. "node" may be "3+5".
 TEXT_COLUMNS = set(
-    "dataset node chosen_by variant method state error agent git_revision tensorflow cpu quantity "
-    "observation target".split()
+    "dataset node chosen_by variant method state error agent git_revision tensorflow cpu device "
+    "quantity observation target".split()
 )
 
 # pandas before 3 needs this to read back the same bits.

@@ -92,7 +92,7 @@ def start(*flags: str) -> dict[str, float]:
 
 
 def play(**overrides: Any) -> dict[str, float]:
-    """Run ``main.train`` for an episode, with the replay buffer and mean epsilon of 120 of them.
+    """Run ``main.train`` for an episode, with epsilon 0.4 and the replay buffer of 120 episodes.
 
     Returns:
         Seconds per round (``seconds``) and of its parts (``training``, ``evaluation``, ``agent``,

@@ -327,7 +327,7 @@ def compare(plan: Plan) -> int:
     jobs = make_jobs(plan, folder)
     # Everything that can be refused is refused before a file is written.
     for job in jobs:
-        data.make_shards(dataset, job.settings)
+        METHODS[job.method].check_shards(data.make_shards(dataset, job.settings))
     _, waiting = open_tables(plan, dataset, folder, jobs)
     workers = min(plan.workers or models.cpu_count(), len(waiting))
     cluster = plan.cluster if waiting else ""

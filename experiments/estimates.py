@@ -25,7 +25,7 @@ from config import UserError
 RESAMPLES = 10_000
 
 JOB_COLUMNS = tuple(
-    "variant method seed state seconds error agent git_revision tensorflow cpu".split()
+    "variant method seed state seconds error agent git_revision tensorflow cpu device".split()
 )
 EPISODE_COLUMNS = tuple(
     "dataset variant method seed episode rounds goal_reached final_accuracy episode_reward "

@@ -30,7 +30,7 @@ import records
 from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
 from environment import DecentralizedLearning, distance_matrix, rollout
 from experiments.estimates import JOB_KEY, TABLES
-from experiments.methods import METHODS, Policy, Sent
+from experiments.methods import METHODS, MethodPolicy, Sent
 from node import DQNAgent
 from records import Run, append_rows, episode_row, load_agent, locked, read_table
 
@@ -204,7 +204,7 @@ def run_job(job: Job) -> None:
             append_rows(job.folder / "episodes.csv", TABLES["episodes"], row)
 
 
-def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
+def _learned_policy(job: Job, environment: DecentralizedLearning) -> MethodPolicy:
     """Return an agent's greedy policy: trained as by main.py unless it was given, then frozen."""
     path = Path(job.agent) if job.agent else job.training_folder / "agent.npz"
     settings = job.settings.replace(NAME=job.training_folder.name)
@@ -226,7 +226,7 @@ def _learned_policy(job: Job, environment: DecentralizedLearning) -> Policy:
 def _test_episode(
     job: Job,
     environment: DecentralizedLearning,
-    policy: Policy,
+    policy: MethodPolicy,
     episode: int,
     sent_before: Sent,
 ) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def communication(distances: np.ndarray, holder: int, nodes: int | list[int]) ->
 
     ``distances`` is (N, N) float64. The holder of the model sends it to each node that trains. The
     first of these gets the others' results, which it averages. With one node per round that is the
-    paper's distance. Departure: with several, the public code counts the way to the first alone.
+    environment's distance. Departure: with several, the public code counts the way to the first.
     """
     training = np.atleast_1d(nodes).tolist()
     ways = [(holder, node) for node in training if node != holder]
@@ -287,7 +287,7 @@ def attempt(job: Job) -> dict[str, Any]:
 
     ``error`` is one line, or "". The traceback of an unexpected one is the job's ``error.txt``.
     """
-    started = time.perf_counter()
+    started, revision = time.perf_counter(), records.git_revision() or ""
     error = ""
     try:
         (job.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
@@ -304,9 +304,10 @@ def attempt(job: Job) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "error": error,
-        "git_revision": records.git_revision() or "",
+        "git_revision": revision,
         "tensorflow": records.tensorflow_version(),
         "cpu": records.cpu_name(),
+        "device": job.settings.DEVICE,
     }
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # a command line is checked without TensorFlow
 
 # (observation, info, rng) -> the next node, or NODES_PER_ROUND of them. Observation and info are
 # the environment's. The generator is new in each episode, and no one else draws from it.
-Policy = Callable[[np.ndarray, dict[str, Any], np.random.Generator], Any]
-PolicyMaker = Callable[["DecentralizedLearning"], Policy]
+MethodPolicy = Callable[[np.ndarray, dict[str, Any], np.random.Generator], Any]
+PolicyMaker = Callable[["DecentralizedLearning"], MethodPolicy]
 Sent = tuple[int, float, float]  # number of transfers, sum of their distances, megabytes
 
 
@@ -35,9 +35,10 @@ class Method:
     agent: Callable[[int, Settings], Any] | None = None
     # The settings that the method changes, from the comparison's settings.
     overrides: Callable[[Settings], dict[str, Any]] = lambda settings: {}
-    # Who trains round 1, from the settings and the number of the test episode, which starts at 0
-    # and runs on from seed to seed.
+    # Who trains round 1, from the settings and a number of the test episode that no other seed has.
     first_nodes: Callable[[Settings, int], list[int]] = lambda settings, _: [settings.STARTER_NODE]
+    # Raises a ConfigError if the method can't train on these shards.
+    check_shards: Callable[[list[np.ndarray]], None] = lambda shards: None
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
     several: bool = False  # whether the policy can choose several nodes per round
@@ -59,8 +60,8 @@ def check_method(name: str, settings: Settings) -> None:
 # --- Policies --------------------------------------------------------------------------------
 
 
-def random_policy(environment: DecentralizedLearning) -> Policy:
-    """Choose every node with the same probability, the present one included (the paper's)."""
+def random_policy(environment: DecentralizedLearning) -> MethodPolicy:
+    """Choose every node with the same probability, the present one included (ours)."""
     n, k = environment.settings.NUM_NODES, environment.settings.NODES_PER_ROUND
 
     def policy(observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> Any:
@@ -69,7 +70,7 @@ def random_policy(environment: DecentralizedLearning) -> Policy:
     return policy
 
 
-def stay_policy(environment: DecentralizedLearning) -> Policy:
+def stay_policy(environment: DecentralizedLearning) -> MethodPolicy:
     """Choose the node, or nodes, that trained last."""
     return lambda observation, info, rng: info["node"]
 
@@ -77,18 +78,18 @@ def stay_policy(environment: DecentralizedLearning) -> Policy:
 def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int = 1) -> PolicyMaker:
     """Return the maker of policies that follow a tour from STARTER_NODE again and again."""
 
-    def policy_of(environment: DecentralizedLearning) -> Policy:
+    def policy_of(environment: DecentralizedLearning) -> MethodPolicy:
         nodes = tour(environment.distances, environment.settings.STARTER_NODE)
         return search.walk_policy([], np.repeat(nodes, rounds_per_node).tolist())
 
     return policy_of
 
 
-def balanced_policy(environment: DecentralizedLearning) -> Policy:
+def balanced_policy(environment: DecentralizedLearning) -> MethodPolicy:
     """Choose the node whose shard makes the labels trained on most even; the nearest if equal.
 
-    After the routing of Tram-FL (Maejima et al. 2023, arXiv 2308.04762). Even is what has the least
-    sum of squared shares. All label counts are known.
+    After the routing of Tram-FL (Maejima et al. 2023, arXiv 2308.04762). The most even labels have
+    the least sum of squared shares. All label counts are known.
     """
     start = environment.settings.STARTER_NODE
     counts = data.label_counts(environment.dataset, environment.shards)
@@ -114,13 +115,13 @@ def metropolis_chain(distances: np.ndarray) -> np.ndarray:
     weights = np.exp(-distances / mean if mean > 0 else distances) * others
     totals = weights.sum(axis=1)
     chain = weights / np.maximum(totals[:, None], totals)  # proposed and accepted
-    return chain + np.diag(np.maximum(1 - chain.sum(axis=1), 0))  # 0 may round below it
+    return chain + np.diag(np.maximum(1 - chain.sum(axis=1), 0))  # rounding makes a 0 negative
 
 
 def _metropolis(jumps: float) -> PolicyMaker:
     """Return the maker of random walks; ``jumps`` is the probability to go to any node instead."""
 
-    def policy_of(environment: DecentralizedLearning) -> Policy:
+    def policy_of(environment: DecentralizedLearning) -> MethodPolicy:
         chain = metropolis_chain(environment.distances)
         chain = (1 - jumps) * chain + jumps / len(chain)
         return lambda observation, info, rng: int(rng.choice(len(chain), p=chain[info["node"]]))
@@ -185,14 +186,13 @@ def _two_opt(distances: np.ndarray, tour: list[int]) -> list[int]:
 # --- Methods ---------------------------------------------------------------------------------
 
 
-def _check_sizes(environment: DecentralizedLearning) -> Sent:
+def _check_sizes(shards: list[np.ndarray]) -> None:
     """Refuse unequal shards: the environment's unweighted mean is FedAvg's for equal ones only."""
-    sizes = {len(shard) for shard in environment.shards}
+    sizes = {len(shard) for shard in shards}
     if len(sizes) > 1:
         raise ConfigError(
             f"SHARD_RULE: got {min(sizes)} to {max(sizes)} images, takes equal shards"
         )
-    return 0, 0.0, 0.0
 
 
 def _pool_shards(environment: DecentralizedLearning) -> Sent:
@@ -234,7 +234,7 @@ METHODS: dict[str, Method] = {
         stay_policy,
         overrides=lambda settings: {"NODES_PER_ROUND": settings.NUM_NODES},
         first_nodes=lambda s, _: sorted(range(s.NUM_NODES), key=lambda n: n != s.STARTER_NODE),
-        prepare=_check_sizes,
+        check_shards=_check_sizes,
     ),
     "round_robin": Method("nodes in the order of their numbers", _touring(numbered_tour)),
     "nearest": Method("always on to the nearest unvisited node", _touring(nearest_tour)),

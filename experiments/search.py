@@ -57,7 +57,7 @@ class WalkSearch:
 
     Args:
         observation_size: not used.
-        settings: for NUM_NODES, DISCOUNT, EPISODES and SEED.
+        settings: for NUM_NODES, MAX_ROUNDS, DISCOUNT, EPISODES and SEED.
 
     Attributes:
         probabilities: (S, N) of the nodes and (S, L) of the lengths of a walk's S stays, float64.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from dask.system import CPU_COUNT  # noqa: F401  # counted before this process gets one core
 
@@ -28,9 +29,6 @@ import environment
 import main
 import models
 
-# Before anything computes, as main.py does it: the number can't be changed later.
-models.use_device()
-
 # Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
 SMALL = {
     "DATASET": "digits",
@@ -39,6 +37,16 @@ SMALL = {
     "MAX_ROUNDS": 5,
     "REPLAY_SAMPLE": 8,
     "EPISODES": 4,
+}
+
+# Fast enough to learn something within a round, and a goal that some episodes reach.
+QUICK = {
+    **SMALL,
+    "LEARNING_RATE": 0.01,
+    "GOAL_ACCURACY": 0.3,
+    "EPISODES": 3,
+    # Asked before anything computes, as main.py does it: the number can't be changed later.
+    "THREADS": models.use_device(),
 }
 
 
@@ -73,14 +81,16 @@ def mnist_dir():
     return Path(DATA_DIR)
 
 
-def as_flags(settings):
-    """Return the --set flags that give ``settings``."""
-    defaults = config.Settings()
-    flags = []
-    for name in config.Settings.model_fields:
-        if getattr(settings, name) != getattr(defaults, name):
-            flags += ["--set", f"{name}={getattr(settings, name)}"]
-    return flags
+def set_flags(settings):
+    """Return the --set flags that give settings these values."""
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def stand_in(patch, dataset):
+    """Let jobs in this process take a dataset that is loaded already; nothing is drawn."""
+    patch.setattr("experiments.jobs.load_dataset", lambda name, folder: dataset)
+    patch.setattr("experiments.figures.draw_comparison", lambda folder: {})
+    patch.setattr("experiments.figures.report", lambda folder, tables: "the report")
 
 
 def command(*arguments, script="main.py"):
@@ -145,3 +155,12 @@ def without_times(folder):
         "rounds": (folder / "rounds.csv").read_text().splitlines(),
         "shards": (folder / "shards.csv").read_text().splitlines(),
     }
+
+
+def tables_of(folder):
+    """Return the tables of a comparison as text, without the column that holds seconds."""
+    found = {}
+    for name in ("episodes", "rounds", "training", "distances"):
+        table = pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)
+        found[name] = table.drop(columns="seconds", errors="ignore")
+    return found

@@ -4,15 +4,15 @@ import filelock
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, refusal, small_settings
+from conftest import SMALL, refusal, set_flags, small_settings
 
 import config
 import data
 import models
 from config import episode_seed
-from environment import DecentralizedLearning, positive_at
+from environment import DecentralizedLearning
 from experiments import audit
-from records import read_arrays, read_table, write_arrays
+from records import read_arrays, write_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,7 @@ def start(folder, *arguments, **overrides):
     settings = {**SMALL, "RESULTS_DIR": folder, "THREADS": models.use_device(), **overrides}
     for name in config.names_of(config.AgentSettings) & {"EPISODES", "REPLAY_SAMPLE"}:
         del settings[name]
-    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    return audit.main([*arguments, *sets])
+    return audit.main([*arguments, *set_flags(settings)])
 
 
 # --- Numbers by hand ---
@@ -66,7 +65,7 @@ def test_predictions_are_of_walks_that_the_trees_were_not_fitted_to(few):
 def test_observations_by_hand():
     # Three rounds; three nodes with three scores each.
     scores = np.arange(-8, 19, dtype=np.float32).reshape(3, 9)
-    walk = {"nodes": np.array([2, 0, 0]), "broadcast": scores, "local": scores + 100}
+    walk = {"nodes": np.array([2, 0, 0]), "broadcast": scores, "local": scores - 2}
     observed = audit.observations(walk, 3, max_rounds=4)
     assert list(observed) == list(audit.OBSERVATIONS)
     assert {(len(matrix), matrix.dtype.name) for matrix in observed.values()} == {(3, "float32")}
@@ -79,10 +78,12 @@ def test_observations_by_hand():
     assert visits.tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
     assert age.tolist() == [[8, 8, 0], [0, 8, 1], [0, 8, 2]]  # never visited: 2 * 4
     assert rounds.ravel().tolist() == [1, 2, 3]
-    assert observed["broadcast_and_local"][1].tolist() == [*range(1, 10), *range(101, 110)]
-    assert observed["first_scores"][1].tolist() == [1, 4, 7, 101, 104, 107]
-    # In the first round node 2's broadcast is negative.
-    assert observed["both"][0].tolist() == [8, 5, 2, 92, 95, 98]
+    assert observed["broadcast_and_local"][1].tolist() == [*range(1, 10), *range(-1, 8)]
+    assert observed["first_scores"][1].tolist() == [1, 4, 7, -1, 2, 5]
+    # In the second round node 0's local scores are -1, 0 and 1.
+    assert observed["local_holder"][1].tolist() == [1, 0, 1, -2, 3, 4, -5, 6, 7]
+    # In the first round node 2's first scores are -2 and -4.
+    assert observed["both"][0].tolist() == [8, 5, 2, 10, 7, 4]
 
 
 # --- Walks ---
@@ -97,18 +98,8 @@ def test_what_a_walk_records(few):
         env = DecentralizedLearning(small_settings(OBSERVATION=kind), few)
         seen = [env.reset(seed=episode_seed(0, 3))[0]]
         seen = np.array([*seen, *(env.step(node)[0] for node in walk["nodes"][1:])])
-        if kind == "both":
-            scaled = observed["both"] * np.repeat(np.float32([4, 0.4]), 4)
-            np.testing.assert_array_equal(seen, scaled)
-        else:
-            half = slice(4) if kind == "broadcast" else slice(4, 8)
-            np.testing.assert_array_equal(seen, observed[kind])
-            np.testing.assert_array_equal(seen[:, ::4], observed["first_scores"][:, half])
-    signed = [
-        positive_at(node, scores.reshape(4, 4)).ravel()
-        for node, scores in zip(walk["nodes"], observed["local"], strict=True)
-    ]
-    np.testing.assert_array_equal(observed["local_holder"], signed)
+        scale = np.repeat(np.float32([4, 0.4]), 4) if kind == "both" else 1
+        np.testing.assert_array_equal(seen, observed[kind] * scale)
     # The starter has moved the fresh model; of four rows one differs by it, centred 3/4 of it.
     env = DecentralizedLearning(small_settings(), few)
     env.reset(seed=episode_seed(0, 3))
@@ -139,10 +130,6 @@ def test_an_audit_from_start_to_end(tmp_path, capsys):
     lengths = [len(read_arrays(walks / f"walk-{e}.npz")["nodes"]) for e in range(1, 7)]
     assert set(table["rounds"]) == {sum(lengths) - 6}
     assert set(table["episodes"]) == {6}
-    assert (table["low"] <= table["high"]).all()
-    # Nothing observed: no better than the mean of the other parts.
-    nothing = table[(table["observation"] == "zeros") & (table["target"] == "accuracy")]
-    assert nothing["r2"].item() <= 0
     about = json.loads((folder / "config.json").read_text())
     assert about["settings"]["LEARNING_RATE"] == 0.001
     # In the order of their declaration: the same bytes in each process.
@@ -191,26 +178,14 @@ def prepare_folder(folder, count, **changes):
 def test_more_walks_make_another_table(tmp_path):
     folder = tmp_path / "audit-digits"
     prepare_folder(folder, 8)
-    for count in (6, 8):
+    # A walk of one round is an episode, but adds no row.
+    path = folder / "walks" / "walk-3.npz"
+    write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
+    for count in (7, 8):
         assert start(tmp_path, "--walks", str(count)) == 0
         table = pd.read_csv(folder / "audit.csv")
         assert set(table["episodes"]) == {count}
-        assert set(table["rounds"]) == {count * 4}
-
-
-def test_a_walk_of_one_round_counts_but_adds_nothing(tmp_path):
-    folder = tmp_path / "audit-digits"
-    prepare_folder(folder, 8)
-    path = folder / "walks" / "walk-3.npz"
-    write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
-    assert start(tmp_path, "--walks", "8") == 0
-    table = read_table(folder / "audit.csv", audit.AUDIT_COLUMNS)
-    assert (set(table["episodes"]), set(table["rounds"])) == ({8}, {7 * 4})
-    # The same table as without this walk.
-    walks = [read_arrays(folder / "walks" / f"walk-{e}.npz") for e in range(1, 9) if e != 3]
-    others = audit.audit_table(walks, DecentralizedLearning(small_settings()))
-    columns = ["observation", "target", "r2", "low", "high"]
-    pd.testing.assert_frame_equal(table[columns], others[columns], check_exact=True)
+        assert set(table["rounds"]) == {(count - 1) * 4}
 
 
 @pytest.mark.parametrize(

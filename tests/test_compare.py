@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import itertools
 import json
 import re
 import shutil
@@ -13,9 +15,21 @@ import filelock
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PROJECT, SMALL, interrupt_step, refusal, run
+from conftest import (
+    PROJECT,
+    QUICK,
+    interrupt_step,
+    refusal,
+    run,
+    set_flags,
+    stand_in,
+    tables_of,
+)
 
+import data
+import main
 import models
+import plot
 from config import NAMED_SETTINGS, ConfigError, Settings, UserError
 from environment import distance_matrix
 from experiments import compare, estimates, figures, jobs, methods
@@ -23,36 +37,20 @@ from records import load_agent, read_table, write_arrays
 
 METHODS = "hl,random,stay"
 
-# Fast enough to learn something within a round, and a goal that some episodes reach.
-QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "EPISODES": 3}
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, few):
-    """Jobs in this process take a dataset that is loaded already; nothing is drawn."""
-    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: few)
-    monkeypatch.setattr(figures, "draw_comparison", lambda folder: {})
-    monkeypatch.setattr(figures, "report", lambda folder, tables: "the report")
+    stand_in(monkeypatch, few)
 
 
 def flags(folder, *more, methods=METHODS, **overrides):
     """A small comparison in this process, with the threads that the tests have."""
-    settings = {**QUICK, "RESULTS_DIR": str(folder), "THREADS": models.use_device(), **overrides}
-    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    sets = set_flags({**QUICK, "RESULTS_DIR": folder, **overrides})
     return ["--jobs", "1", "--test-episodes", "2", "--methods", methods, *more, *sets]
 
 
 def start(folder, *more, **options):
     return compare.main(flags(folder, *more, **options))
-
-
-def texts(folder):
-    """The tables of a comparison as text, without seconds."""
-    found = {}
-    for name in ("episodes", "rounds", "training", "distances"):
-        table = pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)
-        found[name] = table.drop(columns="seconds", errors="ignore")
-    return found
 
 
 def same(first, second):
@@ -135,13 +133,6 @@ def test_the_tables_are_those_of_the_jobs(finished):
     assert {name: rows(finished / f"{name}.csv") for name in parts} == parts
     assert len(parts["episodes"]) == 12
     assert len(parts["training"]) == 6
-    distances = read_table(
-        finished / "distances.csv", ("variant", "node", "other_node", "distance")
-    )
-    expected = distance_matrix(Settings(**QUICK))
-    assert len(distances) == 6
-    for row in distances.itertuples():
-        assert row.distance == pytest.approx(expected[int(row.node), row.other_node], abs=1e-15)
     for seed in (0, 1):
         agent = finished / "agents" / f"hl-seed{seed}.npz"
         trained = finished / "jobs" / f"training-hl-seed{seed}" / "agent.npz"
@@ -151,7 +142,7 @@ def test_the_tables_are_those_of_the_jobs(finished):
 
 def test_a_method_is_not_changed_by_the_others(finished, tmp_path):
     assert start(tmp_path, "--seeds", "1,", methods="random") == 0
-    alone, all_ = texts(tmp_path / "paper-digits"), texts(finished)
+    alone, all_ = tables_of(tmp_path / "paper-digits"), tables_of(finished)
     for name in ("episodes", "rounds"):
         own = all_[name].query("method == 'random' and seed == '1'").reset_index(drop=True)
         assert alone[name].equals(own)
@@ -166,7 +157,7 @@ def test_what_the_tables_hold_is_finished(copy, finished, capsys):
     out = capsys.readouterr().out
     assert counts(out) == [6, 0, 0, 0]
     assert out.endswith("\nthe report\n")
-    assert same(texts(copy), texts(finished))
+    assert same(tables_of(copy), tables_of(finished))
     assert not (copy / "jobs").exists()
     assert start(copy.parent, "--seeds", "2", methods="nearest,random") == 0
     assert start(copy.parent, "--seeds", "2,3", methods="stay") == 0
@@ -174,8 +165,8 @@ def test_what_the_tables_hold_is_finished(copy, finished, capsys):
     sizes = table.groupby("method", sort=False).size().to_dict()
     assert list(sizes.items()) == [("hl", 2), ("random", 2), ("stay", 4), ("nearest", 2)]
     assert list(json.loads((copy / "config.json").read_text())["methods"]) == list(sizes)
-    old = texts(copy)["episodes"].query("method in ['hl', 'random']").reset_index(drop=True)
-    assert old.equals(texts(finished)["episodes"].query("method in ['hl', 'random']"))
+    old = tables_of(copy)["episodes"].query("method in ['hl', 'random']").reset_index(drop=True)
+    assert old.equals(tables_of(finished)["episodes"].query("method in ['hl', 'random']"))
 
 
 def test_other_settings_and_data_are_refused_before_anything_is_written(
@@ -207,10 +198,23 @@ def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert start(tmp_path, "--name", "mine") == 2
     assert "notes.txt" in capsys.readouterr().err
-    (tmp_path / "mine" / "config.json").write_text('{"name": "mine", "state": "finished"}')
-    assert start(tmp_path, "--name", "mine") == 2
-    assert "config.json" in capsys.readouterr().err
-    assert len(list((tmp_path / "mine").iterdir())) == 2
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_runs_and_comparisons_are_kept_apart(finished, tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir: few)
+    monkeypatch.setattr(plot, "draw_run", lambda folder: None)
+    settings = Settings(**{**QUICK, "EPISODES": 1, "RESULTS_DIR": str(tmp_path), "NAME": "run"})
+    assert main.main(settings) == 0
+    shutil.copytree(finished, tmp_path / "comparison")
+    before = times(tmp_path)
+    capsys.readouterr()
+    assert start(tmp_path, "--name", "run") == 2
+    assert main.main(settings.replace(NAME="comparison")) == 2
+    errors = capsys.readouterr().err.splitlines()
+    configs = [f"{tmp_path / name / 'config.json'}" for name in ("run", "comparison")]
+    assert [line.split(": ")[1] for line in errors] == configs
+    assert times(tmp_path) == before
 
 
 def test_two_at_the_same_time_in_one_folder(tmp_path, capsys):
@@ -229,7 +233,7 @@ def test_a_stopped_comparison_continues(finished, tmp_path, monkeypatch):
     assert json.loads(training.read_text())["state"] == "finished"
     assert {row["state"] for row in rows(tmp_path / "paper-digits" / "jobs.csv")} == {"waiting"}
     assert start(tmp_path, "--seeds", "1", methods="hl,random") == 0
-    found, expected = texts(tmp_path / "paper-digits"), texts(finished)
+    found, expected = tables_of(tmp_path / "paper-digits"), tables_of(finished)
     for name in ("episodes", "rounds", "training"):
         of_seed = expected[name].query("seed == '0' and method != 'stay'").reset_index(drop=True)
         assert found[name].equals(of_seed)
@@ -247,7 +251,7 @@ def test_a_job_that_was_finished_when_the_command_was_killed_is_collected(finish
         # A kill between the two tables: all rounds are there already.
         (folder / f"{name}.csv").write_text("".join(kept if name == "episodes" else lines))
     assert start(tmp_path, "--seeds", "1,", methods="stay") == 0
-    assert same(texts(folder), texts(finished))
+    assert same(tables_of(folder), tables_of(finished))
     assert {row["state"] for row in rows(folder / "jobs.csv")} == {"finished"}
 
 
@@ -278,6 +282,30 @@ def test_a_failing_job_is_noted_and_tried_again(tmp_path, monkeypatch, capsys):
     assert not (folder / "jobs" / "broken-seed0" / "error.txt").exists()
 
 
+def test_a_full_disk_fails_the_job_that_meets_it(finished, tmp_path, monkeypatch, capsys):
+    append_rows = jobs.append_rows
+
+    def fill_up(path, *row):
+        if path.parent.name == "random-seed0":
+            path.write_text("half a row")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        append_rows(path, *row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "append_rows", fill_up)
+        assert start(tmp_path, methods="random,stay") == 1
+    out = capsys.readouterr().out
+    assert counts(out) == [0, 4, 3, 1]
+    (line,) = [line for line in out.splitlines() if "No space left" in line]
+    assert line.startswith("random-seed0 failed: ")
+    assert start(tmp_path, methods="random,stay") == 0
+    assert counts(capsys.readouterr().out) == [3, 1, 1, 0]
+    found, expected = tables_of(tmp_path / "paper-digits"), tables_of(finished)
+    for name in ("episodes", "rounds"):
+        untrained = expected[name].query("method != 'hl'").reset_index(drop=True)
+        assert found[name].equals(untrained)
+
+
 def test_damaged_jobs_are_made_again_or_fail(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "paper-digits")
     (folder / "episodes.csv").unlink()
@@ -294,7 +322,7 @@ def test_damaged_jobs_are_made_again_or_fail(finished, tmp_path, capsys):
     assert [key for key, state in states.items() if state == "failed"] == [("hl", "0")]
     shutil.rmtree(folder / "jobs" / "training-hl-seed0")
     assert start(tmp_path) == 0
-    assert same(texts(folder), texts(finished))
+    assert same(tables_of(folder), tables_of(finished))
 
 
 def test_the_counts_are_printed_whatever_happens_to_a_figure(copy, monkeypatch, capsys):
@@ -318,15 +346,42 @@ def test_values_of_a_setting(tmp_path, capsys):
     stored = json.loads((folder / "config.json").read_text())
     variants = {"(8,4)": {"HIDDEN_UNITS": [8, 4]}, "(16,)": {"HIDDEN_UNITS": [16]}}
     assert (stored["parameter"], stored["variants"]) == ("HIDDEN_UNITS", variants)
-    assert texts(folder)["episodes"]["variant"].tolist() == ["(8,4)", "(16,)"]
+    assert tables_of(folder)["episodes"]["variant"].tolist() == ["(8,4)", "(16,)"]
     for variant, units in (("(8,4)", [8, 4]), ("(16,)", [16])):
         about = load_agent(folder / "agents" / variant / "hl-seed0.npz")[1]
         assert about["settings"]["HIDDEN_UNITS"] == units
     # Another value joins them; the same value with other overrides can't be.
     more[1] = "HIDDEN_UNITS=(5,),(16,)"
     assert start(tmp_path, *more, methods="hl", EPISODES=1) == 0
-    assert texts(folder)["episodes"]["variant"].tolist() == ["(8,4)", "(16,)", "(5,)"]
+    assert tables_of(folder)["episodes"]["variant"].tolist() == ["(8,4)", "(16,)", "(5,)"]
     assert counts(capsys.readouterr().out) == [1, 1, 1, 0]
+
+
+def test_the_walks_of_methods_that_learn_nothing(tmp_path, few):
+    world = {"NUM_NODES": 6, "MAX_ROUNDS": 4, "GOAL_ACCURACY": 1.0}
+    names = "balanced,metropolis,metropolis_jumps,shortest,shortest_twice,nearest_twice,best_walk"
+    assert start(tmp_path, "--seeds", "1", "--test-episodes", "1", methods=names, **world) == 0
+    rounds = tables_of(tmp_path / "paper-digits")["rounds"].astype({"node": int})
+    walks = rounds.groupby("method")["node"].agg(list)
+    assert walks.map(len).to_dict() == dict.fromkeys(names.split(","), 4)
+    assert walks["best_walk"] == [0, 5, 5, 5]
+    settings = Settings(**{**QUICK, **world})
+    distances, shards = distance_matrix(settings), data.make_shards(few, settings)
+    near = 1 + distances[0, 1:].argmin()
+    assert walks["nearest_twice"] == [0, 0, near, near]
+    tours = [[0, *rest, 0] for rest in itertools.permutations(range(1, 6))]
+    tour = min(tours, key=lambda tour: distances[tour[:-1], tour[1:]].sum())
+    assert walks["shortest"] in (tour[:4], tour[::-1][:4])
+    assert walks["shortest_twice"] == np.repeat(walks["shortest"][:2], 2).tolist()
+    balanced = [0]
+
+    def unevenness(node):
+        labels = few.y_train[np.concatenate([shards[n] for n in (*balanced, node)])]
+        return np.square(np.bincount(labels)).sum(), distances[balanced[-1], node]
+
+    for _ in range(3):
+        balanced.append(min(range(6), key=unevenness))
+    assert walks["balanced"] == balanced
 
 
 def test_a_value_of_the_world_changes_every_method(tmp_path):
@@ -345,14 +400,14 @@ def test_a_value_of_the_world_changes_every_method(tmp_path):
 def agent_flags(finished, folder, *more, methods="random"):
     agent = str(finished / "agents" / "hl-seed1.npz")
     common = f"--agent {agent} --methods {methods} --test-episodes 2 --jobs 1"
-    sets = f"--set RESULTS_DIR={folder} --set THREADS={models.use_device()}"
-    return [*common.split(), *sets.split(), *more]
+    sets = set_flags({"RESULTS_DIR": folder, "THREADS": QUICK["THREADS"]})
+    return [*common.split(), *sets, *more]
 
 
 def test_a_trained_agent_can_be_tested_alone(finished, tmp_path, capsys):
     assert compare.main(agent_flags(finished, tmp_path)) == 0
     folder = tmp_path / "paper-digits"
-    found, expected = texts(folder), texts(finished)
+    found, expected = tables_of(folder), tables_of(finished)
     for name in ("episodes", "rounds"):
         own = expected[name].query("method != 'stay' and seed == '1'").reset_index(drop=True)
         assert found[name].equals(own.replace({"method": {"hl": "agent"}}))
@@ -374,11 +429,11 @@ def test_a_trained_agent_can_be_tested_alone(finished, tmp_path, capsys):
 
 
 def test_a_trained_agent_joins_a_comparison(copy, tmp_path, capsys):
-    before = texts(copy)["episodes"]
+    before = tables_of(copy)["episodes"]
     agent = str(copy / "agents" / "hl-seed1.npz")
     assert start(tmp_path, "--agent", agent, methods="stay") == 0
     assert counts(capsys.readouterr().out) == [1, 1, 1, 0]
-    after = texts(copy)["episodes"]
+    after = tables_of(copy)["episodes"]
     added = after.query("method == 'agent'")
     assert after.drop(added.index).reset_index(drop=True).equals(before)
     own = before.query("method == 'hl' and seed == '1'").replace({"method": {"hl": "agent"}})
@@ -401,7 +456,7 @@ def test_a_trained_agent_in_another_world_and_on_other_data(
 ):
     goal = agent_flags(finished, tmp_path, "--set", "GOAL_ACCURACY=1.0", methods="agent")
     assert compare.main(goal) == 0
-    assert (texts(tmp_path / "paper-digits")["episodes"]["rounds"] == "5").all()
+    assert (tables_of(tmp_path / "paper-digits")["episodes"]["rounds"] == "5").all()
     other = dataclasses.replace(few, y_test=few.y_test[::-1].copy())
     monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: other)
     own = agent_flags(finished, tmp_path, "--name", "other", methods="agent")
@@ -417,7 +472,7 @@ def test_a_trained_agent_in_another_world_and_on_other_data(
         assert found == expected
 
 
-def test_the_tuned_agent_is_a_method_of_its_own(tmp_path, monkeypatch, capsys):
+def test_the_tuned_agent_is_a_method_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED_SETTINGS["tuned"], "REPLAY_SAMPLE", 8)
     monkeypatch.setitem(NAMED_SETTINGS["tuned"], "UPDATES_PER_EPISODE", 3)
     assert start(tmp_path, "--seeds", "1,", methods="hl,tuned", EPISODES=2) == 0
@@ -427,15 +482,9 @@ def test_the_tuned_agent_is_a_method_of_its_own(tmp_path, monkeypatch, capsys):
         own = {key: stored[key] for key in NAMED_SETTINGS["tuned"]}
         tuned = json.loads(json.dumps(NAMED_SETTINGS["tuned"]))
         assert (own == tuned) == (name == "tuned")
-    first = texts(folder)["rounds"].query("round == '1'").groupby("episode")["accuracy"]
+    first = tables_of(folder)["rounds"].query("round == '1'").groupby("episode")["accuracy"]
     assert (first.nunique() == 1).all()
-    assert texts(folder)["training"].groupby("method").size().to_dict() == {"hl": 2, "tuned": 2}
-    # Settings that changed meanwhile are not mixed with those of seeds that are there.
-    monkeypatch.setitem(NAMED_SETTINGS["tuned"], "DISCOUNT", 0.5)
-    before = times(folder)
-    assert start(tmp_path, "--seeds", "2,", methods="tuned", EPISODES=2) == 2
-    assert "methods tuned" in capsys.readouterr().err
-    assert times(folder) == before
+    assert tables_of(folder)["training"].groupby("method").size().to_dict() == {"hl": 2, "tuned": 2}
 
 
 def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
@@ -443,11 +492,7 @@ def test_validation_episodes_have_their_own_folder(tmp_path, capsys):
     assert start(tmp_path, *values, "--validation", methods="random") == 0
     assert start(tmp_path, *values, methods="random") == 0
     folder = tmp_path / "discount-digits-validation"
-    validated, tested = (texts(f)["rounds"] for f in (folder, tmp_path / "discount-digits"))
-    # Each with two values that change nothing for random.
-    for found in (validated, tested):
-        first, second = (found.query(f"variant == '{v}'")["accuracy"].tolist() for v in (0.5, 0.9))
-        assert first == second
+    validated, tested = (tables_of(f)["rounds"] for f in (folder, tmp_path / "discount-digits"))
     assert validated["accuracy"].tolist() != tested["accuracy"].tolist()
     assert start(tmp_path, *values, "--name", folder.name, methods="random") == 2
     assert "episodes = 'validation' there, 'test' now" in capsys.readouterr().err

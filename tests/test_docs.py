@@ -75,19 +75,6 @@ def test_the_readme_can_be_read_in_one_sitting():
     assert len(README.splitlines()) < 180
 
 
-def test_the_two_commands_that_set_up():
-    venv = "python3 -m venv .venv && .venv/bin/pip install -r "
-    expected = [
-        f"{venv}requirements.txt && .venv/bin/python main.py",
-        f"{venv}requirements-dev.txt && .venv/bin/python -m pytest",
-    ]
-    # .ci/run finds and runs these two.
-    patterns = re.findall(r"grep -m 1 -E '(.*?)'", (PROJECT / ".ci" / "run").read_text())
-    lines = README.splitlines()
-    assert [next(x for x in lines if re.search(pattern, x)) for pattern in patterns] == expected
-    assert all(line in "".join(blocks(README, "sh")).splitlines() for line in expected)
-
-
 PARSERS = {
     "main.py": cli.settings_of_run,
     "plot.py": plot.main,
@@ -232,7 +219,6 @@ def test_the_columns_of_a_comparison_are_documented():
     assert (run - test, test - run - key - more) == ({"epsilon", "q_loss"}, set())
     run, test = set(records.ROUND_COLUMNS), set(estimates.ROUND_COLUMNS)
     assert (run - test, test - run) == ({"chosen_by", "reward"}, key)
-    assert "lack `epsilon`, `q_loss`, `chosen_by` and `reward`." in flat("docs/files.md")
     assert set(estimates.TRAINING_COLUMNS) == set(records.EPISODE_COLUMNS) | key
 
 
@@ -333,6 +319,12 @@ GENERATED = [
 def test_tables_are_what_their_command_prints(command, text):
     assert len(text.splitlines()) > 5
     assert f"\n{text}\n" in f"\n{printed(command)}\n"
+
+
+def test_the_table_of_the_benchmark():
+    report = (REFERENCE / "benchmark" / "report.md").read_text(encoding="utf-8")
+    table = f"<!-- results/benchmark/report.md -->\n{report}<!-- end -->\n"
+    assert table in TEXTS["docs/performance.md"]
 
 
 def test_pages_with_tables_of_commands():

@@ -165,17 +165,6 @@ def test_a_node_is_barred_after_its_longest_stay(few):
     assert barred(several[:3], few, NUM_NODES=3, NODES_PER_ROUND=2) == [[], [1], []]
 
 
-def test_spaces_and_info(few):
-    env = DecentralizedLearning(small_settings(), few)
-    assert env.action_space == gymnasium.spaces.Discrete(4)
-    observation, info = env.reset(seed=1)
-    assert observation.shape == env.observation_space.shape == (16,)
-    assert (info["round"], info["node"], info["distance"]) == (1, 0, 0.0)
-    for action, before in ((2, 0), (2, 2), (1, 2)):
-        info = env.step(action)[4]
-        assert (info["node"], info["distance"]) == (action, env.distances[before, action])
-
-
 @pytest.mark.parametrize(
     ("accuracies", "terminated"),
     [([0.1, 0.59, 0.59], False), ([0.59, 0.6], True), ([0.1, 0.2, 0.9], True), ([0.6], True)],
@@ -184,14 +173,10 @@ def test_an_episode_ends_at_the_goal_or_at_the_limit(few, monkeypatch, accuracie
     env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6, MAX_ROUNDS=3), few)
     after = iter(accuracies)
     monkeypatch.setattr(env.foundation, "evaluate", lambda weights: next(after))
-    info = env.reset(seed=0)[1]
-    ends = info["goal_reached"], False
-    for _ in accuracies[1:]:
-        assert ends == (False, False)
-        *_, end, cut, info = env.step(1)
-        ends = end, cut
-    assert ends == (terminated, not terminated)
-    assert info["goal_reached"] is terminated
+    rounds = list(rollout(env, lambda *_: (1, "greedy"), seed=0))
+    ends = [(round_.terminated, round_.truncated) for round_ in rounds]
+    assert ends == [(False, False)] * (len(accuracies) - 1) + [(terminated, not terminated)]
+    assert rounds[-1].info["goal_reached"] is terminated
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(1)
 
@@ -210,21 +195,17 @@ def test_images_that_judge_a_round(few, monkeypatch):
     monkeypatch.setattr(env.foundation, "evaluate", spy)
     accuracies = [env.reset(seed=3)[1]["accuracy"], *(env.step(n)[4]["accuracy"] for n in (0, 1))]
     judges = seen[:3]
-    assert all(len(set(images.tolist())) == 50 and images.max() < 359 for images in judges)
     assert len({tuple(images) for images in judges}) == 3
     models = [env._model]
     again = [env.reset(seed=3)[1]["accuracy"], *(env.step(n)[4]["accuracy"] for n in (0, 1))]
     assert again == accuracies
-    assert all(a * 50 == pytest.approx(round(a * 50)) for a in accuracies)
     assert accuracies[-1] == evaluate(models[0], judges[-1])
-    assert all(images is not None for images in seen)
     env.reset(seed=4)
     assert set(seen[-1]) != set(judges[0])
     # Nothing else differs from an environment that all images judge.
     whole.reset(seed=3)
     for node in (0, 1):
         whole.step(node)
-    assert seen[-1] is None
     np.testing.assert_array_equal(whole._model, models[0])
 
 
@@ -300,26 +281,6 @@ def test_seed_decides_model_and_order_whatever_the_actions(few):
     fourth, _ = env.reset()
     assert (third == fourth).all()
     assert (third != one).any()
-
-
-def test_two_environments_in_one_process(few):
-    """Neither sees the other's settings or episodes."""
-
-    def walk(env, others=()):
-        accuracies = [env.reset(seed=1)[1]["accuracy"]]
-        for node in (2, 2, 1):
-            for other in others:
-                other.step(0)
-            accuracies.append(env.step(node)[4]["accuracy"])
-        return accuracies
-
-    small = DecentralizedLearning(small_settings(LEARNING_RATE=1e-3), few)
-    alone = walk(small)
-    large = DecentralizedLearning(
-        small_settings(LEARNING_RATE=1e-2, NUM_NODES=5, MAX_ROUNDS=9, BATCH_SIZE=16), few
-    )
-    large.reset(seed=3)
-    assert walk(small, [large]) == alone
 
 
 # --- Nodes ------------------------------------------------------------------------------------
@@ -405,52 +366,24 @@ def test_observations_without_weights(few):
 def test_a_rollout_step_by_step(few):
     """The rounds are those of an environment that is stepped by hand, yielded one at a time."""
     env, twin = (DecentralizedLearning(small_settings(MAX_ROUNDS=4), few) for _ in range(2))
-    choices = [(2, "random"), (2, "repeated"), (1, "greedy")]
-    asked = []
+    choices, asked = [(2, "random"), (2, "repeated"), (1, "greedy")], []
 
-    def policy(observation, info):
-        asked.append((observation, info))
+    def policy(*seen):
+        asked.append(seen)
         return choices[len(asked) - 1]
 
-    rounds = rollout(env, policy, seed=7)
-    observation, info = twin.reset(seed=7)
-    first = next(rounds)
-    assert asked == []
-    assert (first.observation, first.action, first.chosen_by) == (None, None, "starter")
-    assert (first.reward, first.terminated, first.truncated) == (info["reward"], False, False)
-    np.testing.assert_array_equal(first.next_observation, observation)
-    assert first.info == info
-    for number, (node, chosen_by) in enumerate(choices, 1):
-        round_ = next(rounds)
+    rounds, (seen, info) = rollout(env, policy, seed=7), twin.reset(seed=7)
+    first = (None, None, "starter", info["reward"], seen, False, False, info)
+    np.testing.assert_equal(next(rounds), first)
+    for number, (node, chosen_by) in enumerate(choices):
         assert len(asked) == number
-        np.testing.assert_array_equal(asked[-1][0], observation)
-        assert asked[-1][1] == info
-        np.testing.assert_array_equal(round_.observation, observation)
-        observation, value, terminated, truncated, info = twin.step(node)
-        np.testing.assert_array_equal(round_.next_observation, observation)
-        assert (round_.action, round_.chosen_by, round_.reward) == (node, chosen_by, value)
-        assert (round_.terminated, round_.truncated) == (terminated, truncated)
-        assert round_.info == info
-    assert truncated
+        round_, (following, value, *ends, after) = next(rounds), twin.step(node)
+        np.testing.assert_equal(asked[-1], (seen, info))
+        expected = (seen, node, chosen_by, value, following, *ends, after)
+        np.testing.assert_equal(round_, expected)
+        seen, info = following, after
+    assert ends == [False, True]
     assert list(rounds) == []
-
-
-def test_a_rollout_with_several_nodes_in_round_1(few):
-    env = DecentralizedLearning(small_settings(NODES_PER_ROUND=2, MAX_ROUNDS=2), few)
-    rounds = list(rollout(env, lambda *_: ([0, 2], "random"), 7, first_nodes=[3, 1]))
-    assert [round_.info["node"] for round_ in rounds] == [[3, 1], [0, 2]]
-    assert rounds[1].info["distance"] == env.distances[3, 0]
-
-
-def test_a_rollout_ends_at_the_goal(few, monkeypatch):
-    env = DecentralizedLearning(small_settings(GOAL_ACCURACY=0.6), few)
-    for accuracies in ([0.6], [0.1, 0.7]):
-        after = iter(accuracies)
-        monkeypatch.setattr(env.foundation, "evaluate", lambda *_, after=after: next(after))
-        rounds = list(rollout(env, lambda *_: (1, "greedy"), seed=0))
-        assert [round_.info["accuracy"] for round_ in rounds] == accuracies
-        assert [round_.terminated for round_ in rounds][-1]
-        assert not any(round_.truncated for round_ in rounds)
 
 
 def test_the_registered_environment_has_the_default_settings(monkeypatch, digits):

@@ -28,7 +28,8 @@ def write_comparison(folder, values, *, failed=(), training=None, parameter="", 
             for seed, pairs in by_seed.items():
                 state = "failed" if (method, seed) in failed else "finished"
                 error = "its disk, was full" if state == "failed" else ""
-                jobs.append([variant, method, seed, state, 1.5, error, "", "abc", "2.21.0", "cpu"])
+                ran = (error, "", "abc", "2.21.0", "a processor", "cpu")
+                jobs.append([variant, method, seed, state, 1.5, *ran])
                 job = ["mnist", variant, method, seed]
                 for e, (r, cost) in enumerate(pairs if state == "finished" else [], 1):
                     reached = int(r < LIMIT)
@@ -258,10 +259,3 @@ def test_committed_results_are_few_and_small():
     files = [path for path in REFERENCE.rglob("*") if path.is_file()]
     assert len(files) < 120
     assert sum(path.stat().st_size for path in files) < 15e6
-    assert not [path for path in files if path.suffix == ".pdf"]
-    agents = {path.relative_to(REFERENCE).as_posix() for path in REFERENCE.rglob("*.npz")}
-    assert agents == {
-        "paper-mnist/agents/hl-seed0.npz",
-        *(f"headline-mnist/agents/tuned-seed{seed}.npz" for seed in (0, 1, 2)),
-        *(f"{name}-seed0/agent.npz" for name in ("mnist", "digits")),
-    }

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,26 +16,29 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, command, interrupt_step, small_settings
+from conftest import (
+    QUICK,
+    command,
+    interrupt_step,
+    set_flags,
+    small_settings,
+    stand_in,
+    tables_of,
+)
 
 import main
-import models
 from config import Settings, UserError, episode_seed, stream
 from environment import DecentralizedLearning, distance_matrix
-from experiments import compare, figures, jobs, search
+from experiments import compare, jobs, search
 from experiments.jobs import Job
 from experiments.methods import METHODS
 from node import DQNAgent
 from records import Run, load_agent
 
-# Fast enough to learn something within a round, and a goal that some episodes reach.
-QUICK = {**SMALL, "LEARNING_RATE": 0.01, "GOAL_ACCURACY": 0.3, "THREADS": models.use_device()}
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, few):
-    """Jobs in this process take a dataset that is loaded already."""
-    monkeypatch.setattr(jobs, "load_dataset", lambda name, folder: few)
+    stand_in(monkeypatch, few)
 
 
 def job_of(folder, method, seed=0, episodes=2, kind="test", **overrides):
@@ -60,7 +65,7 @@ def done(tmp_path_factory, few):
     folder = tmp_path_factory.mktemp("done")
     finished = {name: job_of(folder, name, seed=1) for name in ("hl", "random", "fedavg")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "load_dataset", lambda name, folder: few)
+        stand_in(patch, few)
         for job in finished.values():
             jobs.run_job(job)
     return finished
@@ -106,7 +111,7 @@ def test_the_test_of_a_trained_agent_step_by_step(done, few):
     np.testing.assert_allclose(episodes["observation_megabytes"], to_all_others)
     cost = rounds.groupby("episode")["distance"].sum()
     np.testing.assert_allclose(episodes["communication_cost"], cost)
-    assert done["hl"].episodes_finished() == 4 + 2
+    assert done["hl"].episodes_finished() == 3 + 2
 
 
 def test_training_is_that_of_main(done, tmp_path, few):
@@ -244,13 +249,12 @@ def test_no_workers_here():
 
 
 # Long enough to be killed in the middle.
-LONG = {**QUICK, "EPISODES": 3, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
+LONG = {**QUICK, "GOAL_ACCURACY": 0.95, "MAX_ROUNDS": 8}
 
 
 def outside(folder, *more):
     """The command line of a comparison whose workers, other processes, do the real thing."""
-    sets = {**LONG, "RESULTS_DIR": folder}
-    sets = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+    sets = set_flags({**LONG, "RESULTS_DIR": folder})
     return ["--methods", "hl,stay,standalone", "--seeds", "1", "--test-episodes", "2", *more, *sets]
 
 
@@ -259,13 +263,6 @@ def wait_until(holds, seconds=240):
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def stand_in(patch, dataset):
-    """A comparison in this process takes a dataset that is loaded already, and draws nothing."""
-    patch.setattr(jobs, "load_dataset", lambda name, folder: dataset)
-    patch.setattr(figures, "draw_comparison", lambda folder: {})
-    patch.setattr(figures, "report", lambda folder, tables: "")
 
 
 def holder_of(folder):
@@ -294,12 +291,9 @@ def session_of(leader):
 
 
 def results(folder):
-    """A comparison's tables, without the seconds, and its agents."""
+    """A comparison's tables and its agents."""
     folder = folder / "paper-digits"
-    names = ("episodes", "rounds", "training")
-    found = {n: pd.read_csv(folder / f"{n}.csv", dtype=str).to_dict("list") for n in names}
-    for table in found.values():
-        table.pop("seconds", None)
+    found = {name: table.to_dict("list") for name, table in tables_of(folder).items()}
     agents = {p.name: load_agent(p)[0] for p in folder.glob("agents/*.npz")}
     return found, {(n, k): a.tobytes() for n, own in agents.items() for k, a in own.items()}
 
@@ -314,9 +308,7 @@ def undisturbed(tmp_path_factory, digits):
     return results(folder)
 
 
-def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
-    undisturbed, tmp_path, digits, monkeypatch, capsys
-):
+def test_a_comparison_with_local_workers_of_which_one_is_killed(undisturbed, tmp_path):
     folder = tmp_path / "paper-digits" / "jobs" / "training-hl-seed0"
 
     def goes_on(session):
@@ -326,32 +318,56 @@ def test_a_killed_worker_loses_nothing_and_a_killed_parent_leaves_no_process(
         config = json.loads((folder / "config.json").read_text())
         return (config["state"], len(config["sessions"])) == ("running", session)
 
-    with open(tmp_path / "errors", "wb") as errors:
-        parent = subprocess.Popen(
-            command(*outside(tmp_path, "--jobs", "2"), script="experiments.compare"),
-            cwd=jobs.PROJECT,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-    try:
-        wait_until(lambda: goes_on(1))
-        killed = holder_of(folder)
-        os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: goes_on(2))  # Dask gave the job to another worker
-        assert holder_of(folder) != killed
-        assert len(session_of(parent.pid)) >= 3
-    finally:
-        parent.kill()
-        parent.wait()
-    wait_until(lambda: not session_of(parent.pid), seconds=30)
-    assert "distributed" not in (tmp_path / "errors").read_text()
+    with subprocess.Popen(
+        command(*outside(tmp_path, "--jobs", "2"), script="experiments.compare"),
+        cwd=jobs.PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        try:
+            wait_until(lambda: goes_on(1))
+            killed = holder_of(folder)
+            os.kill(killed, signal.SIGKILL)
+            wait_until(lambda: goes_on(2))  # Dask gave the job to another worker
+            assert holder_of(folder) != killed
+            out, errors = parent.communicate(timeout=120)
+        finally:
+            parent.kill()
+    assert parent.returncode == 0
+    assert "3 started, 3 finished, 0 failed\n" in out
+    assert "distributed" not in errors
+    assert results(tmp_path) == undisturbed
+
+
+def test_an_interrupted_comparison_with_local_workers_continues(
+    undisturbed, tmp_path, digits, monkeypatch, capsys
+):
+    rounds = tmp_path / "paper-digits" / "jobs" / "training-hl-seed0" / "rounds.csv"
+
+    def interrupt():
+        wait_until(lambda: rounds.exists() and rounds.read_bytes().count(b"\n") >= 4)
+        os.kill(os.getpid(), signal.SIGINT)
 
     stand_in(monkeypatch, digits)
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert compare.main(outside(tmp_path, "--jobs", "2")) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not multiprocessing.active_children()
     assert compare.main(outside(tmp_path, "--jobs", "1")) == 0
-    assert "finished, 0 failed\n" in capsys.readouterr().out
     assert results(tmp_path) == undisturbed
-    assert len(json.loads((folder / "config.json").read_text())["sessions"]) == 3
+
+
+def test_a_killed_parent_leaves_no_process():
+    code = "import time; from experiments import jobs; client = jobs.dask_client(2, '')\n"
+    code += "job = client.submit(time.sleep, 600); print(flush=True); time.sleep(600)"
+    options = {"cwd": jobs.PROJECT, "start_new_session": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as parent:
+        parent.stdout.readline()
+        alive = session_of(parent.pid)
+        parent.kill()
+    assert len(alive) >= 3
+    wait_until(lambda: not session_of(parent.pid), seconds=30)
 
 
 @pytest.fixture
