@@ -14,6 +14,7 @@ import hashlib
 import logging
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 import data
 import main
@@ -35,6 +37,9 @@ from node import DQNAgent
 from records import Run, append_rows, episode_row, load_agent, locked, read_table
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
+
+# tqdm's own lock is a semaphore between processes, of which Python warns when a worker is killed.
+tqdm.set_lock(threading.RLock())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,8 +374,12 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
     from distributed import Client
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    # A worker gets one job at a time: its death counts against no other.
-    dask.config.set({"distributed.scheduler.worker-saturation": 1.0})
+    # A worker gets one job at a time: its death counts against no other. Ctrl-C reaches workers as
+    # well, and this process ends them: they ignore it, also those that Dask starts again.
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    dask.config.set(
+        {"distributed.scheduler.worker-saturation": 1.0, "distributed.worker.preload": [ignored]}
+    )
     local = {
         "n_workers": workers,
         "threads_per_worker": 1,
@@ -379,7 +388,6 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
         "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
         "silence_logs": logging.CRITICAL,
     }
-    # Workers inherit that Ctrl-C is ignored: this process ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import dask
@@ -330,7 +331,10 @@ def test_a_comparison_with_local_workers_of_which_one_is_killed(undisturbed, tmp
             killed = holder_of(folder)
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: goes_on(2))  # Dask gave the job to another worker
-            assert holder_of(folder) != killed
+            assert killed != holder_of(folder)
+            status = Path(f"/proc/{holder_of(folder)}/status").read_text()
+            ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+            assert ignored >> (signal.SIGINT - 1) & 1  # Ctrl-C, which the parent handles
             out, errors = parent.communicate(timeout=120)
         finally:
             parent.kill()
