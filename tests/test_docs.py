@@ -479,7 +479,19 @@ def test_the_numbers_of_other_distances_and_starters():
     assert f"took {hours:.1f} hours of one core" in text
 
 
-def test_the_numbers_of_agents_without_some_settings():
+def test_the_numbers_of_the_ablation():
+    text = flat("docs/tuned.md")
+    numbers = estimated("ablation-mnist")["mean"].unstack().droplevel("method")
+    assert set(numbers.index) == {"nothing", *config.NAMED_SETTINGS["tuned"]}
+    needed = re.findall(r"`(\w+)`", text.partition("**Needed:**")[2].partition(".")[0])
+    failing, others = numbers.loc[needed], numbers.drop(["nothing", *needed])
+    assert f"{failing['rounds'].min():.1f} to {failing['rounds'].max():.1f} rounds" in text
+    assert f"{others['rounds'].min():.1f} to {others['rounds'].max():.1f} rounds" in text
+    assert (failing["rounds"] > 1.5 * numbers.loc["nothing", "rounds"]).all()
+    assert failing["goal_reached"].max() <= others["goal_reached"].min()
+
+
+def test_the_numbers_of_simulated_agents_without_some_settings():
     text = (REFERENCE / "TUNING.md").read_text(encoding="utf-8")
     trials = pd.read_csv(REFERENCE / "tuning-simulator.csv").set_index("trial")
     alone = {row[0].strip("`"): row[1:] for row in rows_of(text, "| without |")}

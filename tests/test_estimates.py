@@ -255,7 +255,7 @@ def test_committed_estimates_follow_from_the_committed_tables(folder):
 
 
 def test_committed_results_are_few_and_small():
-    assert len(COMPARISONS) == 7
+    assert len(COMPARISONS) == 8
     files = [path for path in REFERENCE.rglob("*") if path.is_file()]
     assert len(files) < 120
     assert sum(path.stat().st_size for path in files) < 15e6
