@@ -483,7 +483,7 @@ def test_the_numbers_of_the_ablation():
     text = flat("docs/tuned.md")
     numbers = estimated("ablation-mnist")["mean"].unstack().droplevel("method")
     assert set(numbers.index) == {"nothing", *config.NAMED_SETTINGS["tuned"]}
-    needed = re.findall(r"`(\w+)`", text.partition("**Needed:**")[2].partition(".")[0])
+    needed = re.findall(r"`(\w+)`", text.partition("**Failing:**")[2].partition(".")[0])
     failing, others = numbers.loc[needed], numbers.drop(["nothing", *needed])
     assert f"{failing['rounds'].min():.1f} to {failing['rounds'].max():.1f} rounds" in text
     assert f"{others['rounds'].min():.1f} to {others['rounds'].max():.1f} rounds" in text
