@@ -191,7 +191,7 @@ class FoundationModel:
         self.network = FlatNetwork(foundation_network(dataset.input_shape, dataset.classes))
         self.test_size = len(dataset.y_test)
         shape = (-1, *dataset.input_shape)
-        with tf.device("CPU"):  # a GPU can't gather bytes; so batches go there, not all images
+        with tf.device("CPU"):  # TensorFlow gathers bytes there alone, also with a GPU
             self._x_train = tf.constant(dataset.x_train.reshape(shape))
         self._y_train = tf.constant(dataset.y_train.astype(np.int32))
         self._x_test = _to_input(tf.constant(dataset.x_test.reshape(shape)))

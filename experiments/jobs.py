@@ -388,6 +388,7 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
         "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
         "silence_logs": logging.CRITICAL,
     }
+    # The first workers inherit this: they ignore Ctrl-C from their first moment.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)

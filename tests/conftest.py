@@ -29,6 +29,9 @@ import environment
 import main
 import models
 
+# Before anything computes, as main.py does it: the number can't be changed later.
+THREADS = models.use_device()
+
 # Small enough for a run of several episodes in seconds: 4 nodes, 64 images each, 5 rounds.
 SMALL = {
     "DATASET": "digits",
@@ -45,8 +48,7 @@ QUICK = {
     "LEARNING_RATE": 0.01,
     "GOAL_ACCURACY": 0.3,
     "EPISODES": 3,
-    # Asked before anything computes, as main.py does it: the number can't be changed later.
-    "THREADS": models.use_device(),
+    "THREADS": THREADS,
 }
 
 

@@ -12,7 +12,7 @@ import models
 from config import episode_seed
 from environment import DecentralizedLearning
 from experiments import audit
-from records import read_arrays, write_arrays
+from records import read_arrays, read_table, write_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -183,9 +183,14 @@ def test_more_walks_make_another_table(tmp_path):
     write_arrays(path, {name: array[:1] for name, array in read_arrays(path).items()})
     for count in (7, 8):
         assert start(tmp_path, "--walks", str(count)) == 0
-        table = pd.read_csv(folder / "audit.csv")
+        table = read_table(folder / "audit.csv", audit.AUDIT_COLUMNS)
         assert set(table["episodes"]) == {count}
         assert set(table["rounds"]) == {(count - 1) * 4}
+    # The same table as without this walk.
+    walks = [read_arrays(folder / "walks" / f"walk-{e}.npz") for e in range(1, 9) if e != 3]
+    others = audit.audit_table(walks, DecentralizedLearning(small_settings()))
+    columns = ["observation", "target", "r2", "low", "high"]
+    pd.testing.assert_frame_equal(table[columns], others[columns], check_exact=True)
 
 
 @pytest.mark.parametrize(

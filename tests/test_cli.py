@@ -173,6 +173,11 @@ def test_a_command_warns_in_one_line(capsys):
     assert capsys.readouterr().err == "warning: NOT MNIST\n"
 
 
+def test_nouns_agree_with_their_numbers():
+    counted = [cli.counted(count, "seed") for count in (0, 1, 2)]
+    assert counted == ["0 seeds", "1 seed", "2 seeds"]
+
+
 def test_the_page_of_settings_is_up_to_date():
     page = subprocess.run(
         [sys.executable, "cli.py"], cwd=PROJECT, capture_output=True, text=True, check=True

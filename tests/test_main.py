@@ -362,10 +362,11 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
 
 
 def test_the_command_from_another_folder(tmp_path):
-    flags = set_flags({**SMALL, "EPISODES": 1, "RESULTS_DIR": tmp_path, "NAME": "x"})
+    flags = set_flags({**SMALL, "EPISODES": 2, "RESULTS_DIR": tmp_path, "NAME": "x"})
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.splitlines()[0].endswith(str(tmp_path / "x"))
+    assert done.stdout.count("\n") == 7
     assert (tmp_path / "x" / "agent.npz").exists()
 
 
