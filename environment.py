@@ -147,8 +147,8 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         reward: of the round.
         episode_reward: sum of the episode's rewards.
         goal_reached: whether the accuracy is at least GOAL_ACCURACY.
-        barred: the nodes that trained MAX_STAY rounds in a row, which the agent may not choose
-            next; none if too few others are left.
+        action_mask: (N,) int8, 1 for each node that the agent may choose next. 0 for those that
+            trained MAX_STAY rounds in a row, if enough others are left.
         diverged: whether some weight is not finite.
 
     A node is a shard, a weight vector and Adam's moments, kept within an episode (public code).
@@ -272,9 +272,6 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         )
         self._total += reward
         self._over = terminated or truncated
-        longest = settings.MAX_STAY or math.inf  # ours; only the agent keeps to it
-        barred = [node for node, rounds in self._stays.items() if rounds >= longest]
-        enough = settings.NUM_NODES - len(barred) >= settings.NODES_PER_ROUND
         info = {
             "round": self._round,
             "node": nodes[0] if len(nodes) == 1 else nodes,
@@ -284,10 +281,17 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "reward": reward,
             "episode_reward": self._total,
             "goal_reached": terminated,
-            "barred": barred if enough else [],
+            "action_mask": self._action_mask(),
             "diverged": not bool(tf.reduce_all(tf.math.is_finite(self._model))),
         }
         return self.observe(settings.OBSERVATION), reward, terminated, truncated, info
+
+    def _action_mask(self) -> np.ndarray:
+        """Return info's ``action_mask``, for MAX_STAY (ours). Only the agent keeps to it."""
+        longest = self.settings.MAX_STAY or math.inf
+        mask = np.ones(self.settings.NUM_NODES, np.int8)
+        mask[[node for node, rounds in self._stays.items() if rounds >= longest]] = 0
+        return mask if mask.sum() >= self.settings.NODES_PER_ROUND else np.ones_like(mask)
 
     def _judged(self) -> float:
         """Return the accuracy that the round counts with: of all test images (public code).

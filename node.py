@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from environment import Round
 
 
-def transition_type(observation_size: int, actions_per_step: int) -> np.dtype:
+def transition_type(observation_size: int, actions: int, actions_per_step: int) -> np.dtype:
     """Return the fields of a transition, as ``ReplayBuffer.add`` describes them."""
     return np.dtype(
         [
@@ -30,7 +29,7 @@ def transition_type(observation_size: int, actions_per_step: int) -> np.dtype:
             ("next_observations", np.float32, (observation_size,)),
             ("terminals", np.bool_),
             ("steps", np.int32),
-            ("barred", np.int32, (actions_per_step,)),
+            ("next_masks", np.bool_, (actions,)),
         ]
     )
 
@@ -45,17 +44,21 @@ class ReplayBuffer:
     Args:
         capacity: transitions kept; after that the oldest is overwritten by the next one.
         observation_size: D, length of a flat observation.
+        actions: A, number of actions.
         actions_per_step: k, number of actions taken in a step.
 
     Attributes:
         added: how many transitions were ever added.
     """
 
-    def __init__(self, capacity: int, observation_size: int, actions_per_step: int = 1) -> None:
+    def __init__(
+        self, capacity: int, observation_size: int, actions: int, actions_per_step: int = 1
+    ) -> None:
         self.capacity = capacity
         self.added = 0
         # It takes memory only where it is written.
-        self._ring = np.zeros(capacity, transition_type(observation_size, actions_per_step))
+        kind = transition_type(observation_size, actions, actions_per_step)
+        self._ring = np.zeros(capacity, kind)
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -68,7 +71,7 @@ class ReplayBuffer:
         next_observation: np.ndarray,
         terminal: bool,
         steps: int = 1,
-        barred: Sequence[int] = (),
+        next_mask: np.ndarray | bool = True,
     ) -> None:
         """Store one transition, of one step or several.
 
@@ -79,12 +82,10 @@ class ReplayBuffer:
             next_observation: (D,) float32, after the last step.
             terminal: whether the episode ended there.
             steps: number of steps.
-            barred: at most k actions that may not follow.
+            next_mask: (A,) bool, the actions that may follow; True for all.
         """
-        none = [-1] * (len(actions) - len(barred))
-        following = (next_observation, terminal, steps, [*barred, *none])
-        transition = (observation, actions, reward, *following)
-        self._ring[self.added % self.capacity] = transition
+        following = (next_observation, terminal, steps, next_mask)
+        self._ring[self.added % self.capacity] = (observation, actions, reward, *following)
         self.added += 1
 
     def draw(
@@ -137,26 +138,25 @@ def q_targets(
 
     Args:
         q_values: (n, A) float32, the network's at the observation.
-        next_values: (n, A) float32, at the next one. The maximum leaves out actions that MAX_STAY
-            bars there.
+        next_values: (n, A) float32, at the next one. The maximum is over the actions that its mask
+            allows.
         sample: n transitions, the fields of ``ReplayBuffer``.
         settings: for DISCOUNT and FIT_ALL_ACTIONS.
     """
-    barred = action_mask(sample["barred"], q_values.shape[1])
-    possible = tf.where(barred, next_values.dtype.min, next_values)
+    possible = tf.where(sample["next_masks"], next_values, next_values.dtype.min)
     future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
     goes_on = tf.cast(~sample["terminals"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
-    taken = action_mask(sample["actions"], q_values.shape[1])
+    taken = taken_mask(sample["actions"], q_values.shape[1])
     targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
     if settings.FIT_ALL_ACTIONS:
         targets = tf.math.divide_no_nan(targets, tf.norm(targets))
     return tf.cast(targets, tf.float32)
 
 
-def action_mask(actions: tf.Tensor, count: int) -> tf.Tensor:
-    """Return (n, count) bool: True at the actions (n, k) int32; -1 is none."""
+def taken_mask(actions: tf.Tensor, count: int) -> tf.Tensor:
+    """Return (n, count) bool: True at the actions taken, (n, k) int32."""
     return tf.reduce_any(tf.one_hot(actions, count, True, False), 1)
 
 
@@ -181,7 +181,7 @@ class QNetwork:
         self._settings = settings
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
-        fields = transition_type(inputs, actions_per_step)
+        fields = transition_type(inputs, actions, actions_per_step)
         transitions = {
             name: tf.TensorSpec([None, *fields[name].shape], fields[name].base)
             for name in fields.names or ()
@@ -236,7 +236,7 @@ class QNetwork:
                     outputs = self.network.apply(weights, sample["observations"][start:stop])
                     errors = tf.square(outputs - batch)
                     if not settings.FIT_ALL_ACTIONS:
-                        taken = action_mask(sample["actions"][start:stop], outputs.shape[1])
+                        taken = taken_mask(sample["actions"][start:stop], outputs.shape[1])
                         errors = tf.where(taken, errors, 0.0)
                     loss = tf.reduce_mean(errors)
                 lost += loss * tf.cast(tf.shape(batch)[0], tf.float32)
@@ -276,10 +276,10 @@ class DQNAgent:
         self.actions_per_step = settings.NODES_PER_ROUND
         # All steps of the training: the policy does not choose an episode's first round.
         steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
-        capacity = min(REPLAY_CAPACITY, steps)
-        self.replay = ReplayBuffer(capacity, observation_size, self.actions_per_step)
+        sizes = observation_size, self.actions, self.actions_per_step
+        self.replay = ReplayBuffer(min(REPLAY_CAPACITY, steps), *sizes)
         used = AgentSettings(**settings.model_dump(include=set(AgentSettings.model_fields)))
-        self.q = shared_q_network(observation_size, self.actions, self.actions_per_step, used)
+        self.q = shared_q_network(*sizes, used)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
         self.moments = Moments.fresh(self.q.network.size)
@@ -293,7 +293,7 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
-        self._barred: Sequence[int] = ()  # actions that the next choice leaves out
+        self._mask = self._mask_of({})  # of the next choice
         self._steps_left = 0  # steps that the last choice still lasts
         self._repeats_left = 0  # times that it is still repeated, if it was random
         self._stored = 0  # transitions that this episode added
@@ -308,48 +308,58 @@ class DQNAgent:
 
         Args:
             observation: (D,) float32.
-            info: ``barred`` are the actions that a new choice leaves out, by default none.
+            info: ``action_mask``, (A,), is 0 for the actions that a new choice leaves out; by
+                default it leaves out none.
         """
-        barred = info.get("barred", ())
+        mask = self._mask_of(info)
         self._steps_left -= 1
         if self._steps_left > 0:
             return self._choice, "repeated"
         self._steps_left = self.settings.ROUNDS_PER_CHOICE
         self._repeats_left -= 1
-        if self._repeats_left >= 0 and not set(barred) & set(self._choice):
+        if self._repeats_left >= 0 and mask[self._choice].all():
             return self._choice, "repeated"
         self._repeats_left = 0
         if self._exploration.random() >= self.epsilon:
-            self._choice = self.best_actions(observation, barred)
+            self._choice = self.best_actions(observation, mask)
             return self._choice, "greedy"
-        self._choice = self._first(self._exploration.permutation(self.actions), barred)
+        self._choice = self._first(self._exploration.permutation(self.actions), mask)
         longest = self.settings.MAX_STAY // self.settings.ROUNDS_PER_CHOICE
         if longest > 1:
             self._repeats_left = int(self._exploration.integers(longest))
         return self._choice, "random"
 
-    def _first(self, order: np.ndarray, barred: Sequence[int]) -> list[int]:
-        """Return the first k actions of an order, without barred ones."""
-        return order[~np.isin(order, barred)][: self.actions_per_step].tolist()
+    def _mask_of(self, info: dict[str, Any]) -> np.ndarray:
+        """Return info's ``action_mask``, (A,) bool; without one all actions are allowed."""
+        return np.asarray(info.get("action_mask", [True] * self.actions), bool)
 
-    def best_actions(self, observation: np.ndarray, barred: Sequence[int] = ()) -> list[int]:
-        """Return the k actions of the greatest Q values, best first, no barred ones.
+    def _first(self, order: np.ndarray, mask: np.ndarray) -> list[int]:
+        """Return the first k actions of an order that the mask allows."""
+        return order[mask[order]][: self.actions_per_step].tolist()
+
+    def best_actions(self, observation: np.ndarray, mask: np.ndarray | None = None) -> list[int]:
+        """Return the k actions of the greatest Q values, best first.
 
         Of equal ones the lower number is first.
+
+        Args:
+            observation: (D,) float32.
+            mask: (A,) bool, the actions that are allowed, at least k; by default all.
         """
+        mask = self._mask_of({}) if mask is None else mask
         q_values = self.q.values(self.weights, observation[None])[0]
-        return self._first(np.argsort(-q_values, kind="stable"), barred)
+        return self._first(np.argsort(-q_values, kind="stable"), mask)
 
     def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
         """Return the best actions every ROUNDS_PER_CHOICE rounds, else those of the last round.
 
         Args:
             observation: (D,) float32.
-            info: ``round``, from 1; ``node``, the last choice; ``barred``, as for ``act``.
+            info: ``round``, from 1; ``node``, the last choice; ``action_mask``, as for ``act``.
         """
         if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
             return info["node"]
-        return self.best_actions(observation, info.get("barred", ()))
+        return self.best_actions(observation, self._mask_of(info))
 
     def remember(self, round_: Round) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
@@ -361,23 +371,23 @@ class DQNAgent:
         ends like one that reached the goal (public code). The starter's round, which no one chose,
         is not stored.
 
-        ``round_.action`` and ``round_.chosen_by`` are what ``act`` returned. ``round_.info`` has
-        ``barred``, the actions that may not follow the step, by default none.
+        ``round_.action`` and ``round_.chosen_by`` are what ``act`` returned. ``round_.info`` may
+        have the ``action_mask`` of the next step.
         """
         observation = round_.observation
         if observation is None:
             return
         if round_.chosen_by == "random":
-            self._store(observation, self._barred, False, 0)
+            self._store(observation, self._mask, False, 0)
         self._recent.append((observation, round_.action, round_.reward))
         # The value of a choice includes the rewards of all its rounds.
         steps = max(self.settings.N_STEP, self.settings.ROUNDS_PER_CHOICE)
         done = round_.terminated or round_.truncated
-        self._barred = round_.info.get("barred", ())
-        self._store(round_.next_observation, self._barred, done, 0 if done else steps - 1)
+        self._mask = self._mask_of(round_.info)
+        self._store(round_.next_observation, self._mask, done, 0 if done else steps - 1)
 
     def _store(
-        self, next_observation: np.ndarray, barred: Sequence[int], done: bool, waiting: int
+        self, next_observation: np.ndarray, next_mask: np.ndarray, done: bool, waiting: int
     ) -> None:
         """Store the oldest recent steps until ``waiting`` are left.
 
@@ -393,7 +403,7 @@ class DQNAgent:
                 discount, total = self.settings.DISCOUNT, 0.0
                 for i, (_, _, reward) in enumerate(self._recent):
                     total += discount**i * reward
-                self.replay.add(first, chosen, total, next_observation, done, steps, barred)
+                self.replay.add(first, chosen, total, next_observation, done, steps, next_mask)
                 self._stored += 1
             self._recent.pop(0)
 

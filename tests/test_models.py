@@ -162,7 +162,7 @@ def ended(observations, actions, rewards):
         "next_observations": np.zeros_like(observations),
         "terminals": np.ones(count, bool),
         "steps": np.ones(count, np.int32),
-        "barred": np.full_like(actions, -1),
+        "next_masks": np.ones((count, 3), bool),
     }
 
 

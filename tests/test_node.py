@@ -19,7 +19,7 @@ def numbered(buffer, numbers):
 
 
 def test_buffer_overwrites_the_oldest():
-    buffer = ReplayBuffer(5, 2)
+    buffer = ReplayBuffer(5, 2, 3)
     numbered(buffer, range(4))
     assert len(buffer) == 4
     numbered(buffer, range(4, 13))
@@ -34,7 +34,7 @@ def test_buffer_overwrites_the_oldest():
 
 
 def test_buffer_draws_distinct_transitions():
-    buffer = ReplayBuffer(100, 2)
+    buffer = ReplayBuffer(100, 2, 3)
     numbered(buffer, range(50))
     transitions, draws = buffer.draw(30, 20, np.random.default_rng(0))
     samples = transitions["rewards"][draws]
@@ -48,7 +48,7 @@ def test_buffer_draws_distinct_transitions():
 
 
 def test_buffer_latest():
-    buffer = ReplayBuffer(5, 2)
+    buffer = ReplayBuffer(5, 2, 3)
     numbered(buffer, range(3))
     assert buffer.latest(2)["rewards"].tolist() == [1, 2]
     assert buffer.latest(9)["rewards"].tolist() == [0, 1, 2]
@@ -60,7 +60,7 @@ def test_buffer_latest():
 @pytest.mark.parametrize("steps", [(3,), (5,), (3, 9, 4)])
 def test_buffer_restored_from_its_latest(steps):
     """Each place of the ring holds what it held, so that the same draw gives the same."""
-    buffer, copy = ReplayBuffer(5, 2), ReplayBuffer(5, 2)
+    buffer, copy = ReplayBuffer(5, 2, 3), ReplayBuffer(5, 2, 3)
     parts, first = [], 0
     for count in steps:
         numbered(buffer, range(first, first + count))
@@ -75,9 +75,11 @@ def test_buffer_restored_from_its_latest(steps):
         assert (field[draws[0][1]] == draws[1][0][name][draws[1][1]]).all()
 
 
-@pytest.mark.parametrize(("size", "actions", "kept"), [(3, 1, 3), (2, 2, 3), (2, 1, 2)])
-def test_buffer_refuses_transitions_that_do_not_fit(size, actions, kept):
-    buffer, other = ReplayBuffer(5, 2), ReplayBuffer(5, size, actions)
+@pytest.mark.parametrize(
+    ("sizes", "kept"), [((3, 3, 1), 3), ((2, 4, 1), 3), ((2, 3, 2), 3), ((2, 3, 1), 2)]
+)
+def test_buffer_refuses_transitions_that_do_not_fit(sizes, kept):
+    buffer, other = ReplayBuffer(5, 2, 3), ReplayBuffer(5, *sizes)
     numbered(buffer, range(3))
     with pytest.raises(ValueError, match=f"got {kept} transitions, takes 3"):
         other.restore(buffer.latest(kept), 3)
@@ -125,14 +127,19 @@ def test_a_random_choice_is_repeated_up_to_the_longest_stay():
     assert abs(counts[[2, 4, 6]] - len(lengths) / 3).max() < 5 * 26
 
 
-def test_repetitions_end_with_the_episode_and_where_a_node_is_barred():
+def without(count, *actions):
+    """Return an info whose action mask leaves out some actions of so many."""
+    return {"action_mask": np.isin(np.arange(count), actions, invert=True).astype(np.int8)}
+
+
+def test_repetitions_end_with_the_episode_and_where_a_node_is_left_out():
     agent = make_agent(NUM_NODES=10, EPSILON=1.0, MAX_STAY=1000)
     observation = np.ones(4, np.float32)
     (node,), kind = agent.act(observation, {})
     assert kind == "random"
     assert agent.act(observation, {}) == ([node], "repeated")
-    assert agent.act(observation, {"barred": [node - 1]}) == ([node], "repeated")
-    (after,), kind = agent.act(observation, {"barred": [node]})
+    assert agent.act(observation, without(10, (node + 1) % 10)) == ([node], "repeated")
+    (after,), kind = agent.act(observation, without(10, node))
     assert kind == "random"
     assert after != node
     agent.end_episode()
@@ -141,19 +148,16 @@ def test_repetitions_end_with_the_episode_and_where_a_node_is_barred():
 
 
 @pytest.mark.parametrize("per_step", [1, 3])
-def test_barred_actions_are_never_chosen(per_step):
+def test_actions_that_the_mask_leaves_out_are_never_chosen(per_step):
     agent = make_agent(NUM_NODES=6, NODES_PER_ROUND=per_step, EPSILON=0.5)
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
     order = np.argsort(-agent.q.values(agent.weights, observation[None])[0])
-    assert (
-        agent.best_actions(observation, barred=best)
-        == [action for action in order if action not in best][:per_step]
-    )
+    expected = [action for action in order if action not in best][:per_step]
+    info = {"round": 1, "node": best, **without(6, *best)}
+    assert agent.greedy(observation, info) == expected
     for _ in range(100):
-        assert not set(agent.act(observation, {"barred": best})[0]) & set(best)
-    info = {"round": 1, "node": best, "barred": best}
-    assert not set(agent.greedy(observation, info)) & set(best)
+        assert not set(agent.act(observation, info)[0]) & set(best)
 
 
 def test_a_choice_lasts_its_rounds():
@@ -170,7 +174,7 @@ def test_the_frozen_policy_chooses_every_few_rounds():
     agent = make_agent(ROUNDS_PER_CHOICE=3)
     observation = np.ones(4, np.float32)
     best = agent.best_actions(observation)
-    infos = [{"round": past, "node": 7, "barred": []} for past in range(1, 8)]
+    infos = [{"round": past, "node": 7} for past in range(1, 8)]
     chosen = [agent.greedy(observation, info) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
 
@@ -193,7 +197,7 @@ SAMPLE = {
     "rewards": np.array([-0.5, 0.75]),
     "terminals": np.array([False, True]),
     "steps": np.array([1, 1], np.int32),
-    "barred": np.array([[-1], [-1]], np.int32),
+    "next_masks": np.ones((2, 3), bool),
 }
 
 
@@ -203,7 +207,7 @@ SAMPLE = {
         # -0.5 + 0.8 * 4 for the action taken; the reward alone at an episode's end.
         ({}, [[1.0, 2.7, 3.0], [0.5, -1.0, 0.75]]),
         # Without action 0 the next value is 1: -0.5 + 0.8 * 1.
-        ({"barred": [[0], [0]]}, [[1.0, 0.3, 3.0], [0.5, -1.0, 0.75]]),
+        ({"next_masks": [[False, True, True]] * 2}, [[1.0, 0.3, 3.0], [0.5, -1.0, 0.75]]),
         ({"actions": [[1, 0], [2, 1]]}, [[2.7, 2.7, 3.0], [0.5, 0.75, 0.75]]),
         # The stored reward is the sum of three already: -0.5 + 0.8**3 * 4.
         ({"steps": [3, 1]}, [[1.0, 1.548, 3.0], [0.5, -1.0, 0.75]]),
@@ -288,7 +292,7 @@ def test_a_choice_of_two_rounds_is_stored_where_it_lasted():
 
 def test_the_starters_round_is_not_stored():
     agent = make_agent()
-    agent.remember(Round(None, None, "starter", 1.0, np.ones(4), False, False, {"barred": [0]}))
+    agent.remember(Round(None, None, "starter", 1.0, np.ones(4), False, False, {}))
     assert len(agent.replay) == 0
     agent.remember(Round(np.ones(4), [1], "greedy", 2.0, np.ones(4), False, False, {}))
     assert agent.replay.latest(9)["rewards"].tolist() == [2.0]
@@ -298,15 +302,14 @@ def test_the_starters_round_is_not_stored():
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("greedy", 2), ("random", 1)])
-def test_what_is_barred_is_stored_with_the_next_observation(kind, expected):
+def test_the_mask_is_stored_with_the_next_observation(kind, expected):
     """That after the second step, or before it, where a random choice ends the first one's sum."""
     agent = make_agent(N_STEP=2)
     for step in (1, 2):
         seen, following = np.full(4, step), np.full(4, step + 1)
-        info = {"barred": [step]}
-        agent.remember(Round(seen, [0], kind, 1.0, following, False, False, info))
+        agent.remember(Round(seen, [0], kind, 1.0, following, False, False, without(3, step)))
     (stored,) = agent.replay.latest(9)
-    assert stored["barred"].tolist() == [expected]
+    assert stored["next_masks"].tolist() == [True, expected != 1, expected != 2]
     assert stored["next_observations"][0] == expected + 1
 
 
