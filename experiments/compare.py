@@ -34,10 +34,11 @@ from config import (
     names_of,
 )
 from experiments.methods import METHODS, check_method
+from experiments.tables import ComparisonFolder, finished_jobs
 
 # Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
 if TYPE_CHECKING:
-    from experiments.jobs import ComparisonFolder, Job
+    from experiments.jobs import Job
 
 PROGRAM = "experiments.compare"
 
@@ -267,8 +268,6 @@ def open_tables(
     plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
 ) -> tuple[ComparisonFolder, list[Job]]:
     """Return a comparison's tables and its unfinished jobs; UserError if they would be mixed."""
-    from experiments.jobs import ComparisonFolder, finished_jobs
-
     config: dict[str, Any] = {
         "comparison": plan.name,
         "parameter": plan.comparison.parameter,

@@ -12,28 +12,13 @@ An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-import cli
-import records
-from config import UserError
-
 RESAMPLES = 10_000
 
-JOB_COLUMNS = tuple(
-    "variant method seed state seconds error agent git_revision tensorflow cpu device".split()
-)
-EPISODE_COLUMNS = tuple(
-    "dataset variant method seed episode rounds goal_reached final_accuracy episode_reward "
-    "communication_cost transfers megabytes observation_megabytes diverged goal_accuracy "
-    "max_rounds seconds".split()
-)
-ROUND_COLUMNS = tuple("dataset variant method seed episode round node distance accuracy".split())
-TRAINING_COLUMNS = ("dataset", "variant", "method", "seed", *records.EPISODE_COLUMNS[1:])
 ESTIMATE_COLUMNS = ("variant", "method", "quantity", "mean", "low", "high", "seeds", "episodes")
 
 # Columns of episodes.csv whose means are estimated for every method.
@@ -42,43 +27,8 @@ QUANTITIES = tuple(
     "diverged".split()
 )
 
-JOB_KEY = ["variant", "method", "seed"]  # what identifies a job
-
-# Tables of a comparison. episodes.csv is written last: a job that is in it is in all others.
-TABLES = {
-    "jobs": JOB_COLUMNS,
-    "rounds": ROUND_COLUMNS,
-    "training": TRAINING_COLUMNS,
-    "episodes": EPISODE_COLUMNS,
-}
-
 # Reduces the last two axes, seeds and episodes, of its arrays.
 Statistic = Callable[..., np.ndarray]
-
-
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """Return ``config``, a dictionary, and the tables: ``jobs``, and the finished ones' rows.
-
-    UserError if a file is missing or damaged, or no job is finished.
-    """
-    needed = ("comparison", "parameter", "episodes", "test_episodes")
-    config = cli.read_config(folder / "config.json", *needed)
-    jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
-    finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
-    if finished.empty:
-        raise UserError(f"{folder}: got no finished job, takes at least one")
-    tables = {"config": config, "jobs": jobs}
-    for name in ("episodes", "rounds", "training"):
-        table = records.read_table(folder / f"{name}.csv", TABLES[name])
-        tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
-    expected = config["test_episodes"]
-    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(finished, fill_value=0)
-    for job, count in counts[counts != expected].items():
-        raise UserError(
-            f"{folder / 'episodes.csv'}: got {count} test episodes of "
-            f"{' '.join(map(str, job)).strip()}, takes {expected}; run the comparison again"
-        )
-    return tables
 
 
 def select(table: pd.DataFrame, variant: str, method: str) -> pd.DataFrame:

@@ -21,9 +21,10 @@ import plot
 import records
 from config import Settings, WorldSettings
 from experiments import estimates
+from experiments.tables import read_comparison
 from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_TASK
 
-# What estimates.read_comparison returns, "estimates", and what prepare adds.
+# What read_comparison returns, "estimates", and what prepare adds.
 Tables = dict[str, Any]
 
 _MOST_LINES = 8  # in one panel
@@ -44,9 +45,9 @@ _QUANTITIES = ("rounds", "communication_cost", "goal_reached")
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     """Estimate a comparison, write ``estimates.csv``, and draw its figures in one of plot.FORMATS.
 
-    Returns its tables; raises as ``estimates.read_comparison``.
+    Returns its tables; raises as ``read_comparison``.
     """
-    tables = estimates.read_comparison(folder)
+    tables = read_comparison(folder)
     tables["estimates"] = estimates.estimate(tables)
     records.write_table(folder / "estimates.csv", tables["estimates"])
     prepare(tables)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 import data
@@ -30,11 +29,11 @@ import main
 import models
 import records
 from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
-from environment import DecentralizedLearning, distance_matrix, rollout
-from experiments.estimates import JOB_KEY, TABLES
+from environment import DecentralizedLearning, rollout
 from experiments.methods import METHODS, MethodPolicy, Sent
+from experiments.tables import JOB_KEY, TABLES, finished_jobs
 from node import DQNAgent
-from records import Run, append_rows, episode_row, load_agent, locked, read_table
+from records import Run, append_rows, episode_row, load_agent, locked
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
@@ -95,83 +94,6 @@ class Job:
             with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
                 count += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
         return count
-
-
-# --- Tables ----------------------------------------------------------------------------------
-
-
-def _read(folder: Path, name: str) -> pd.DataFrame:
-    """Return one of TABLES in a folder; without a file it has no rows."""
-    path = folder / f"{name}.csv"
-    return read_table(path, TABLES[name]) if path.exists() else pd.DataFrame(columns=TABLES[name])
-
-
-def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
-    """Return the keys of jobs all of whose test episodes and rounds are in a folder's tables."""
-    wanted = _read(folder, "episodes").groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
-    found = _read(folder, "rounds").groupby(JOB_KEY).size().reindex(wanted.index)
-    return set(wanted.index[(wanted["size"] == test_episodes) & (wanted["sum"] == found)])
-
-
-@dataclasses.dataclass
-class ComparisonFolder:
-    """The tables of a comparison's folder, to which a finished job's rows are added.
-
-    A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
-    """
-
-    folder: Path
-    config: dict[str, Any]  # content of config.json
-
-    def create(self, settings: Settings) -> None:
-        """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
-        records.write_json(self.folder / "config.json", self.config)
-        for name in TABLES:
-            if not (self.folder / f"{name}.csv").exists():
-                records.write_table(self.folder / f"{name}.csv", _read(self.folder, name))
-        table = pd.concat(
-            records.distance_table(variant, distance_matrix(settings.replace(**changes)))
-            for variant, changes in self.config["variants"].items()
-        ).rename(columns={"dataset": "variant"})
-        records.write_table(self.folder / "distances.csv", table)
-
-    def jobs(self) -> dict[tuple[Any, ...], dict[str, Any]]:
-        """Return the rows of ``jobs.csv`` by the jobs' keys."""
-        return _read(self.folder, "jobs").set_index(JOB_KEY, drop=False).to_dict("index")
-
-    def set_jobs(self, states: dict[Job, str], **values: Any) -> None:
-        """Write the jobs' rows of ``jobs.csv``: their states, and the values that all get."""
-        old, rows = self.jobs(), []
-        for job, state in states.items():
-            row = old.get(job.key, dict.fromkeys(TABLES["jobs"], "")) | job.labels
-            rows.append(row | {"state": state, "error": "", "agent": job.agent_sha256(), **values})
-        self._add("jobs", pd.DataFrame(rows))
-
-    def collect(self, job: Job) -> None:
-        """Add a finished job's rows to the tables, and copy its trained agent."""
-        if job.trains:
-            rows = read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
-            self._add("training", rows.assign(**job.labels)[list(TABLES["training"])])
-            agent = self.folder / "agents" / job.variant / f"{job.folder.name}.npz"
-            agent.parent.mkdir(parents=True, exist_ok=True)
-            with records.replacing(agent) as file:
-                file.write((job.training_folder / "agent.npz").read_bytes())
-        for name in ("rounds", "episodes"):
-            self._add(name, _read(job.folder, name))
-
-    def _add(self, name: str, rows: pd.DataFrame) -> None:
-        """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
-
-        def place(column: pd.Series) -> pd.Series:  # an unknown method comes last
-            order = {"variant": self.config["variants"], "method": METHODS}.get(column.name)
-            return column.map({n: i for i, n in enumerate(order)}) if order else column
-
-        old = _read(self.folder, name)
-        replaced = old.set_index(JOB_KEY).index.isin(rows.set_index(JOB_KEY).index)
-        # As objects, so that a column without values changes no type.
-        table = pd.concat([old[~replaced].astype(object), rows.astype(object)])
-        table = table.sort_values(JOB_KEY, kind="stable", key=place)
-        records.write_table(self.folder / f"{name}.csv", table)
 
 
 # --- One job ---------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ import models
 import plot
 from config import NAMED_SETTINGS, ConfigError, Settings, UserError
 from environment import distance_matrix
-from experiments import compare, estimates, figures, jobs, methods
+from experiments import compare, figures, jobs, methods
+from experiments.tables import EPISODE_COLUMNS, JOB_COLUMNS
 from records import load_agent, read_table, write_arrays
 
 METHODS = "hl,random,stay"
@@ -101,7 +102,7 @@ def test_files_of_a_comparison(finished):
     agents = {path.name for path in (finished / "agents").iterdir()}
     assert agents == {"hl-seed0.npz", "hl-seed1.npz"}
     assert list(finished.glob("*.png"))
-    table = read_table(finished / "jobs.csv", estimates.JOB_COLUMNS)
+    table = read_table(finished / "jobs.csv", JOB_COLUMNS)
     asked = [(method, seed) for method in METHODS.split(",") for seed in (0, 1)]
     assert list(zip(table["method"], table["seed"], strict=True)) == asked
     assert (table["state"] == "finished").all()
@@ -161,7 +162,7 @@ def test_what_the_tables_hold_is_finished(copy, finished, capsys):
     assert not (copy / "jobs").exists()
     assert start(copy.parent, "--seeds", "2", methods="nearest,random") == 0
     assert start(copy.parent, "--seeds", "2,3", methods="stay") == 0
-    table = read_table(copy / "jobs.csv", estimates.JOB_COLUMNS)
+    table = read_table(copy / "jobs.csv", JOB_COLUMNS)
     sizes = table.groupby("method", sort=False).size().to_dict()
     assert list(sizes.items()) == [("hl", 2), ("random", 2), ("stay", 4), ("nearest", 2)]
     assert list(json.loads((copy / "config.json").read_text())["methods"]) == list(sizes)
@@ -392,7 +393,7 @@ def test_a_value_of_the_world_changes_every_method(tmp_path):
     assert distances.groupby("variant")["distance"].max()["0.0"] == 0
     scale = distance_matrix(Settings(**QUICK, DISTANCE_SCALE=0.5)).max()
     assert distances["distance"].max() == pytest.approx(scale, abs=1e-15)
-    cost = read_table(folder / "episodes.csv", estimates.EPISODE_COLUMNS)
+    cost = read_table(folder / "episodes.csv", EPISODE_COLUMNS)
     costs = cost.groupby("variant")["communication_cost"].sum()
     assert costs["0.0"] == 0 < costs["0.5"]
 

@@ -17,6 +17,14 @@ import data
 import plot
 import records
 from experiments import audit, compare, estimates, figures, methods
+from experiments.tables import (
+    EPISODE_COLUMNS,
+    JOB_COLUMNS,
+    JOB_KEY,
+    ROUND_COLUMNS,
+    TRAINING_COLUMNS,
+    read_comparison,
+)
 from node import shared_q_network
 
 REFERENCE = PROJECT / "results" / "reference"
@@ -198,7 +206,7 @@ def test_every_page_is_in_the_index():
             "### Columns of `shards.csv` and `distances.csv`",
             tuple(dict.fromkeys(records.SHARD_COLUMNS + records.DISTANCE_COLUMNS)),
         ),
-        ("### Columns of `jobs.csv`", estimates.JOB_COLUMNS),
+        ("### Columns of `jobs.csv`", JOB_COLUMNS),
         ("### Columns of `estimates.csv`", estimates.ESTIMATE_COLUMNS),
         ("## An audit", audit.AUDIT_COLUMNS),
     ],
@@ -210,16 +218,16 @@ def test_every_column_is_documented(heading, columns):
 
 
 def test_the_columns_of_a_comparison_are_documented():
-    text, key = TEXTS["docs/files.md"], set(estimates.JOB_KEY)
+    text, key = TEXTS["docs/files.md"], set(JOB_KEY)
     rows = rows_of(
         section(text, "### Columns of a comparison's `episodes.csv` that differ"), "| column |"
     )
     more = {row[0].strip("`") for row in rows}
-    run, test = set(records.EPISODE_COLUMNS), set(estimates.EPISODE_COLUMNS)
+    run, test = set(records.EPISODE_COLUMNS), set(EPISODE_COLUMNS)
     assert (run - test, test - run - key - more) == ({"epsilon", "q_loss"}, set())
-    run, test = set(records.ROUND_COLUMNS), set(estimates.ROUND_COLUMNS)
+    run, test = set(records.ROUND_COLUMNS), set(ROUND_COLUMNS)
     assert (run - test, test - run) == ({"chosen_by", "reward"}, key)
-    assert set(estimates.TRAINING_COLUMNS) == set(records.EPISODE_COLUMNS) | key
+    assert set(TRAINING_COLUMNS) == set(records.EPISODE_COLUMNS) | key
 
 
 def test_quantities_are_documented():
@@ -292,7 +300,7 @@ def printed(command):
         return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
     comparisons = []
     for folder in (PROJECT / argument for argument in arguments):
-        tables = estimates.read_comparison(folder)
+        tables = read_comparison(folder)
         # test_estimates.py makes them again from the episodes.
         path = folder / "estimates.csv"
         tables["estimates"] = records.read_table(path, estimates.ESTIMATE_COLUMNS)

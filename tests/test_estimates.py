@@ -1,72 +1,21 @@
 """Estimates and their intervals, against numbers by hand and SciPy's bootstrap."""
 
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import PROJECT
 from scipy import stats
+from test_tables import LIMIT, VALUES, write_comparison
 
 import records
-from config import UserError
 from experiments import estimates
-
-LIMIT = 36
-
-
-def write_comparison(folder, values, *, failed=(), training=None, parameter="", node="0", **world):
-    """Write a comparison's tables.
-
-    values[variant][method][seed] is a list of (rounds, cost), one per test episode; the variant is
-    left out where nothing varies. training[method] is a list of (rounds, cost), for each seed.
-    """
-    variants = values if parameter else {"": values}
-    jobs, episodes, rounds, trained = [], [], [], []
-    for variant, methods in variants.items():
-        for method, by_seed in methods.items():
-            for seed, pairs in by_seed.items():
-                state = "failed" if (method, seed) in failed else "finished"
-                error = "its disk, was full" if state == "failed" else ""
-                ran = (error, "", "abc", "2.21.0", "a processor", "cpu")
-                jobs.append([variant, method, seed, state, 1.5, *ran])
-                job = ["mnist", variant, method, seed]
-                for e, (r, cost) in enumerate(pairs if state == "finished" else [], 1):
-                    reached = int(r < LIMIT)
-                    row = [r, reached, 0.8, -17.0, cost, 9, 1.2, 0, 0, 0.8, LIMIT, 2.0]
-                    episodes.append([*job, e, *row])
-                    rounds += [[*job, e, t, node, 0.0, 0.5] for t in range(1, r + 1)]
-                for e, (r, cost) in enumerate((training or {}).get(method, []), 1):
-                    row = [r, 1, 0.8, -17.0, cost, 1.0, 0.1, 0, 0.8, LIMIT, 2.0]
-                    trained.append([*job, e, *row])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, columns, rows in (
-        ("jobs", estimates.JOB_COLUMNS, jobs),
-        ("episodes", estimates.EPISODE_COLUMNS, episodes),
-        ("rounds", estimates.ROUND_COLUMNS, rounds),
-        ("training", estimates.TRAINING_COLUMNS, trained),
-    ):
-        pd.DataFrame(rows, columns=list(columns)).to_csv(folder / f"{name}.csv", index=False)
-    first = next(iter(next(iter(variants.values())).values()))
-    config = {
-        "comparison": "paper",
-        "parameter": parameter,
-        "episodes": "test",
-        "test_episodes": len(next(iter(first.values()))),
-        "dataset": {"name": "mnist", "sha256": {}},
-        "settings": {"NUM_NODES": 10, **world},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-VALUES = {
-    "hl": {0: [(10, 0.2), (20, 0.4)], 1: [(LIMIT, 0.1), (14, 0.1)]},
-    "random": {0: [(30, 1.0), (20, 1.2)], 1: [(LIMIT, 0.9), (34, 0.9)], 2: [(25, 1.0), (27, 1)]},
-}
+from experiments.tables import read_comparison
 
 
 def estimated(folder):
-    return estimates.estimate(estimates.read_comparison(folder))
+    return estimates.estimate(read_comparison(folder))
 
 
 def of(table, method, quantity):
@@ -109,13 +58,13 @@ def test_each_variant_has_its_own_random(tmp_path):
 def test_misses_more_often_on_the_seeds_that_both_have(tmp_path):
     values = {"hl": {0: [(LIMIT, 0.0), (20, 0.1)]}, "random": {0: [(30, 1.0)] * 2}}
     write_comparison(tmp_path, values)
-    episodes = estimates.read_comparison(tmp_path)["episodes"]
+    episodes = read_comparison(tmp_path)["episodes"]
     assert estimates.misses_more_often(episodes, "", "hl")
     # A seed of random's that misses all changes nothing, as hl has no such seed.
     values["random"][1] = [(LIMIT, 1.0)] * 2
     values["random"][2] = [(LIMIT, 1.0)] * 2
     write_comparison(tmp_path, values)
-    episodes = estimates.read_comparison(tmp_path)["episodes"]
+    episodes = read_comparison(tmp_path)["episodes"]
     assert estimates.misses_more_often(episodes, "", "hl")
     assert not estimates.misses_more_often(episodes, "", "random")
 
@@ -206,7 +155,7 @@ def test_failed_jobs_are_not_averaged(tmp_path):
     assert of(table, "hl", "rounds").mean == 15
     assert (of(table, "hl", "rounds").seeds, of(table, "random", "rounds").seeds) == (1, 3)
     assert np.isnan(of(table, "hl", "rounds").low)
-    states = estimates.read_comparison(tmp_path)["jobs"]["state"].value_counts()
+    states = read_comparison(tmp_path)["jobs"]["state"].value_counts()
     assert states.to_dict() == {"finished": 4, "failed": 1}
 
 
@@ -215,36 +164,9 @@ def test_without_random_nothing_is_set_against_it(tmp_path):
     assert set(estimated(tmp_path)["quantity"]) == set(estimates.QUANTITIES)
 
 
-def test_damaged_tables_are_refused(tmp_path):
-    write_comparison(tmp_path, VALUES)
-    whole = (tmp_path / "episodes.csv").read_text()
-    (tmp_path / "episodes.csv").write_text(whole.rpartition("mnist")[0])
-    with pytest.raises(UserError, match=r"episodes\.csv: got 1 .*random 2, takes 2"):
-        estimates.read_comparison(tmp_path)
-
-
-def test_nothing_to_estimate(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json"):
-        estimates.read_comparison(tmp_path)
-    write_comparison(tmp_path, {"hl": {0: [(10, 0.2)]}}, failed=[("hl", 0)])
-    with pytest.raises(UserError, match=str(tmp_path)):
-        estimates.read_comparison(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["comparison", "parameter", "episodes", "test_episodes"])
-def test_a_config_without_a_name_is_refused(tmp_path, name):
-    write_comparison(tmp_path, VALUES)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    del config[name]
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"config\.json: .*\('{name}'\)"):
-        estimates.read_comparison(tmp_path)
-
-
 # --- The committed results -------------------------------------------------------------------
 
-REFERENCE = estimates.records.PROJECT / "results" / "reference"
+REFERENCE = PROJECT / "results" / "reference"
 COMPARISONS = sorted(path.parent for path in REFERENCE.glob("*/jobs.csv"))
 
 

@@ -1,0 +1,140 @@
+"""The tables of a comparison: their columns, and the folder that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+import cli
+import records
+from config import Settings, UserError
+from experiments.methods import METHODS
+
+if TYPE_CHECKING:
+    from experiments.jobs import Job
+
+JOB_COLUMNS = tuple(
+    "variant method seed state seconds error agent git_revision tensorflow cpu device".split()
+)
+EPISODE_COLUMNS = tuple(
+    "dataset variant method seed episode rounds goal_reached final_accuracy episode_reward "
+    "communication_cost transfers megabytes observation_megabytes diverged goal_accuracy "
+    "max_rounds seconds".split()
+)
+ROUND_COLUMNS = tuple("dataset variant method seed episode round node distance accuracy".split())
+TRAINING_COLUMNS = ("dataset", "variant", "method", "seed", *records.EPISODE_COLUMNS[1:])
+
+JOB_KEY = ["variant", "method", "seed"]  # what identifies a job
+
+# Tables of a comparison. episodes.csv is written last: a job that is in it is in all others.
+TABLES = {
+    "jobs": JOB_COLUMNS,
+    "rounds": ROUND_COLUMNS,
+    "training": TRAINING_COLUMNS,
+    "episodes": EPISODE_COLUMNS,
+}
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    """Return one of TABLES in a folder; without a file it has no rows."""
+    path = folder / f"{name}.csv"
+    columns = TABLES[name]
+    return records.read_table(path, columns) if path.exists() else pd.DataFrame(columns=columns)
+
+
+def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
+    """Return the keys of jobs all of whose test episodes and rounds are in a folder's tables."""
+    wanted = _read(folder, "episodes").groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
+    found = _read(folder, "rounds").groupby(JOB_KEY).size().reindex(wanted.index)
+    return set(wanted.index[(wanted["size"] == test_episodes) & (wanted["sum"] == found)])
+
+
+@dataclasses.dataclass
+class ComparisonFolder:
+    """The tables of a comparison's folder, to which a finished job's rows are added.
+
+    A job whose rows are all there is finished, and its folder in ``jobs/`` may be deleted.
+    """
+
+    folder: Path
+    config: dict[str, Any]  # content of config.json
+
+    def create(self, settings: Settings) -> None:
+        """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
+        from environment import distance_matrix  # imports TensorFlow, which reading does not need
+
+        records.write_json(self.folder / "config.json", self.config)
+        for name in TABLES:
+            if not (self.folder / f"{name}.csv").exists():
+                records.write_table(self.folder / f"{name}.csv", _read(self.folder, name))
+        table = pd.concat(
+            records.distance_table(variant, distance_matrix(settings.replace(**changes)))
+            for variant, changes in self.config["variants"].items()
+        ).rename(columns={"dataset": "variant"})
+        records.write_table(self.folder / "distances.csv", table)
+
+    def jobs(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Return the rows of ``jobs.csv`` by the jobs' keys."""
+        return _read(self.folder, "jobs").set_index(JOB_KEY, drop=False).to_dict("index")
+
+    def set_jobs(self, states: dict[Job, str], **values: Any) -> None:
+        """Write the jobs' rows of ``jobs.csv``: their states, and the values that all get."""
+        old, rows = self.jobs(), []
+        for job, state in states.items():
+            row = old.get(job.key, dict.fromkeys(TABLES["jobs"], "")) | job.labels
+            rows.append(row | {"state": state, "error": "", "agent": job.agent_sha256(), **values})
+        self._add("jobs", pd.DataFrame(rows))
+
+    def collect(self, job: Job) -> None:
+        """Add a finished job's rows to the tables, and copy its trained agent."""
+        if job.trains:
+            rows = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
+            self._add("training", rows.assign(**job.labels)[list(TABLES["training"])])
+            agent = self.folder / "agents" / job.variant / f"{job.folder.name}.npz"
+            agent.parent.mkdir(parents=True, exist_ok=True)
+            with records.replacing(agent) as file:
+                file.write((job.training_folder / "agent.npz").read_bytes())
+        for name in ("rounds", "episodes"):
+            self._add(name, _read(job.folder, name))
+
+    def _add(self, name: str, rows: pd.DataFrame) -> None:
+        """Add the rows of jobs to a table, in place of earlier rows of the same jobs."""
+
+        def place(column: pd.Series) -> pd.Series:  # an unknown method comes last
+            order = {"variant": self.config["variants"], "method": METHODS}.get(column.name)
+            return column.map({n: i for i, n in enumerate(order)}) if order else column
+
+        old = _read(self.folder, name)
+        replaced = old.set_index(JOB_KEY).index.isin(rows.set_index(JOB_KEY).index)
+        # As objects, so that a column without values changes no type.
+        table = pd.concat([old[~replaced].astype(object), rows.astype(object)])
+        table = table.sort_values(JOB_KEY, kind="stable", key=place)
+        records.write_table(self.folder / f"{name}.csv", table)
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """Return ``config``, a dictionary, and the tables: ``jobs``, and the finished ones' rows.
+
+    UserError if a file is missing or damaged, or no job is finished.
+    """
+    needed = ("comparison", "parameter", "episodes", "test_episodes")
+    config = cli.read_config(folder / "config.json", *needed)
+    jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
+    finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
+    if finished.empty:
+        raise UserError(f"{folder}: got no finished job, takes at least one")
+    tables = {"config": config, "jobs": jobs}
+    for name in ("episodes", "rounds", "training"):
+        table = records.read_table(folder / f"{name}.csv", TABLES[name])
+        tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
+    expected = config["test_episodes"]
+    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(finished, fill_value=0)
+    for job, count in counts[counts != expected].items():
+        raise UserError(
+            f"{folder / 'episodes.csv'}: got {count} test episodes of "
+            f"{' '.join(map(str, job)).strip()}, takes {expected}; run the comparison again"
+        )
+    return tables
