@@ -294,8 +294,7 @@ class DQNAgent:
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
         self._mask = self._mask_of({})  # of the next choice
-        self._steps_left = 0  # steps that the last choice still lasts
-        self._repeats_left = 0  # times that it is still repeated, if it was random
+        self._steps_left = 0  # steps that it still lasts
         self._stored = 0  # transitions that this episode added
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
@@ -311,22 +310,20 @@ class DQNAgent:
             info: ``action_mask``, (A,), is 0 for the actions that a new choice leaves out; by
                 default it leaves out none.
         """
-        mask = self._mask_of(info)
+        mask, lasting = self._mask_of(info), self.settings.ROUNDS_PER_CHOICE
         self._steps_left -= 1
-        if self._steps_left > 0:
+        # The mask counts where a choice begins, and where a random one is repeated.
+        goes_on = self._steps_left % lasting > 0 or mask[self._choice].all()
+        if self._steps_left > 0 and goes_on:
             return self._choice, "repeated"
-        self._steps_left = self.settings.ROUNDS_PER_CHOICE
-        self._repeats_left -= 1
-        if self._repeats_left >= 0 and mask[self._choice].all():
-            return self._choice, "repeated"
-        self._repeats_left = 0
+        self._steps_left = lasting
         if self._exploration.random() >= self.epsilon:
             self._choice = self.best_actions(observation, mask)
             return self._choice, "greedy"
         self._choice = self._first(self._exploration.permutation(self.actions), mask)
-        longest = self.settings.MAX_STAY // self.settings.ROUNDS_PER_CHOICE
+        longest = self.settings.MAX_STAY // lasting
         if longest > 1:
-            self._repeats_left = int(self._exploration.integers(longest))
+            self._steps_left = lasting * int(self._exploration.integers(1, longest + 1))
         return self._choice, "random"
 
     def _mask_of(self, info: dict[str, Any]) -> np.ndarray:
