@@ -257,6 +257,8 @@ def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
             axis.plot(table["episode"], y, line, color=color, label=label)
 
     figure = _draw_curves(draw)
+    # Rewards by `power` and `progress` do not compare.
+    figure.axes[0].set_ylabel("episode reward\n(each with its REWARD)")
     set_title(figure, pd.concat(runs.values()), f"Training, mean of the last {WINDOW} episodes")
     return figure
 
