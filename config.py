@@ -138,9 +138,9 @@ class AgentSettings(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Rounds in a row that bar a node from the next choice; limits random stays; 0 = off (ours)."""
+    """Rounds in a row after which the next choice is another node; 0 = no limit (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
-    """Transitions drawn for an update; training waits for so many (public code)."""
+    """Transitions drawn for an update; training starts when so many are stored (public code)."""
     Q_BATCH_SIZE: Count = 16
     """Transitions per gradient step (public code)."""
     UPDATES_PER_EPISODE: Count = 1

@@ -28,7 +28,7 @@ Sent = tuple[int, float, float]  # number of transfers, sum of their distances, 
 class Method:
     """A way to train the foundation model."""
 
-    description: str  # one line, for --list and the docs
+    description: str  # one line, for --list
     # Makes the policy of an environment, once for all its episodes. None: an agent, trained first.
     policy: PolicyMaker | None
     # Makes the agent, from the observation's size and the settings. None: a DQNAgent.

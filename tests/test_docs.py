@@ -128,10 +128,10 @@ def test_examples_run(tmp_path):
     """One after the other in the same process, in a copy with episodes of at most three rounds."""
     examples = [
         code
-        for name in ("docs/extending.md", "README.md")
+        for name in ("docs/extending.md", "docs/files.md", "README.md")
         for code in blocks(TEXTS[name], "python")
     ]
-    assert len(examples) == 7
+    assert len(examples) == 8
     code = "\n".join(examples)
     assert code.count("MAX_ROUNDS=9") == 2
     code = code.replace("MAX_ROUNDS=9", "MAX_ROUNDS=3")
@@ -139,7 +139,10 @@ def test_examples_run(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
     reference = tmp_path / "results" / "reference"
-    for name in ("mnist-seed0/episodes", "paper-mnist/rounds", "pilot-fashion_mnist/rounds"):
+    for name in (
+        *("mnist-seed0/episodes", "headline-mnist/episodes"),
+        *("paper-mnist/rounds", "pilot-fashion_mnist/rounds"),
+    ):
         (reference / name).parent.mkdir(parents=True)
         shutil.copy(REFERENCE / f"{name}.csv", (reference / name).parent)
     source = tmp_path / "config.py"
@@ -426,7 +429,7 @@ def test_a_hundred_nodes():
     lasting = config.NAMED_SETTINGS["tuned"]["ROUNDS_PER_CHOICE"]
     choices = -(-(training["rounds"] - 1) // lasting)  # the starter's round is no choice
     count = choices.groupby(training["seed"]).sum().mean()
-    assert f"about {count:.0f} choices in its training, {count / 100:.0f} per node" in text
+    assert f"about {count:.0f} stays of three rounds, {count / 100:.0f} per node" in text
 
 
 def test_the_walks_and_bounds_on_mnist():
