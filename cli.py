@@ -1,6 +1,6 @@
 """Command lines: flags for the settings, one-line errors, exit status and signals.
 
-``python3 cli.py > docs/settings.md`` writes the page of all settings.
+``env -u HL_DATA_DIR python3 cli.py > docs/settings.md`` writes the page of all settings.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import json
 import os
 import re
 import signal
@@ -133,25 +132,6 @@ def value_of(name: str, text: str) -> Any:
     return text
 
 
-def read_config(path: Path, *needed: str, flag: str = "") -> dict[str, Any]:
-    """Return a ``config.json``; UserError if settings, dataset or one of ``needed`` is missing.
-
-    ``flag`` begins the error's line: what named the file.
-    """
-    needed = ("settings", "dataset", *needed)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        settings, about, *_ = (config[name] for name in needed)
-        whole = isinstance(settings, dict) and isinstance(about, dict)
-        if not (whole and {"name", "sha256"} <= about.keys()):
-            raise ValueError("settings or dataset is damaged")
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        names = ", ".join(needed)
-        line = f"{flag}{path}: takes a config.json with {names} ({reason(error)})"
-        raise UserError(line) from error
-
-
 def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[str, str]]:
     """Return main.py's settings, and the SHA-256 of the data of ``--config``, {} without it.
 
@@ -167,14 +147,18 @@ def settings_of_run(arguments: list[str] | None = None) -> tuple[Settings, dict[
     parser.add_argument("--config", type=os.path.expanduser, metavar="FILE", help=help_)
     add_setting_flags(parser, set(FLAGS.values()))
     parsed = parser.parse_args(arguments)
-    stored, data_sha256 = {}, {}
+    named, stored, data_sha256 = overrides_of(parsed), {}, {}
     if parsed.config is not None:
+        from records import read_config  # imports pandas
+
         # A comparison and an audit have no sessions.
         config = read_config(Path(parsed.config), "sessions", flag="--config: ")
-        data_sha256 = config["dataset"]["sha256"]
-        stored = {**config["settings"], "DATASET": config["dataset"]["name"]}
-    values = {**stored, **NAMED_SETTINGS.get(parsed.settings, {}), **overrides_of(parsed)}
-    return Settings(**values), data_sha256
+        name, data_sha256 = config["dataset"]["name"], config["dataset"]["sha256"]
+        if named.get("DATASET", name) != name:
+            got = f"got {named['DATASET']!r}"
+            raise ConfigError(f"DATASET: {got}, takes {name!r} with this --config")
+        stored = {**config["settings"], "DATASET": name}
+    return Settings(**{**stored, **NAMED_SETTINGS.get(parsed.settings, {}), **named}), data_sha256
 
 
 def seeds_of(text: str) -> list[int]:

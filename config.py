@@ -138,7 +138,7 @@ class AgentSettings(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Rounds in a row after which the next choice is another node; 0 = no limit (ours)."""
+    """Longest stay, in rounds; random choices repeat up to it; 0 = no limit, no repeats (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training starts when so many are stored (public code)."""
     Q_BATCH_SIZE: Count = 16

@@ -18,10 +18,10 @@ import data
 from config import Settings, stream
 from models import Moments, shared_foundation_model, tf, use_device
 
-_JUDGES = (1000, 2000, 4000)  # numbers of test images, see DecentralizedLearning._judged
+_EVALUATION_SIZES = (1000, 2000, 4000)  # test images, see DecentralizedLearning._evaluate
 
 # Of progress_reward.
-_MOST_LEFT = 12.0  # rounds that the potential takes to be left, far below the goal
+_MAX_ROUNDS_LEFT = 12.0  # rounds that the potential takes to be left, far below the goal
 _GAP_SCALE = 0.1  # gap to the goal, as accuracy, over which that changes by a factor of e
 _MISS_COST = 15.0  # of an episode that misses the goal
 
@@ -63,7 +63,7 @@ def progress_reward(
         settings: for GOAL_ACCURACY and DISCOUNT.
     """
     gaps = [min(a - settings.GOAL_ACCURACY, 0.0) for a in (accuracy, before)]
-    after, before = (_MOST_LEFT * math.expm1(gap / _GAP_SCALE) for gap in gaps)
+    after, before = (_MAX_ROUNDS_LEFT * math.expm1(gap / _GAP_SCALE) for gap in gaps)
     return settings.DISCOUNT * after - before - distance - (gaps[0] < 0) - _MISS_COST * missed
 
 
@@ -115,10 +115,11 @@ class DistinctNodes(spaces.MultiDiscrete):
     """Actions of several nodes a round: k distinct nodes of N, as an int64 array of shape (k,)."""
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
-        """Draw k nodes without replacement; masks are not supported."""
-        if mask is not None or probability is not None:
-            raise ValueError("DistinctNodes samples without a mask")
-        return self.np_random.permutation(self.nvec[0])[: len(self.nvec)]
+        """Draw k nodes without replacement, of those that a ``mask`` as in info allows."""
+        if probability is not None:
+            raise ValueError("DistinctNodes samples without probabilities")
+        nodes = self.np_random.permutation(self.nvec[0])
+        return (nodes if mask is None else nodes[mask[nodes] == 1])[: len(self.nvec)]
 
     def contains(self, x: Any) -> bool:
         """Return whether x is an array of k distinct nodes."""
@@ -226,9 +227,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         observation, _, _, _, info = self._train_round(nodes)
         return observation, info
 
-    def step(
-        self, action: int | np.integer | np.ndarray
-    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Send the model to the node(s), train LOCAL_EPOCHS there and evaluate the result.
 
         Raises:
@@ -261,7 +260,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         distance = float(self.distances[self._holder, nodes[0]])
         self._holder = nodes[0]
         self._cost += distance
-        before, accuracy = self._accuracy, self._judged()
+        before, accuracy = self._accuracy, self._evaluate()
         self._accuracy = accuracy
         terminated = accuracy >= settings.GOAL_ACCURACY
         truncated = not terminated and self._round >= settings.MAX_ROUNDS
@@ -293,7 +292,7 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         mask[[node for node, rounds in self._stays.items() if rounds >= longest]] = 0
         return mask if mask.sum() >= self.settings.NODES_PER_ROUND else np.ones_like(mask)
 
-    def _judged(self) -> float:
+    def _evaluate(self) -> float:
         """Return the accuracy that the round counts with: of all test images (public code).
 
         With REWARD = ``progress`` (ours) 1,000 images, drawn anew, judge a round, which is quicker.
@@ -303,15 +302,15 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         size, goal = self.foundation.test_size, self.settings.GOAL_ACCURACY
         if self.settings.REWARD == "power":
             return self.foundation.evaluate(self._model)
-        order, judged, correct = self._judging.permutation(size), 0, 0
-        for count in (*(count for count in _JUDGES if count < size), size):
-            more = order[judged:count]
+        order, evaluated, correct = self._judging.permutation(size), 0, 0
+        for count in (*(count for count in _EVALUATION_SIZES if count < size), size):
+            more = order[evaluated:count]
             correct += round(self.foundation.evaluate(self._model, more) * len(more))
-            judged = count
+            evaluated = count
             error = math.sqrt(goal * (1 - goal) / count * (size - count) / max(size - 1, 1))
             if correct / count < goal - 3 * error:
                 break
-        return correct / judged
+        return correct / evaluated
 
     def _train_locally(self, node: int, weights: tf.Tensor) -> tf.Tensor:
         shard = self.shards[node]

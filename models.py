@@ -296,5 +296,5 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
 
 
 # Compiling takes a second and memory, and the model holds no weights. So the environments of a
-# process share the latest one for the same Dataset object.
+# process share the latest one for the same Dataset object and settings of training.
 shared_foundation_model = functools.lru_cache(maxsize=1)(FoundationModel)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import REPLAY_CAPACITY, AgentSettings, Settings, stream
+from config import REPLAY_CAPACITY, AgentSettings, Settings, names_of, stream
 from models import FlatNetwork, Moments, adam, q_network, tf, use_device
 
 if TYPE_CHECKING:
     from environment import Round
 
 
-def transition_type(observation_size: int, actions: int, actions_per_step: int) -> np.dtype:
+def transition_dtype(observation_size: int, actions: int, actions_per_step: int) -> np.dtype:
     """Return the fields of a transition, as ``ReplayBuffer.add`` describes them."""
     return np.dtype(
         [
@@ -27,7 +27,7 @@ def transition_type(observation_size: int, actions: int, actions_per_step: int) 
             ("actions", np.int32, (actions_per_step,)),
             ("rewards", np.float64),
             ("next_observations", np.float32, (observation_size,)),
-            ("terminals", np.bool_),
+            ("dones", np.bool_),
             ("steps", np.int32),
             ("next_masks", np.bool_, (actions,)),
         ]
@@ -57,7 +57,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.added = 0
         # It takes memory only where it is written.
-        kind = transition_type(observation_size, actions, actions_per_step)
+        kind = transition_dtype(observation_size, actions, actions_per_step)
         self._ring = np.zeros(capacity, kind)
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class ReplayBuffer:
         actions: list[int],
         reward: float,
         next_observation: np.ndarray,
-        terminal: bool,
+        done: bool,
         steps: int = 1,
         next_mask: np.ndarray | bool = True,
     ) -> None:
@@ -80,30 +80,30 @@ class ReplayBuffer:
             actions: the k distinct actions of the first step.
             reward: of all steps, discounted.
             next_observation: (D,) float32, after the last step.
-            terminal: whether the episode ended there.
+            done: whether the episode ended there, at the goal or at the limit.
             steps: number of steps.
             next_mask: (A,) bool, the actions that may follow; True for all.
         """
-        following = (next_observation, terminal, steps, next_mask)
+        following = (next_observation, done, steps, next_mask)
         self._ring[self.added % self.capacity] = (observation, actions, reward, *following)
         self.added += 1
 
-    def draw(
-        self, samples: int, size: int, rng: np.random.Generator
+    def sample(
+        self, count: int, size: int, rng: np.random.Generator
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Draw samples of distinct transitions, each in random order.
+        """Draw ``count`` samples of distinct transitions, each in random order.
 
         Returns:
-            The fields of all transitions that were drawn, (m, ...) each, and (samples, size) int32,
+            The fields of all transitions that were drawn, (m, ...) each, and (count, size) int32,
             which of them make a sample. So a transition is copied once, however often it is drawn.
 
         Raises:
             ValueError: fewer than ``size`` are stored.
         """
-        places = [rng.choice(len(self), size, replace=False) for _ in range(samples)]
+        places = [rng.choice(len(self), size, replace=False) for _ in range(count)]
         drawn, draws = np.unique(places, return_inverse=True)
         transitions = {name: self._ring[name][drawn] for name in self._ring.dtype.names or ()}
-        return transitions, draws.reshape(samples, size).astype(np.int32)
+        return transitions, draws.reshape(count, size).astype(np.int32)
 
     def latest(self, count: int) -> np.ndarray:
         """Return the last ``count`` transitions (or all that there are), oldest first."""
@@ -118,7 +118,9 @@ class ReplayBuffer:
         """
         kept = min(added, self.capacity)
         if transitions.dtype != self._ring.dtype or len(transitions) < kept:
-            raise ValueError(f"replay buffer: got {len(transitions)} transitions, takes {kept}")
+            got = f"got {len(transitions)} transitions"
+            takes = f"takes {kept} of these settings' sizes and this version's fields"
+            raise ValueError(f"replay buffer: {got}, {takes}")
         places = np.arange(added - kept, added) % self.capacity
         self._ring[places] = transitions[len(transitions) - kept :]
         self.added = added
@@ -146,7 +148,7 @@ def q_targets(
     possible = tf.where(sample["next_masks"], next_values, next_values.dtype.min)
     future = tf.cast(tf.reduce_max(possible, 1), tf.float64)
     discount = settings.DISCOUNT ** tf.cast(sample["steps"], tf.float64)
-    goes_on = tf.cast(~sample["terminals"], tf.float64)
+    goes_on = tf.cast(~sample["dones"], tf.float64)
     returns = sample["rewards"] + discount * future * goes_on
     taken = taken_mask(sample["actions"], q_values.shape[1])
     targets = tf.where(taken, returns[:, None], tf.cast(q_values, tf.float64))
@@ -181,7 +183,7 @@ class QNetwork:
         self._settings = settings
         vector = tf.TensorSpec([self.network.size], tf.float32)
         moments = Moments(vector, vector, tf.TensorSpec([], tf.float32))
-        fields = transition_type(inputs, actions, actions_per_step)
+        fields = transition_dtype(inputs, actions, actions_per_step)
         transitions = {
             name: tf.TensorSpec([None, *fields[name].shape], fields[name].base)
             for name in fields.names or ()
@@ -213,7 +215,7 @@ class QNetwork:
             weights: (P,) float32.
             moments: of the steps before.
             target_weights: (P,) float32.
-            transitions: the fields of m transitions, as ``ReplayBuffer.draw`` returns them.
+            transitions: the fields of m transitions, as ``ReplayBuffer.sample`` returns them.
             draws: (U, n) int32, the transitions of each sample.
 
         Returns:
@@ -278,7 +280,7 @@ class DQNAgent:
         steps = settings.EPISODES * (settings.MAX_ROUNDS - 1)
         sizes = observation_size, self.actions, self.actions_per_step
         self.replay = ReplayBuffer(min(REPLAY_CAPACITY, steps), *sizes)
-        used = AgentSettings(**settings.model_dump(include=set(AgentSettings.model_fields)))
+        used = AgentSettings(**settings.model_dump(include=names_of(AgentSettings)))
         self.q = shared_q_network(*sizes, used)
         self.weights = self.q.network.initial_weights(stream(settings.SEED, "network"))
         self.target_weights = self.weights
@@ -293,8 +295,8 @@ class DQNAgent:
         # Steps that wait for N_STEP rewards: observation, actions, reward.
         self._recent: list[tuple[np.ndarray, list[int], float]] = []
         self._choice: list[int] = []  # the last one
-        self._mask = self._mask_of({})  # of the next choice
-        self._steps_left = 0  # steps that it still lasts
+        self._mask = self._mask_of({})  # of the next step
+        self._steps_left = 0  # steps that the last choice still lasts
         self._stored = 0  # transitions that this episode added
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
@@ -318,7 +320,7 @@ class DQNAgent:
             return self._choice, "repeated"
         self._steps_left = lasting
         if self._exploration.random() >= self.epsilon:
-            self._choice = self.best_actions(observation, mask)
+            self._choice = self._best(observation, mask)
             return self._choice, "greedy"
         self._choice = self._first(self._exploration.permutation(self.actions), mask)
         longest = self.settings.MAX_STAY // lasting
@@ -334,16 +336,8 @@ class DQNAgent:
         """Return the first k actions of an order that the mask allows."""
         return order[mask[order]][: self.actions_per_step].tolist()
 
-    def best_actions(self, observation: np.ndarray, mask: np.ndarray | None = None) -> list[int]:
-        """Return the k actions of the greatest Q values, best first.
-
-        Of equal ones the lower number is first.
-
-        Args:
-            observation: (D,) float32.
-            mask: (A,) bool, the actions that are allowed, at least k; by default all.
-        """
-        mask = self._mask_of({}) if mask is None else mask
+    def _best(self, observation: np.ndarray, mask: np.ndarray) -> list[int]:
+        """Return the k allowed actions of the greatest Q values; of equal ones the lower first."""
         q_values = self.q.values(self.weights, observation[None])[0]
         return self._first(np.argsort(-q_values, kind="stable"), mask)
 
@@ -356,7 +350,7 @@ class DQNAgent:
         """
         if (info["round"] - 1) % self.settings.ROUNDS_PER_CHOICE:
             return info["node"]
-        return self.best_actions(observation, self._mask_of(info))
+        return self._best(observation, self._mask_of(info))
 
     def remember(self, round_: Round) -> None:
         """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
@@ -417,7 +411,7 @@ class DQNAgent:
         settings = self.settings
         if len(self.replay) < settings.REPLAY_SAMPLE:
             return None
-        transitions, draws = self.replay.draw(
+        transitions, draws = self.replay.sample(
             settings.UPDATES_PER_EPISODE, settings.REPLAY_SAMPLE, self._draws
         )
         self.weights, self.moments, loss = self.q.train(

@@ -100,7 +100,7 @@ def span(values: pd.Series) -> str:
 # --- Tables ----------------------------------------------------------------------------------
 
 WINDOW = 20  # episodes in a moving average, in a row of the summary, in "first" and in "last"
-FEWEST = 5  # episodes that an interval by Student's t needs; with fewer it says nothing
+MIN_EPISODES = 5  # episodes that an interval by Student's t needs; with fewer it says nothing
 
 # Reductions that the paper reports for HL against a random policy. A run shows them if it has the
 # dataset, nodes, goal and limit below; its CSVs hold no more of its task.
@@ -153,7 +153,7 @@ def summary(folder: Path) -> str:
         f"the goal (counted with {episodes['max_rounds'].iloc[0]} rounds), "
         f"{episodes['diverged'].sum()} diverged",
         *["the DQN was never trained: it waits for REPLAY_SAMPLE transitions"] * untrained,
-        f"\N{PLUS-MINUS SIGN}: half-width of the mean's 95 % interval, from {FEWEST} episodes on",
+        f"\N{PLUS-MINUS SIGN}: half-width of the 95 % interval, from {MIN_EPISODES} episodes on",
         f"results and figures: {folder}",
     ]
     return "\n".join(lines)
@@ -161,7 +161,7 @@ def summary(folder: Path) -> str:
 
 def _mean(values: pd.Series, digits: int) -> str:
     text = f"{values.mean():.{digits}f}"
-    if len(values) < FEWEST:
+    if len(values) < MIN_EPISODES:
         return text
     half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
     return f"{text} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
@@ -258,7 +258,7 @@ def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
 
     figure = _draw_curves(draw)
     # Rewards by `power` and `progress` do not compare.
-    figure.axes[0].set_ylabel("episode reward\n(each with its REWARD)")
+    figure.axes[0].set_ylabel("episode reward\n(sum, by each one's REWARD)")
     set_title(figure, pd.concat(runs.values()), f"Training, mean of the last {WINDOW} episodes")
     return figure
 

@@ -1,4 +1,4 @@
-"""The record of one run: its folder with settings, CSVs, checkpoint and weights.
+"""Files that are whole or not there, where results come from, and the record of one run.
 
 A run that stops, even by a power cut, loses at most the episode in progress. Each row is in its
 file as soon as it is known. A file that replaces another is written beside it, synced and renamed.
@@ -254,12 +254,12 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def differences(there: Json, now: Json) -> list[str]:
+def differences(stored: Json, now: Json) -> list[str]:
     """Return ``"name = value there, value now"`` for each name that differs between both."""
     return [
-        f"{name} = {there.get(name)!r} there, {now.get(name)!r} now"
-        for name in dict.fromkeys([*now, *there])
-        if there.get(name) != now.get(name)
+        f"{name} = {stored.get(name)!r} there, {now.get(name)!r} now"
+        for name in dict.fromkeys([*now, *stored])
+        if stored.get(name) != now.get(name)
     ]
 
 
@@ -268,7 +268,28 @@ def fingerprint(name: str, sha256: dict[str, str]) -> str:
     return " ".join([name, *(text[:6] for text in sha256.values())])
 
 
-def read_own(path: Path, kind: str, comparable: Callable[[Json], Json], now: Json) -> Json | None:
+def read_config(path: Path, *needed: str, flag: str = "") -> Json:
+    """Return a ``config.json``; UserError if settings, dataset or one of ``needed`` is missing.
+
+    ``flag`` begins the error's line: what named the file.
+    """
+    needed = ("settings", "dataset", *needed)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings, about, *_ = (config[name] for name in needed)
+        whole = isinstance(settings, dict) and isinstance(about, dict)
+        if not (whole and {"name", "sha256"} <= about.keys()):
+            raise ValueError("settings or dataset is damaged")
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = ", ".join(needed)
+        line = f"{flag}{path}: takes a config.json with {names} ({reason(error)})"
+        raise UserError(line) from error
+
+
+def read_matching_config(
+    path: Path, kind: str, comparable: Callable[[Json], Json], now: Json
+) -> Json | None:
     """Return the JSON file that identifies a folder; None if the folder is empty.
 
     ``comparable`` takes from the file's content the values that have to be those of ``now``. If
@@ -345,7 +366,8 @@ class Run:
             "sessions": [],
         }
         now = _comparable(new)
-        self.config = read_own(self.folder / "config.json", "run", _comparable, now) or new
+        path = self.folder / "config.json"
+        self.config = read_matching_config(path, "run", _comparable, now) or new
         if self.finished:
             self._remove_checkpoint()  # left by a kill at the very end
         elif self._checkpoint_path.exists():

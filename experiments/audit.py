@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import bootstrap
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from tqdm import tqdm
@@ -171,14 +172,17 @@ def r2_interval(
     The interval is a percentile bootstrap over walks, which ``rng`` draws. All arrays are (n,):
     float64 values and predictions, and the numbers of their walks.
     """
-    numbers, index = np.unique(walks, return_inverse=True)
+    index = np.unique(walks, return_inverse=True)[1]
     terms = ((values - predictions) ** 2, values**2, values, np.ones(len(values)))
-    sums = np.stack([np.bincount(index, term) for term in terms], axis=1)
-    draws = rng.integers(len(numbers), size=(_RESAMPLES, len(numbers)))
-    error, squares, value, count = np.vstack([sums.sum(axis=0), sums[draws].sum(axis=1)]).T
-    r2, *resampled = 1 - error / (squares - value**2 / count)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(r2), float(low), float(high)
+    sums = [np.bincount(index, term) for term in terms]  # of each walk
+
+    def r2(*sums: np.ndarray, axis: int) -> np.ndarray:
+        error, squares, value, count = (part.sum(axis=axis) for part in sums)
+        return 1 - error / (squares - value**2 / count)
+
+    settings: Any = {"paired": True, "n_resamples": _RESAMPLES, "method": "percentile", "rng": rng}
+    low, high = bootstrap(sums, r2, **settings).confidence_interval
+    return float(r2(*sums, axis=0)), float(low), float(high)
 
 
 def audit_table(walks: list[Walk], environment: DecentralizedLearning) -> pd.DataFrame:
@@ -260,7 +264,7 @@ def audit(settings: Settings, count: int) -> int:
 
     now, identity, path = comparable(config), folder / "config.json", folder / "audit.csv"
     with records.locked(folder, "audit"):
-        if records.read_own(identity, "audit", comparable, now) is None:
+        if records.read_matching_config(identity, "audit", comparable, now) is None:
             config |= records.circumstances(environment.threads)
             records.write_json(identity, config)
         table = records.read_table(path, AUDIT_COLUMNS) if path.exists() else None

@@ -264,7 +264,7 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.episodes)
 
 
-def open_tables(
+def open_folder(
     plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
 ) -> tuple[ComparisonFolder, list[Job]]:
     """Return a comparison's tables and its unfinished jobs; UserError if they would be mixed."""
@@ -292,21 +292,23 @@ def open_tables(
 
     now = comparable(config)
     path = folder / "config.json"
-    found = records.read_own(path, "comparison", lambda content: now | comparable(content), now)
+    found = records.read_matching_config(
+        path, "comparison", lambda content: now | comparable(content), now
+    )
     if found:
         config = found | {kind: found[kind] | config[kind] for kind in several}
-    tables = ComparisonFolder(folder, config)
-    finished, rows = finished_jobs(folder, plan.test_episodes), tables.jobs()
+    results = ComparisonFolder(folder, config)
+    finished, rows = finished_jobs(folder, plan.test_episodes), results.jobs()
     for job in jobs:
         if job.key in rows and rows[job.key]["agent"] != job.agent_sha256():
             raise UserError(f"{folder}: holds {job.folder.name} of another agent; choose a --name")
-    return tables, [job for job in jobs if job.key not in finished]
+    return results, [job for job in jobs if job.key not in finished]
 
 
 def compare(plan: Plan) -> int:
     """Run what is left of a comparison and report it; return 1 if a job failed, else 0.
 
-    A command line, data or folder that is refused with a UserError starts nothing.
+    A command line, data or folder that is refused with a UserError starts no job.
     """
     import models
     from experiments import figures
@@ -327,21 +329,21 @@ def compare(plan: Plan) -> int:
     # Everything that can be refused is refused before a file is written.
     for job in jobs:
         METHODS[job.method].check_shards(data.make_shards(dataset, job.settings))
-    _, waiting = open_tables(plan, dataset, folder, jobs)
+    _, waiting = open_folder(plan, dataset, folder, jobs)
     workers = min(plan.workers or models.cpu_count(), len(waiting))
     cluster = plan.cluster if waiting else ""
     with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
         # Read again: another process may have written here meanwhile.
-        tables, waiting = open_tables(plan, dataset, folder, jobs)
-        tables.create(settings)
+        results, waiting = open_folder(plan, dataset, folder, jobs)
+        results.create(settings)
         print(
             f"{', '.join(plan.methods)}; {cli.counted(len(plan.seeds), 'seed')}; "
             f"{cli.counted(plan.test_episodes, f'{plan.kind} episode')} each\n"
             f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
             flush=True,
         )
-        tables.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
-        failed = _run(plan, tables, waiting, client)
+        results.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
+        failed = _run(plan, results, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "
             f"{len(waiting) - failed} finished, {failed} failed"
@@ -351,7 +353,7 @@ def compare(plan: Plan) -> int:
     return 1 if failed else 0
 
 
-def _run(plan: Plan, tables: ComparisonFolder, waiting: list[Job], client: Any) -> int:
+def _run(plan: Plan, results: ComparisonFolder, waiting: list[Job], client: Any) -> int:
     """Run the waiting jobs, collect each as it ends; return how many failed."""
     from experiments.jobs import run_jobs
 
@@ -373,8 +375,8 @@ def _run(plan: Plan, tables: ComparisonFolder, waiting: list[Job], client: Any) 
             if error:
                 failed += 1
             else:
-                tables.collect(job)
-            tables.set_jobs({job: state}, **outcome)
+                results.collect(job)
+            results.set_jobs({job: state}, **outcome)
             bar.write(f"{job.variant} {job.folder.name} {state}: {error}".strip(" :"))
             if "seconds" in outcome and (job.folder / "error.txt").exists():
                 bar.write(f"traceback: {job.folder / 'error.txt'}")

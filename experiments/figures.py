@@ -27,14 +27,14 @@ from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_TASK
 # What read_comparison returns, "estimates", and what prepare adds.
 Tables = dict[str, Any]
 
-_MOST_LINES = 8  # in one panel
+_MAX_LINES = 8  # in one panel
 # A colour per node, from the eleventh on again: Paul Tol's light ones, below black numbers.
 _NODE_COLORS = (
     *("#99DDFF", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB"),
     *("#77AADD", "#AAAA00", "#DDDDDD", "#BBCC33", "#FFFFFF"),
 )
-_MOST_CHANGE = 0.6  # larger changes are written as text
-_MOST_COST = 3.0  # times random's; larger costs are written as text
+_MAX_CHANGE = 0.6  # larger changes are written as text
+_MAX_COST = 3.0  # times random's; larger costs are written as text
 
 _PAPER = "paper (MNIST)"  # its row, and the task where it belongs
 _PAPER_TASK = f"{PUBLISHED_TASK['dataset']}, {PUBLISHED_TASK['nodes']} nodes"
@@ -58,7 +58,7 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
         ("methods", lambda: draw_rows(tables), not varies),
         ("walks", lambda: draw_walks(tables), not varies),
         ("headline", lambda: draw_changes(tasks), bool(tasks)),
-        ("training", lambda: draw_training(tables), 0 < trained <= _MOST_LINES),
+        ("training", lambda: draw_training(tables), 0 < trained <= _MAX_LINES),
     ):
         if wanted:
             plot.save_figure(folder / f"{name}.{format_}", draw())
@@ -178,7 +178,7 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
     panels = itertools.product(tasks.items(), PUBLISHED.items())
     for axis, ((name, rows), (column, share)) in zip(axes, panels, strict=True):
         axis.axvline(0, color=BLACK, lw=1, label="random")
-        _add_marks(axis, rows, f"{column}_reduction", labels, _MOST_CHANGE, "{:+.0%}")
+        _add_marks(axis, rows, f"{column}_reduction", labels, _MAX_CHANGE, "{:+.0%}")
         if name == _PAPER_TASK:
             style: Any = {"ms": 5, "mfc": "white", "mec": plot.RED, "mew": 1.2}
             axis.plot(-share, labels.index(_PAPER), "D", label="published", **style)
@@ -219,7 +219,7 @@ def draw_rows(tables: Tables) -> Figure:
         if "random" in labels:
             random = rows.loc["random", "mean"]
             axis.axvline(random, color=GREY, lw=1, ls="--", label="random")
-            most = _MOST_COST * random if column == "communication_cost" else np.inf
+            most = _MAX_COST * random if column == "communication_cost" else np.inf
         _add_marks(axis, table, column, labels, most)
         if table["seeds"].max() > 1:
             seeds = episodes.groupby(["label", "seed"])[column].mean().reset_index()

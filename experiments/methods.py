@@ -29,7 +29,8 @@ class Method:
     """A way to train the foundation model."""
 
     description: str  # one line, for --list
-    # Makes the policy of an environment, once for all its episodes. None: an agent, trained first.
+    # Makes the policy of an environment, once for all its episodes. None: an agent, trained first
+    # unless --agent gives it.
     policy: PolicyMaker | None
     # Makes the agent, from the observation's size and the settings. None: a DQNAgent.
     agent: Callable[[int, Settings], Any] | None = None
@@ -42,7 +43,7 @@ class Method:
     # Changes an environment before its first episode. Returns what is sent before each episode.
     prepare: Callable[[DecentralizedLearning], Sent] = lambda environment: (0, 0.0, 0.0)
     several: bool = False  # whether the policy can choose several nodes per round
-    least_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
+    min_nodes: int = 2  # least NUM_NODES that the policy's nodes ask for
 
 
 def check_method(name: str, settings: Settings) -> None:
@@ -52,7 +53,7 @@ def check_method(name: str, settings: Settings) -> None:
     advice = f"with the method {name}, which --methods can leave out"
     if settings.NODES_PER_ROUND > 1 and not METHODS[name].several:
         raise ConfigError(f"NODES_PER_ROUND: got {settings.NODES_PER_ROUND}, takes 1 {advice}")
-    nodes, least = settings.NUM_NODES, METHODS[name].least_nodes
+    nodes, least = settings.NUM_NODES, METHODS[name].min_nodes
     if nodes < least:
         raise ConfigError(f"NUM_NODES: got {nodes}, takes at least {least} {advice}")
 
@@ -75,12 +76,25 @@ def stay_policy(environment: DecentralizedLearning) -> MethodPolicy:
     return lambda observation, info, rng: info["node"]
 
 
+def walk_policy(first: list[int], cycle: list[int]) -> MethodPolicy:
+    """Return a policy that follows a fixed walk: the nodes of rounds 1, 2, ..., then a cycle.
+
+    Who trains round 1 is up to ``Method.first_nodes``, whatever the walk says.
+    """
+
+    def policy(observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> int:
+        past = info["round"]
+        return first[past] if past < len(first) else cycle[(past - len(first)) % len(cycle)]
+
+    return policy
+
+
 def _touring(tour: Callable[[np.ndarray, int], list[int]], rounds_per_node: int = 1) -> PolicyMaker:
     """Return the maker of policies that follow a tour from STARTER_NODE again and again."""
 
     def policy_of(environment: DecentralizedLearning) -> MethodPolicy:
         nodes = tour(environment.distances, environment.settings.STARTER_NODE)
-        return search.walk_policy([], np.repeat(nodes, rounds_per_node).tolist())
+        return walk_policy([], np.repeat(nodes, rounds_per_node).tolist())
 
     return policy_of
 
@@ -100,7 +114,7 @@ def balanced_policy(environment: DecentralizedLearning) -> MethodPolicy:
         order = np.lexsort((environment.distances[nodes[-1]], unevenness.round(12)))
         nodes.append(int(order[0]))
         seen = after[nodes[-1]]
-    return search.walk_policy(nodes, nodes)
+    return walk_policy(nodes, nodes)
 
 
 def metropolis_chain(distances: np.ndarray) -> np.ndarray:
@@ -249,8 +263,8 @@ METHODS: dict[str, Method] = {
     # The best of a beam search there, over far more walks than a training has episodes.
     "best_walk": Method(
         "the best walk known on MNIST",
-        lambda _: search.walk_policy([0] + [5] * 9, [1, 1, 5]),
-        least_nodes=6,
+        lambda _: walk_policy([0] + [5] * 9, [1, 1, 5]),
+        min_nodes=6,
     ),
     # It learns from the rewards of `tuned`, without an observation.
     "walk_search": Method(

@@ -1,4 +1,4 @@
-"""Fixed walks: a policy that follows one, and an agent that searches one without observations.
+"""An agent that searches a fixed walk, without observations.
 
 A walk is a list of stays: a node, and how many rounds the model stays there. The last two stays
 repeat until the episode ends.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,23 +18,10 @@ if TYPE_CHECKING:
     from environment import Round
 
 _STAYS = 6  # of a walk
-_LONGEST = 12  # rounds of a stay
+_MAX_STAY = 12  # rounds of a stay
 _GENERATION = 20  # walks, each played once
 _ELITE = 4  # one in so many walks counts
 _RATE = 0.7  # step of the probabilities towards the elite's, for a whole generation
-
-
-def walk_policy(first: list[int], cycle: list[int]) -> Callable[..., int]:
-    """Return a policy that follows a fixed walk: the nodes of rounds 1, 2, ..., then a cycle.
-
-    Who trains round 1 is up to ``Method.first_nodes``, whatever the walk says.
-    """
-
-    def policy(observation: np.ndarray, info: dict[str, Any], *_: Any) -> int:
-        past = info["round"]
-        return first[past] if past < len(first) else cycle[(past - len(first)) % len(cycle)]
-
-    return policy
 
 
 def nodes_of(places: np.ndarray, rounds: int) -> list[int]:
@@ -67,7 +53,7 @@ class WalkSearch:
 
     def __init__(self, observation_size: int, settings: Settings) -> None:
         self.settings = settings
-        sizes = (settings.NUM_NODES, _LONGEST)
+        sizes = (settings.NUM_NODES, _MAX_STAY)
         self.probabilities = [np.full((_STAYS, size), 1 / size) for size in sizes]
         self._played: list[tuple[float, np.ndarray]] = []  # of this generation: returns, places
         self._enter_episode(1)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-import cli
 import records
 from config import Settings, UserError
 from experiments.methods import METHODS
@@ -121,7 +120,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     UserError if a file is missing or damaged, or no job is finished.
     """
     needed = ("comparison", "parameter", "episodes", "test_episodes")
-    config = cli.read_config(folder / "config.json", *needed)
+    config = records.read_config(folder / "config.json", *needed)
     jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
     finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
     if finished.empty:
@@ -130,11 +129,10 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     for name in ("episodes", "rounds", "training"):
         table = records.read_table(folder / f"{name}.csv", TABLES[name])
         tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
-    expected = config["test_episodes"]
-    counts = tables["episodes"].groupby(JOB_KEY).size().reindex(finished, fill_value=0)
-    for job, count in counts[counts != expected].items():
-        raise UserError(
-            f"{folder / 'episodes.csv'}: got {count} test episodes of "
-            f"{' '.join(map(str, job)).strip()}, takes {expected}; run the comparison again"
-        )
+    whole = finished_jobs(folder, config["test_episodes"])
+    for job in finished:
+        if job not in whole:
+            name = " ".join(map(str, job)).strip()
+            lost = f"{folder}: lacks test episodes or rounds of {name}"
+            raise UserError(f"{lost}; run the comparison again")
     return tables

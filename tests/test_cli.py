@@ -133,6 +133,8 @@ def test_config_repeats_a_run(tmp_path):
     again, sha256 = cli.settings_of_run(["--config", str(path), "--name", "second"])
     assert again == settings.replace(NAME="second", DATASET="digits")
     assert sha256 == {"x_train": "ab"}
+    with pytest.raises(UserError, match=r"DATASET: got 'mnist', takes 'digits'"):
+        cli.settings_of_run(["--config", str(path), "--dataset", "mnist"])
     changed, _ = cli.settings_of_run(["--config", str(path), "--seed", "4"])
     assert changed.SEED == 4
     tuned, _ = cli.settings_of_run(["--config", str(path), "--settings", "tuned"])

@@ -68,7 +68,7 @@ def test_progress_reward_by_hand(accuracy, before, missed, expected):
 def test_progress_rewards_of_an_episode(few, monkeypatch):
     env = DecentralizedLearning(small_settings(REWARD="progress", DISCOUNT=0.5, MAX_ROUNDS=3), few)
     accuracies = iter([0.2, 0.5, 0.7])
-    monkeypatch.setattr(env, "_judged", lambda: next(accuracies))
+    monkeypatch.setattr(env, "_evaluate", lambda: next(accuracies))
     rewards = [env.reset(seed=0)[1]["reward"], *(env.step(node)[1] for node in (1, 1))]
     way = env.distances[0, 1]
     # Potentials before round 1 and after rounds 1 to 3; the last round misses the goal.
@@ -182,7 +182,7 @@ def test_an_episode_ends_at_the_goal_or_at_the_limit(few, monkeypatch, accuracie
 
 def test_images_that_judge_a_round(few, monkeypatch):
     """Drawn anew for each round, by the episode's seed, and enough to tell models apart."""
-    monkeypatch.setattr(environment, "_JUDGES", (50,))
+    monkeypatch.setattr(environment, "_EVALUATION_SIZES", (50,))
     env = DecentralizedLearning(small_settings(REWARD="progress", LEARNING_RATE=0.01), few)
     whole = DecentralizedLearning(small_settings(LEARNING_RATE=0.01), few)
     seen, evaluate = [], env.foundation.evaluate
@@ -227,7 +227,7 @@ def test_all_images_judge_whether_the_goal_is_reached(
     few, monkeypatch, counts, correct, numbers, accuracy
 ):
     """Neither good nor bad luck with the drawn images decides."""
-    monkeypatch.setattr(environment, "_JUDGES", counts)
+    monkeypatch.setattr(environment, "_EVALUATION_SIZES", counts)
     settings = small_settings(REWARD="progress", GOAL_ACCURACY=0.6, MAX_ROUNDS=6)
     env = DecentralizedLearning(settings, few)
     seen = []
@@ -260,8 +260,11 @@ def test_several_nodes_must_be_distinct(few):
     for _ in range(50):
         assert env.action_space.contains(env.action_space.sample())
     assert not env.action_space.contains(np.array([3, 3]))
-    with pytest.raises(ValueError, match="mask"):
-        env.action_space.sample(np.ones(4, np.int8))
+    mask = np.array([0, 1, 1, 0], np.int8)
+    for _ in range(20):
+        assert sorted(env.action_space.sample(mask)) == [1, 2]
+    with pytest.raises(ValueError, match="probabilities"):
+        env.action_space.sample(probability=np.full(4, 0.25))
 
 
 def test_seed_decides_model_and_order_whatever_the_actions(few):

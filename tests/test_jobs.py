@@ -194,7 +194,7 @@ def test_validation_episodes_are_not_those_of_a_test(tmp_path, few):
 
 def test_a_test_has_the_papers_rewards_and_all_images_judge_it(tmp_path, monkeypatch):
     """With the goal 1 a share has no standard error: the few judge whatever is not perfect."""
-    monkeypatch.setattr("environment._JUDGES", (100,))
+    monkeypatch.setattr("environment._EVALUATION_SIZES", (100,))
     job = job_of(tmp_path, "hl", REWARD="progress", GOAL_ACCURACY=1.0, EPISODES=2)
     jobs.run_job(job)
     for episode, rounds in tables(job)[1].groupby("episode"):

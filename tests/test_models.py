@@ -160,7 +160,7 @@ def ended(observations, actions, rewards):
         "actions": actions,
         "rewards": rewards,
         "next_observations": np.zeros_like(observations),
-        "terminals": np.ones(count, bool),
+        "dones": np.ones(count, bool),
         "steps": np.ones(count, np.int32),
         "next_masks": np.ones((count, 3), bool),
     }
@@ -211,7 +211,7 @@ def test_training_is_one_keras_fit_after_another(rate):
     transitions = {
         **ended(x, rng.integers(3, size=(9, 1), dtype=np.int32), rng.normal(size=9)),
         "next_observations": following,
-        "terminals": np.arange(9) % 4 == 3,
+        "dones": np.arange(9) % 4 == 3,
     }
     draws = np.array([rng.choice(9, 6, replace=False) for _ in range(3)], np.int32)
     moments = Moments.fresh(q.network.size)

@@ -24,19 +24,19 @@ def test_buffer_overwrites_the_oldest():
     assert len(buffer) == 4
     numbered(buffer, range(4, 13))
     assert len(buffer) == 5
-    drawn, _ = buffer.draw(1, 5, np.random.default_rng(0))
+    drawn, _ = buffer.sample(1, 5, np.random.default_rng(0))
     assert sorted(drawn["rewards"]) == [8, 9, 10, 11, 12]
     for i, reward in enumerate(drawn["rewards"]):
         assert drawn["observations"][i].tolist() == [reward, reward]
         assert drawn["next_observations"][i].tolist() == [reward + 0.5] * 2
         assert drawn["actions"][i].tolist() == [reward % 3]
-        assert drawn["terminals"][i] == (reward % 2 == 0)
+        assert drawn["dones"][i] == (reward % 2 == 0)
 
 
 def test_buffer_draws_distinct_transitions():
     buffer = ReplayBuffer(100, 2, 3)
     numbered(buffer, range(50))
-    transitions, draws = buffer.draw(30, 20, np.random.default_rng(0))
+    transitions, draws = buffer.sample(30, 20, np.random.default_rng(0))
     samples = transitions["rewards"][draws]
     assert all(len(set(rewards)) == 20 for rewards in samples)
     assert set(samples.ravel()) == set(range(50))
@@ -44,7 +44,7 @@ def test_buffer_draws_distinct_transitions():
     for rewards in samples:  # in the order of the draw
         assert rewards.tolist() == rng.choice(50, 20, replace=False).tolist()
     with pytest.raises(ValueError, match="larger"):
-        buffer.draw(1, 51, np.random.default_rng(0))
+        buffer.sample(1, 51, np.random.default_rng(0))
 
 
 def test_buffer_latest():
@@ -70,7 +70,7 @@ def test_buffer_restored_from_its_latest(steps):
     for each in (buffer, copy):
         numbered(each, range(9000, 9003))
     assert len(copy) == len(buffer)
-    draws = [each.draw(2, len(each), np.random.default_rng(0)) for each in (buffer, copy)]
+    draws = [each.sample(2, len(each), np.random.default_rng(0)) for each in (buffer, copy)]
     for name, field in draws[0][0].items():
         assert (field[draws[0][1]] == draws[1][0][name][draws[1][1]]).all()
 
@@ -105,7 +105,7 @@ def make_agent(**overrides):
 def test_epsilon_greedy_choices_by_hand():
     """Each episode has draws of its own: whether to explore, and then which action."""
     agent, seen = make_agent(SEED=4, EPSILON=0.7, EPSILON_DECAY=0.5), np.ones(4, np.float32)
-    best = agent.best_actions(seen)
+    best = agent.greedy(seen, {"round": 1})
     for episode in (1, 2, 3):
         rng, epsilon = stream(4, "exploration", episode), 0.7 * math.exp(-0.5 * (episode - 1))
         assert agent.epsilon == pytest.approx(epsilon, rel=1e-12)
@@ -151,7 +151,7 @@ def test_repetitions_end_with_the_episode_and_where_a_node_is_left_out():
 def test_actions_that_the_mask_leaves_out_are_never_chosen(per_step):
     agent = make_agent(NUM_NODES=6, NODES_PER_ROUND=per_step, EPSILON=0.5)
     observation = np.ones(4, np.float32)
-    best = agent.best_actions(observation)
+    best = agent.greedy(observation, {"round": 1})
     order = np.argsort(-agent.q.values(agent.weights, observation[None])[0])
     expected = [action for action in order if action not in best][:per_step]
     info = {"round": 1, "node": best, **without(6, *best)}
@@ -173,7 +173,7 @@ def test_a_choice_lasts_its_rounds():
 def test_the_frozen_policy_chooses_every_few_rounds():
     agent = make_agent(ROUNDS_PER_CHOICE=3)
     observation = np.ones(4, np.float32)
-    best = agent.best_actions(observation)
+    best = agent.greedy(observation, {"round": 1})
     infos = [{"round": past, "node": 7} for past in range(1, 8)]
     chosen = [agent.greedy(observation, info) for info in infos]
     assert chosen == [best, 7, 7, best, 7, 7, best]
@@ -184,7 +184,7 @@ def test_equal_q_values_give_the_lower_number(monkeypatch):
     monkeypatch.setattr(
         agent.q, "values", lambda weights, observations: np.array([[1.0, 3.0, 2.0, 3.0, 2.0]])
     )
-    assert agent.best_actions(np.ones(4, np.float32)) == [1, 3]
+    assert agent.greedy(np.ones(4, np.float32), {"round": 1}) == [1, 3]
 
 
 # --- Targets ---------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ Q_NEXT = np.array([[4.0, 1.0, 0.0], [9.0, 9.0, 9.0]])
 SAMPLE = {
     "actions": np.array([[1], [2]], np.int32),
     "rewards": np.array([-0.5, 0.75]),
-    "terminals": np.array([False, True]),
+    "dones": np.array([False, True]),
     "steps": np.array([1, 1], np.int32),
     "next_masks": np.ones((2, 3), bool),
 }
@@ -355,7 +355,7 @@ def test_the_streams_of_a_seed():
     moments = agent.moments
     for episode in (1, 2):
         assert (agent.weights.numpy() == weights.numpy()).all()
-        draws = agent.replay.draw(1, 32, stream(4, "replay", episode))
+        draws = agent.replay.sample(1, 32, stream(4, "replay", episode))
         weights, moments, _ = agent.q.train(weights, moments, weights, *draws)
         agent.train()
         agent.end_episode()
@@ -430,7 +430,7 @@ def test_agent_solves_a_problem_with_a_known_best_policy(seed, options, toleranc
         agent.end_episode()
     # To the right from every cell, with the value of 1 to 6 steps at -1, discounted by 0.9.
     states = np.eye(6, dtype=np.float32)
-    assert [agent.best_actions(state)[0] for state in states] == [1] * 6
+    assert [agent.greedy(state, {"round": 1})[0] for state in states] == [1] * 6
     values = agent.q.values(agent.weights, states).max(axis=1)
     expected = [-(1 - 0.9**steps) / 0.1 for steps in (6, 5, 4, 3, 2, 1)]
     np.testing.assert_allclose(values, expected, atol=tolerance)
