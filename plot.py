@@ -258,7 +258,7 @@ def draw_overlay(runs: dict[str, pd.DataFrame]) -> Figure:
 
     figure = _draw_curves(draw)
     # Rewards by `power` and `progress` do not compare.
-    figure.axes[0].set_ylabel("episode reward\n(sum, by each one's REWARD)")
+    figure.axes[0].set_ylabel("episode reward\n(sum over the rounds,\neach by its REWARD)")
     set_title(figure, pd.concat(runs.values()), f"Training, mean of the last {WINDOW} episodes")
     return figure
 
