@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -34,11 +34,7 @@ from config import (
     names_of,
 )
 from experiments.methods import METHODS, check_method
-from experiments.tables import ComparisonFolder, finished_jobs
-
-# Functions below import TensorFlow, which takes seconds: a wrong command line is reported at once.
-if TYPE_CHECKING:
-    from experiments.jobs import Job
+from experiments.tables import ComparisonFolder, Job, finished_jobs
 
 PROGRAM = "experiments.compare"
 
@@ -250,8 +246,6 @@ def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
 
 def make_jobs(plan: Plan, folder: Path) -> list[Job]:
     """Return all jobs of a comparison, those that take longest first."""
-    from experiments.jobs import Job
-
     jobs = []
     for (variant, settings), method, seed in itertools.product(
         plan.variants().items(), plan.methods, plan.seeds
@@ -310,6 +304,7 @@ def compare(plan: Plan) -> int:
 
     A command line, data or folder that is refused with a UserError starts no job.
     """
+    # Importing these takes seconds: a wrong command line is reported at once.
     import models
     from experiments import figures
     from experiments.jobs import dask_client, load_dataset

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import logging
 import signal
 import sys
@@ -28,10 +26,10 @@ import data
 import main
 import models
 import records
-from config import PROJECT, Settings, UserError, absolute, episode_seed, reason, stream
+from config import PROJECT, Settings, UserError, episode_seed, reason, stream
 from environment import DecentralizedLearning, rollout
 from experiments.methods import METHODS, MethodPolicy, Sent
-from experiments.tables import JOB_KEY, TABLES, finished_jobs
+from experiments.tables import TABLES, Job, finished_jobs
 from node import DQNAgent
 from records import Run, append_rows, episode_row, load_agent, locked
 
@@ -39,61 +37,6 @@ CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 
 # tqdm's own lock is a semaphore between processes, of which Python warns when a worker is killed.
 tqdm.set_lock(threading.RLock())
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One method with one seed."""
-
-    method: str  # a name in METHODS
-    settings: Settings  # with the method's overrides; RESULTS_DIR is the variant's folder
-    variant: str  # value of what the comparison varies; "" if nothing varies
-    test_episodes: int
-    first_episode: int = 1  # number of the first test episode
-    agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
-    kind: str = "test"  # the stream of the episodes' seeds, test or validation
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The job's values of JOB_KEY."""
-        return self.variant, self.method, self.settings.SEED
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """The key with its columns' names."""
-        return dict(zip(JOB_KEY, self.key, strict=True))
-
-    @property
-    def folder(self) -> Path:
-        """Where the test is recorded; its name is unique within a variant."""
-        return absolute(self.settings.RESULTS_DIR) / f"{self.method}-seed{self.settings.SEED}"
-
-    @property
-    def training_folder(self) -> Path:
-        """Where the training is recorded, if the job has one."""
-        return self.folder.with_name(f"training-{self.folder.name}")
-
-    @property
-    def trains(self) -> bool:
-        """Whether the job trains an agent before it tests it."""
-        return METHODS[self.method].policy is None and not self.agent
-
-    @property
-    def episodes(self) -> int:
-        """Number of episodes of training and test together."""
-        return self.test_episodes + self.trains * self.settings.EPISODES
-
-    def agent_sha256(self) -> str:
-        """Return the checksum of the given agent's file; "" without one."""
-        return hashlib.sha256(Path(self.agent).read_bytes()).hexdigest() if self.agent else ""
-
-    def episodes_finished(self) -> int:
-        """Count the finished episodes of training and test in the folders."""
-        count = 0
-        for folder in (self.folder, self.training_folder):
-            with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
-                count += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
-        return count
 
 
 # --- One job ---------------------------------------------------------------------------------

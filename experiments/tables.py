@@ -1,19 +1,18 @@
-"""The tables of a comparison: their columns, and the folder that holds them."""
+"""A comparison's jobs, its tables and their columns, and the folder that holds them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 import records
-from config import Settings, UserError
+from config import Settings, UserError, absolute
 from experiments.methods import METHODS
-
-if TYPE_CHECKING:
-    from experiments.jobs import Job
 
 JOB_COLUMNS = tuple(
     "variant method seed state seconds error agent git_revision tensorflow cpu device".split()
@@ -35,6 +34,61 @@ TABLES = {
     "training": TRAINING_COLUMNS,
     "episodes": EPISODE_COLUMNS,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One method with one seed."""
+
+    method: str  # a name in METHODS
+    settings: Settings  # with the method's overrides; RESULTS_DIR is the variant's folder
+    variant: str  # value of what the comparison varies; "" if nothing varies
+    test_episodes: int
+    first_episode: int = 1  # number of the first test episode
+    agent: str = ""  # path of the agent.npz that is tested; "" to train one, if the method learns
+    kind: str = "test"  # the stream of the episodes' seeds, test or validation
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The job's values of JOB_KEY."""
+        return self.variant, self.method, self.settings.SEED
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The key with its columns' names."""
+        return dict(zip(JOB_KEY, self.key, strict=True))
+
+    @property
+    def folder(self) -> Path:
+        """Where the test is recorded; its name is unique within a variant."""
+        return absolute(self.settings.RESULTS_DIR) / f"{self.method}-seed{self.settings.SEED}"
+
+    @property
+    def training_folder(self) -> Path:
+        """Where the training is recorded, if the job has one."""
+        return self.folder.with_name(f"training-{self.folder.name}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the job trains an agent before it tests it."""
+        return METHODS[self.method].policy is None and not self.agent
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes of training and test together."""
+        return self.test_episodes + self.trains * self.settings.EPISODES
+
+    def agent_sha256(self) -> str:
+        """Return the checksum of the given agent's file; "" without one."""
+        return hashlib.sha256(Path(self.agent).read_bytes()).hexdigest() if self.agent else ""
+
+    def episodes_finished(self) -> int:
+        """Count the finished episodes of training and test in the folders."""
+        count = 0
+        for folder in (self.folder, self.training_folder):
+            with contextlib.suppress(OSError):  # none yet, or a worker is replacing it
+                count += max(0, (folder / "episodes.csv").read_bytes().count(b"\n") - 1)
+        return count
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:

@@ -31,8 +31,8 @@ import main
 from config import Settings, UserError, episode_seed, stream
 from environment import DecentralizedLearning, distance_matrix
 from experiments import compare, jobs, search
-from experiments.jobs import Job
 from experiments.methods import METHODS
+from experiments.tables import Job
 from node import DQNAgent
 from records import Run, load_agent
 
