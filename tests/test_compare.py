@@ -34,7 +34,8 @@ from config import NAMED_SETTINGS, ConfigError, Settings, UserError
 from environment import distance_matrix
 from experiments import compare, figures, jobs, methods
 from experiments.tables import EPISODE_COLUMNS, JOB_COLUMNS
-from records import load_agent, read_table, write_arrays
+from files import read_table, write_arrays
+from records import load_agent
 
 METHODS = "hl,random,stay"
 
