@@ -120,7 +120,7 @@ class AgentSettings(Group):
 
     # Observation
     OBSERVATION: Literal["broadcast", "local", "both", "last_node", "zeros"] = "broadcast"
-    """What the DQN sees of the nodes' weights (public code)."""
+    """broadcast, local, both, last_node or zeros: docs/observations.md (public code)."""
 
     # DQN
     EPISODES: Count = 120

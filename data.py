@@ -175,9 +175,10 @@ def load_published(name: str, data_dir: str) -> Dataset:
         cause = " ".join(str(error).split()) or type(error).__name__
         package = "install Debian's dataset-fashion-mnist, " if name == "fashion_mnist" else ""
         raise DataNotFound(
-            f"DATASET: got {name!r}, which is not on this machine; its download failed ({cause}). "
+            f"DATASET: got {name!r}, which is not on this machine. "
             f"Put {name}.npz or the four IDX files into {folder}, or into a folder that DATA_DIR "
-            f"or the environment variable HL_DATA_DIR names, {package}or run once with network"
+            f"or the environment variable HL_DATA_DIR names, {package}or run once with network; "
+            f"the download failed ({cause})"
         ) from error
     arrays = _read(path)
     try:
@@ -372,8 +373,8 @@ def main_class_shards(labels: np.ndarray, settings: Settings, rng: np.random.Gen
         others = np.flatnonzero(labels != digit)[group * rest : (group + 1) * rest]
         if len(own) < main or len(others) < rest:
             raise ConfigError(
-                f"SAMPLES_PER_NODE: got {size}, takes fewer: the dataset has too few training "
-                f"images for node {node} and its main class {digit}"
+                f"SAMPLES_PER_NODE: got {size}, takes fewer, or NUM_NODES does: the dataset has "
+                f"too few training images for node {node} and its main class {digit}"
             )
         shards.append(np.concatenate([own, others]))
     return shards

@@ -170,7 +170,9 @@ def read_config(path: Path, *needed: str, flag: str = "") -> Json:
         if not (whole and {"name", "sha256"} <= about.keys()):
             raise ValueError("settings or dataset is damaged")
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{flag}{reason(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
         names = ", ".join(needed)
         line = f"{flag}{path}: takes a config.json with {names} ({reason(error)})"
         raise UserError(line) from error

@@ -85,7 +85,10 @@ Walk = dict[str, np.ndarray]  # as record_walk returns it
 def parse(arguments: list[str] | None = None) -> tuple[Settings, int]:
     """Return a command line's settings and walks; UserError or exit with status 2 if wrong."""
     examples = f"  python3 -m {PROGRAM} --dataset mnist --set HETEROGENEITY=0.5"
-    text = "Audit the observations; results go to results/<name>/."
+    text = (
+        "Audit the observations; results go to results/<name>/. Without --dataset this takes\n"
+        "the bundled digits, unless config.py names data."
+    )
     parser = cli.Parser(PROGRAM, text, examples)
     help_ = f"episodes to record, at least {_FOLDS} [%(default)s]"
     parser.add_argument("--walks", type=cli.count_of, default=60, metavar="N", help=help_)

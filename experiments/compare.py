@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ class Plan:
 def _parser() -> cli.Parser:
     parser = cli.Parser(
         PROGRAM,
-        "Compare methods over many seeds; results go to results/<name>/.",
+        "Compare methods over many seeds; results go to results/<name>/. Without --dataset these\n"
+        "take the bundled digits, unless config.py names data.",
         f"  python3 -m {PROGRAM} --list\n"
         f"  python3 -m {PROGRAM} --dataset mnist --seeds 10 --test-episodes 20\n"
         f"  python3 -m {PROGRAM} --vary GOAL_ACCURACY=0.7,0.75,0.8 --methods hl,random",
@@ -332,13 +334,19 @@ def compare(plan: Plan) -> int:
         # Read again: another process may have written here meanwhile.
         results, waiting = open_folder(plan, dataset, folder, jobs)
         results.create(settings)
+        revisions = {row["git_revision"] for row in results.jobs().values()} - {""}
+        if revisions - {records.git_revision()}:
+            text = f"{folder}: holds jobs of other code, see git_revision in jobs.csv"
+            warnings.warn(text, stacklevel=2)
         print(
-            f"{', '.join(plan.methods)}; {cli.counted(len(plan.seeds), 'seed')}; "
+            f"{dataset.name}: {', '.join(plan.methods)}; {cli.counted(len(plan.seeds), 'seed')}; "
             f"{cli.counted(plan.test_episodes, f'{plan.kind} episode')} each\n"
             f"{cli.counted(len(jobs), 'job')}, {len(waiting)} to do; results in {folder}",
             flush=True,
         )
         results.set_jobs({job: "waiting" if job in waiting else "finished" for job in jobs})
+        if not waiting:
+            print("all jobs are finished already; for other code or settings choose a --name")
         failed = _run(plan, results, waiting, client)
         print(
             f"jobs: {len(jobs) - len(waiting)} finished before, {len(waiting)} started, "

@@ -323,6 +323,8 @@ def report(folder: Path, tables: Tables) -> str:
         "with one seed. An episode that misses the goal counts with the limit of rounds. Changes "
         "are those on the seeds that random has as well.",
     ]
+    if table["low"].notna().any() and table["seeds"].max() < 5:
+        lines.append("With so few seeds the intervals are too narrow if the seeds differ.")
     if table["mark"].any():
         lines.append("\\*: saved while the goal is reached less often than by random.")
     if table["quantity"].str.endswith("_break_even").any():
@@ -343,7 +345,9 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
     ``varied`` is the heading of the variants. Columns without an estimate are left out.
     """
     columns = {k: c for k, c in columns.items() if c[0] in set(table["quantity"])}
-    heads = [*filter(None, [varied]), "method", "seeds x episodes", *columns]
+    # Where one method is varied, its name says nothing.
+    named = not (varied and table["method"].nunique() == 1)
+    heads = [*[varied] * bool(varied), *["method"] * named, "seeds x episodes", *columns]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     forms = dict(columns.values())
     chosen = table[table["quantity"].isin(forms)]
@@ -356,7 +360,7 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
             cells[row.quantity] = mean + row.mark + interval
         seeds, episodes = rows[["seeds", "episodes"]].iloc[0]  # of the mean rounds
         size = f"{seeds} x {episodes // seeds}"
-        texts = [*[variant] * bool(varied), method, size, *cells.values()]
+        texts = [*[variant] * bool(varied), *[method] * named, size, *cells.values()]
         lines.append(f"| {' | '.join(texts)} |")
     return lines
 

@@ -153,6 +153,15 @@ def test_a_method_is_not_changed_by_the_others(finished, tmp_path):
 # --- Continuing ------------------------------------------------------------------------------
 
 
+def test_jobs_of_other_code_are_warned_of(copy, monkeypatch, capsys):
+    assert start(copy.parent, "--seeds", "1") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("records.git_revision", lambda: "another")
+    assert start(copy.parent, "--seeds", "1") == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{copy}: holds jobs of other code" in warning
+
+
 def test_what_the_tables_hold_is_finished(copy, finished, capsys):
     """The jobs' folders are deleted; seeds and methods are added to the same folder."""
     assert start(copy.parent) == 0

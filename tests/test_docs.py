@@ -363,7 +363,8 @@ def test_the_numbers_of_the_readme():
                 mean, low, high = -100 * quantities.loc[quantity, ["mean", "high", "low"]]
                 cell = f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
             cells.append(cell)
-        cells.append(f"{quantities.loc['goal_reached', 'mean']:.0%}".replace("%", " %"))
+        goal = f"{100 * quantities.loc['goal_reached', 'mean']:.1f}".removesuffix(".0")
+        cells.append(f"{goal} %")
         assert [cell.removesuffix(" *") for cell in row[1:]] == cells
         # What is saved by missing the goal is marked.
         marked = method in ("hl", "walk_search")
