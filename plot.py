@@ -22,7 +22,6 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 import cli
-import files
 import records
 from config import UserError
 
@@ -66,7 +65,7 @@ FORMATS: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Da
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure, whole or not at all, in the format that the path's suffix names."""
     name = path.suffix[1:]
-    with files.replacing(path) as file:
+    with records.replacing(path) as file:
         figure.savefig(file, format=name, metadata=FORMATS[name])
 
 
@@ -125,7 +124,7 @@ def read_run(folder: Path) -> Tables:
         "shards": records.SHARD_COLUMNS,
         "distances": records.DISTANCE_COLUMNS,
     }
-    tables = {n: files.read_table(folder / f"{n}.csv", c) for n, c in columns.items()}
+    tables = {n: records.read_table(folder / f"{n}.csv", c) for n, c in columns.items()}
     if tables["episodes"].empty:
         raise UserError(f"{folder}: no episode is finished yet")
     rounds = tables["rounds"]

@@ -1,43 +1,34 @@
-"""The record of a run: where its results come from, its folder, and how it is continued.
+"""Files that are whole or not there, where results come from, and the record of one run.
 
 A run that stops, even by a power cut, loses at most the episode in progress. Each row is in its
-file as soon as it is known. A checkpoint after each episode states the sizes of the growing files;
-a continued run cuts them back. Departure: the public code writes two ``.npy`` files every 20
-episodes.
+file as soon as it is known. A file that replaces another is written beside it, synced and renamed.
+A checkpoint after each episode states the sizes of the growing files; a continued run cuts them
+back. Departure: the public code writes two ``.npy`` files every 20 episodes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
 import pandas as pd
 
 from config import PROJECT, Settings, UserError, absolute, reason
 from data import Dataset, label_counts
-from files import (
-    ADVICE,
-    Arrays,
-    Json,
-    append_rows,
-    damaged,
-    locked,
-    read_arrays,
-    write_arrays,
-    write_json,
-    write_table,
-)
 
 if TYPE_CHECKING:
     from node import DQNAgent
@@ -54,10 +45,130 @@ DISTANCE_COLUMNS = ("dataset", "node", "other_node", "distance")
 _TABLES = {"rounds.csv": ROUND_COLUMNS, "episodes.csv": EPISODE_COLUMNS}
 _TRANSITIONS = "transitions.npy"
 
+# Columns of text, here and in experiments; all others hold numbers. "node" may be "3+5".
+TEXT_COLUMNS = set(
+    "dataset node chosen_by variant method state error agent git_revision tensorflow cpu device "
+    "quantity observation target".split()
+)
+
+# pandas before 3 needs this to read back the same bits.
+_EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
+
 _PACKAGES = ("keras", "numpy", "gymnasium", "pandas", "matplotlib", "scikit-learn")
+Json = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+_ADVICE = "move the folder away, or choose another --name"
 
 
-# --- Trained agents --------------------------------------------------------------------------
+def _damaged(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({reason(error)}); {_ADVICE}")
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of ``path`` once it is whole and on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # other systems can't open folders; here the rename is made to last
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def locked(folder: Path, program: str) -> contextlib.AbstractContextManager[object]:
+    """Make a folder and return its lock, held until the context ends.
+
+    UserError if another process, probably a ``program``, holds it, or it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another {program} is writing there; wait for it, or choose another --name"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be written ({reason(error)}); choose another RESULTS_DIR or --name"
+        ) from error
+
+
+def append_rows(path: Path, columns: tuple[str, ...], *rows: dict[str, Any]) -> None:
+    """Add rows to a CSV file, and the header before its first row; the file is closed again.
+
+    Reading gives the same bits. None is an empty field, a truth value is 0 or 1, a list its members
+    joined by "+". Values that no column names are left out; KeyError if one is missing.
+    """
+    fields = [[_field(row[column]) for column in columns] for row in rows]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(columns)
+        writer.writerows(fields)
+
+
+def _field(value: Any) -> Any:
+    """Return what the csv module writes as append_rows promises; it does so for None and floats."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, bool) else value
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Read a CSV, without a last row that was cut off; UserError if it lacks these columns."""
+    texts = [column for column in columns if column in TEXT_COLUMNS]
+    try:
+        text = path.read_text(encoding="utf-8")
+        text = text[: text.rfind("\n") + 1]
+        table = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys(texts, str), **_EXACT)
+        for column in table.columns.difference(texts):
+            table[column] = pd.to_numeric(table[column])
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{path}: can't be read ({cause})") from error
+    if list(table) != list(columns):
+        raise UserError(f"{path}: got the columns {', '.join(table)}, takes {', '.join(columns)}")
+    return table.fillna(dict.fromkeys(texts, ""))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, whole or not at all."""
+    with replacing(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write a dictionary of JSON types, whole or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as an uncompressed ``.npz`` file, whole or not at all."""
+    with replacing(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read all of an ``.npz`` file, never unpickling; UserError if a checksum shows a damage."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise many types
+        raise _damaged(path, error) from error
 
 
 def save_agent(path: Path, weights: Arrays, settings: Settings, dataset: Dataset) -> None:
@@ -191,15 +302,15 @@ def read_matching_config(
         if not path.exists():
             others = sorted(file.name for file in folder.glob("[!.]*"))  # .lock does not count
             if others:
-                raise UserError(f"{folder}: holds {others[0]} but no {path.name}; {ADVICE}")
+                raise UserError(f"{folder}: holds {others[0]} but no {path.name}; {_ADVICE}")
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         differing = differences(comparable(stored), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = f"{path}: damaged, or of another kind than {kind} ({reason(error)}); {ADVICE}"
+        line = f"{path}: damaged, or of another kind than {kind} ({reason(error)}); {_ADVICE}"
         raise UserError(line) from error
     if differing:
-        raise UserError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {ADVICE}")
+        raise UserError(f"{folder}: holds another {kind} ({'; '.join(differing)}); {_ADVICE}")
     return stored
 
 
@@ -267,16 +378,16 @@ class Run:
                 self._sizes = dict(json.loads(str(self._state.pop("files"))))
                 self.episodes_finished = int(self._state["episode"]) - 1
             except (ValueError, KeyError, TypeError) as error:
-                raise damaged(self._checkpoint_path, error) from error
+                raise _damaged(self._checkpoint_path, error) from error
             for name, size in self._sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
-                    raise UserError(f"{path}: shorter than at the last checkpoint; {ADVICE}")
+                    raise UserError(f"{path}: shorter than at the last checkpoint; {_ADVICE}")
         else:
             # The first checkpoint follows the first row: with more rows, one was there.
             episodes = self.folder / "episodes.csv"
             if episodes.exists() and episodes.read_bytes().count(b"\n") > 2:
-                raise UserError(f"{self._checkpoint_path}: missing; {ADVICE}")
+                raise UserError(f"{self._checkpoint_path}: missing; {_ADVICE}")
 
     def restore(self, agent: DQNAgent) -> None:
         """Take an agent to the last checkpoint, if there is one; UserError if it does not fit."""
@@ -289,7 +400,7 @@ class Run:
                     parts.append(np.load(file, allow_pickle=False))
             agent.load_state(self._state, np.concatenate(parts))
         except Exception as error:  # NumPy raises many types
-            raise damaged(f"{self._checkpoint_path} or {_TRANSITIONS}", error) from error
+            raise _damaged(f"{self._checkpoint_path} or {_TRANSITIONS}", error) from error
 
     def start(self, shards: list[np.ndarray], distances: np.ndarray) -> None:
         """Begin a session: cut the tables back to the checkpoint, write shards and distances.

@@ -24,7 +24,6 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from tqdm import tqdm
 
 import cli
-import files
 import plot
 import records
 from config import (
@@ -267,14 +266,14 @@ def audit(settings: Settings, count: int) -> int:
         return {"data": data, **{name: content["settings"].get(name) for name in used}}
 
     now, identity, path = comparable(config), folder / "config.json", folder / "audit.csv"
-    with files.locked(folder, "audit"):
+    with records.locked(folder, "audit"):
         if records.read_matching_config(identity, "audit", comparable, now) is None:
             config |= records.circumstances(environment.threads)
-            files.write_json(identity, config)
-        table = files.read_table(path, AUDIT_COLUMNS) if path.exists() else None
+            records.write_json(identity, config)
+        table = records.read_table(path, AUDIT_COLUMNS) if path.exists() else None
         if table is None or (table["episodes"] != count).any():
             table = audit_table(_walks(environment, folder / "walks", count), environment)
-            files.write_table(path, table)
+            records.write_table(path, table)
         plot.save_figure(folder / "audit.png", draw_audit(table))
     print(f"{report(table)}\nresults and figure: {folder}")
     return 0
@@ -286,8 +285,8 @@ def _walks(environment: DecentralizedLearning, folder: Path, count: int) -> list
     paths = [folder / f"walk-{episode}.npz" for episode in range(1, count + 1)]
     for episode, path in enumerate(tqdm(paths, desc="walks", disable=None), 1):
         if not path.exists():
-            files.write_arrays(path, record_walk(environment, episode))
-    walks = [files.read_arrays(path) for path in paths]
+            records.write_arrays(path, record_walk(environment, episode))
+    walks = [records.read_arrays(path) for path in paths]
     longer = sum(len(walk["nodes"]) > 1 for walk in walks)
     if longer < _FOLDS:
         raise UserError(f"--walks: got {longer} with a second round, takes at least {_FOLDS}")

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import cli
 import data
-import files
 import records
 from config import (
     DATASET_SETTINGS,
@@ -330,7 +329,7 @@ def compare(plan: Plan) -> int:
     _, waiting = open_folder(plan, dataset, folder, jobs)
     workers = min(plan.workers or models.cpu_count(), len(waiting))
     cluster = plan.cluster if waiting else ""
-    with dask_client(workers, cluster) as client, files.locked(folder, PROGRAM):
+    with dask_client(workers, cluster) as client, records.locked(folder, PROGRAM):
         # Read again: another process may have written here meanwhile.
         results, waiting = open_folder(plan, dataset, folder, jobs)
         results.create(settings)

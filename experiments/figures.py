@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import cli
-import files
 import plot
+import records
 from config import Settings, WorldSettings
 from experiments import estimates
 from experiments.tables import read_comparison
@@ -49,7 +49,7 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
     """
     tables = read_comparison(folder)
     tables["estimates"] = estimates.estimate(tables)
-    files.write_table(folder / "estimates.csv", tables["estimates"])
+    records.write_table(folder / "estimates.csv", tables["estimates"])
     prepare(tables)
     varies, tasks = bool(tables["config"]["parameter"]), by_task([tables])
     trained = tables["training"]["label"].nunique()

@@ -30,9 +30,8 @@ from config import PROJECT, Settings, UserError, episode_seed, reason, stream
 from environment import DecentralizedLearning, rollout
 from experiments.methods import METHODS, MethodPolicy, Sent
 from experiments.tables import TABLES, Job, finished_jobs
-from files import append_rows, locked
 from node import DQNAgent
-from records import Run, episode_row, load_agent
+from records import Run, append_rows, episode_row, load_agent, locked
 
 CLUSTER_TIMEOUT = 10.0  # seconds until a Dask scheduler has to answer
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-import files
 import records
 from config import Settings, UserError, absolute
 from experiments.methods import METHODS
@@ -96,7 +95,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
     """Return one of TABLES in a folder; without a file it has no rows."""
     path = folder / f"{name}.csv"
     columns = TABLES[name]
-    return files.read_table(path, columns) if path.exists() else pd.DataFrame(columns=columns)
+    return records.read_table(path, columns) if path.exists() else pd.DataFrame(columns=columns)
 
 
 def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
@@ -120,15 +119,15 @@ class ComparisonFolder:
         """Write ``config.json``, ``distances.csv``, and the missing tables without rows."""
         from environment import distance_matrix  # imports TensorFlow, which reading does not need
 
-        files.write_json(self.folder / "config.json", self.config)
+        records.write_json(self.folder / "config.json", self.config)
         for name in TABLES:
             if not (self.folder / f"{name}.csv").exists():
-                files.write_table(self.folder / f"{name}.csv", _read(self.folder, name))
+                records.write_table(self.folder / f"{name}.csv", _read(self.folder, name))
         table = pd.concat(
             records.distance_table(variant, distance_matrix(settings.replace(**changes)))
             for variant, changes in self.config["variants"].items()
         ).rename(columns={"dataset": "variant"})
-        files.write_table(self.folder / "distances.csv", table)
+        records.write_table(self.folder / "distances.csv", table)
 
     def jobs(self) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Return the rows of ``jobs.csv`` by the jobs' keys."""
@@ -145,11 +144,11 @@ class ComparisonFolder:
     def collect(self, job: Job) -> None:
         """Add a finished job's rows to the tables, and copy its trained agent."""
         if job.trains:
-            rows = files.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
+            rows = records.read_table(job.training_folder / "episodes.csv", records.EPISODE_COLUMNS)
             self._add("training", rows.assign(**job.labels)[list(TABLES["training"])])
             agent = self.folder / "agents" / job.variant / f"{job.folder.name}.npz"
             agent.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(agent) as file:
+            with records.replacing(agent) as file:
                 file.write((job.training_folder / "agent.npz").read_bytes())
         for name in ("rounds", "episodes"):
             self._add(name, _read(job.folder, name))
@@ -166,7 +165,7 @@ class ComparisonFolder:
         # As objects, so that a column without values changes no type.
         table = pd.concat([old[~replaced].astype(object), rows.astype(object)])
         table = table.sort_values(JOB_KEY, kind="stable", key=place)
-        files.write_table(self.folder / f"{name}.csv", table)
+        records.write_table(self.folder / f"{name}.csv", table)
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
@@ -176,13 +175,13 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     """
     needed = ("comparison", "parameter", "episodes", "test_episodes")
     config = records.read_config(folder / "config.json", *needed)
-    jobs = files.read_table(folder / "jobs.csv", TABLES["jobs"])
+    jobs = records.read_table(folder / "jobs.csv", TABLES["jobs"])
     finished = pd.MultiIndex.from_frame(jobs.loc[jobs["state"] == "finished", JOB_KEY])
     if finished.empty:
         raise UserError(f"{folder}: got no finished job, takes at least one")
     tables = {"config": config, "jobs": jobs}
     for name in ("episodes", "rounds", "training"):
-        table = files.read_table(folder / f"{name}.csv", TABLES[name])
+        table = records.read_table(folder / f"{name}.csv", TABLES[name])
         tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
     whole = finished_jobs(folder, config["test_episodes"])
     for job in finished:

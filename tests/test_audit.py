@@ -12,7 +12,7 @@ import models
 from config import episode_seed
 from environment import DecentralizedLearning
 from experiments import audit
-from files import read_arrays, read_table, write_arrays
+from records import read_arrays, read_table, write_arrays
 
 
 @pytest.fixture(autouse=True)

@@ -34,8 +34,7 @@ from config import NAMED_SETTINGS, ConfigError, Settings, UserError
 from environment import distance_matrix
 from experiments import compare, figures, jobs, methods
 from experiments.tables import EPISODE_COLUMNS, JOB_COLUMNS
-from files import read_table, write_arrays
-from records import load_agent
+from records import load_agent, read_table, write_arrays
 
 METHODS = "hl,random,stay"
 

@@ -14,7 +14,6 @@ from conftest import CORES, PROJECT
 import cli
 import config
 import data
-import files
 import plot
 import records
 from experiments import audit, compare, estimates, figures, methods
@@ -72,7 +71,7 @@ def table(folder, name):
 def estimated(folder):
     """Committed estimates, by variant, method and quantity."""
     path = REFERENCE / folder / "estimates.csv"
-    rows = files.read_table(path, estimates.ESTIMATE_COLUMNS)
+    rows = records.read_table(path, estimates.ESTIMATE_COLUMNS)
     return rows.set_index(["variant", "method", "quantity"]).sort_index()
 
 
@@ -301,13 +300,13 @@ def printed(command):
     if module == "experiments.audit":
         settings, _ = audit.parse(arguments)
         folder = config.absolute(settings.RESULTS_DIR) / f"audit-{settings.DATASET}"
-        return audit.report(files.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
+        return audit.report(records.read_table(folder / "audit.csv", audit.AUDIT_COLUMNS))
     comparisons = []
     for folder in (PROJECT / argument for argument in arguments):
         tables = read_comparison(folder)
         # test_estimates.py makes them again from the episodes.
         path = folder / "estimates.csv"
-        tables["estimates"] = files.read_table(path, estimates.ESTIMATE_COLUMNS)
+        tables["estimates"] = records.read_table(path, estimates.ESTIMATE_COLUMNS)
         figures.prepare(tables)
         comparisons.append(tables)
     reports = [figures.report(PROJECT, tables) for tables in comparisons]

@@ -9,7 +9,7 @@ from conftest import PROJECT
 from scipy import stats
 from test_tables import LIMIT, VALUES, write_comparison
 
-import files
+import records
 from experiments import estimates
 from experiments.tables import read_comparison
 
@@ -172,7 +172,7 @@ COMPARISONS = sorted(path.parent for path in REFERENCE.glob("*/jobs.csv"))
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
 def test_committed_estimates_follow_from_the_committed_tables(folder):
-    stored = files.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
+    stored = records.read_table(folder / "estimates.csv", estimates.ESTIMATE_COLUMNS)
     pd.testing.assert_frame_equal(estimated(folder), stored, check_dtype=False, rtol=1e-12)
 
 

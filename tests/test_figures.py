@@ -8,7 +8,7 @@ import pytest
 from conftest import PROJECT
 from test_tables import LIMIT, VALUES, write_comparison
 
-import files
+import records
 from experiments import estimates, figures
 
 
@@ -344,7 +344,7 @@ def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert set(first) == {f"{name}.png" for name in names}
     assert all(content.startswith(b"\x89PNG") for content in first.values())
-    stored = files.read_table(tmp_path / "estimates.csv", estimates.ESTIMATE_COLUMNS)
+    stored = records.read_table(tmp_path / "estimates.csv", estimates.ESTIMATE_COLUMNS)
     assert len(stored) == 2 * len(estimates.QUANTITIES) + 2
     # The same tables give the same files. A job's error is the command's.
     jobs = pd.read_csv(tmp_path / "jobs.csv", dtype=str, keep_default_na=False)

@@ -28,7 +28,6 @@ from conftest import (
 )
 
 import data
-import files
 import main
 import node
 import plot
@@ -83,9 +82,9 @@ def test_files_of_a_run(finished):
 
 
 def test_tables_agree_with_each_other_and_with_the_definitions(finished):
-    episodes = files.read_table(finished / "episodes.csv", records.EPISODE_COLUMNS)
-    rounds = files.read_table(finished / "rounds.csv", records.ROUND_COLUMNS)
-    pairs = files.read_table(finished / "distances.csv", records.DISTANCE_COLUMNS)
+    episodes = records.read_table(finished / "episodes.csv", records.EPISODE_COLUMNS)
+    rounds = records.read_table(finished / "rounds.csv", records.ROUND_COLUMNS)
+    pairs = records.read_table(finished / "distances.csv", records.DISTANCE_COLUMNS)
     settings = small_settings()
     assert episodes["episode"].tolist() == [1, 2, 3, 4]
     distances = distance_matrix(settings)
