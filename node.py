@@ -330,7 +330,7 @@ class DQNAgent:
 
     def _mask_of(self, info: dict[str, Any]) -> np.ndarray:
         """Return info's ``action_mask``, (A,) bool; without one all actions are allowed."""
-        return np.asarray(info.get("action_mask", [True] * self.actions), bool)
+        return np.full(self.actions, info.get("action_mask", True), bool)
 
     def _first(self, order: np.ndarray, mask: np.ndarray) -> list[int]:
         """Return the first k actions of an order that the mask allows."""

@@ -183,8 +183,8 @@ def r2_interval(
         error, squares, value, count = (part.sum(axis=axis) for part in sums)
         return 1 - error / (squares - value**2 / count)
 
-    settings: Any = {"paired": True, "n_resamples": _RESAMPLES, "method": "percentile", "rng": rng}
-    low, high = bootstrap(sums, r2, **settings).confidence_interval
+    options: Any = {"paired": True, "n_resamples": _RESAMPLES, "method": "percentile", "rng": rng}
+    low, high = bootstrap(sums, r2, **options).confidence_interval
     return float(r2(*sums, axis=0)), float(low), float(high)
 
 

@@ -333,8 +333,8 @@ def compare(plan: Plan) -> int:
         # Read again: another process may have written here meanwhile.
         results, waiting = open_folder(plan, dataset, folder, jobs)
         results.create(settings)
-        revisions = {row["git_revision"] for row in results.jobs().values()} - {""}
-        if revisions - {records.git_revision()}:
+        finished = [row for row in results.jobs().values() if row["state"] == "finished"]
+        if {row["git_revision"] for row in finished} - {"", records.git_revision()}:
             text = f"{folder}: holds jobs of other code, see git_revision in jobs.csv"
             warnings.warn(text, stacklevel=2)
         print(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from environment import Round
 
 _STAYS = 6  # of a walk
-_MAX_STAY = 12  # rounds of a stay
+_MAX_LENGTH = 12  # rounds of a stay
 _GENERATION = 20  # walks, each played once
 _ELITE = 4  # one in so many walks counts
 _RATE = 0.7  # step of the probabilities towards the elite's, for a whole generation
@@ -53,7 +53,7 @@ class WalkSearch:
 
     def __init__(self, observation_size: int, settings: Settings) -> None:
         self.settings = settings
-        sizes = (settings.NUM_NODES, _MAX_STAY)
+        sizes = (settings.NUM_NODES, _MAX_LENGTH)
         self.probabilities = [np.full((_STAYS, size), 1 / size) for size in sizes]
         self._played: list[tuple[float, np.ndarray]] = []  # of this generation: returns, places
         self._enter_episode(1)

@@ -100,8 +100,14 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 def finished_jobs(folder: Path, test_episodes: int) -> set[tuple[Any, ...]]:
     """Return the keys of jobs all of whose test episodes and rounds are in a folder's tables."""
-    wanted = _read(folder, "episodes").groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
-    found = _read(folder, "rounds").groupby(JOB_KEY).size().reindex(wanted.index)
+    return _whole_jobs(_read(folder, "episodes"), _read(folder, "rounds"), test_episodes)
+
+
+def _whole_jobs(
+    episodes: pd.DataFrame, rounds: pd.DataFrame, test_episodes: int
+) -> set[tuple[Any, ...]]:
+    wanted = episodes.groupby(JOB_KEY)["rounds"].agg(["size", "sum"])
+    found = rounds.groupby(JOB_KEY).size().reindex(wanted.index)
     return set(wanted.index[(wanted["size"] == test_episodes) & (wanted["sum"] == found)])
 
 
@@ -183,7 +189,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     for name in ("episodes", "rounds", "training"):
         table = records.read_table(folder / f"{name}.csv", TABLES[name])
         tables[name] = table[pd.MultiIndex.from_frame(table[JOB_KEY]).isin(finished)]
-    whole = finished_jobs(folder, config["test_episodes"])
+    whole = _whole_jobs(tables["episodes"], tables["rounds"], config["test_episodes"])
     for job in finished:
         if job not in whole:
             name = " ".join(map(str, job)).strip()

@@ -159,6 +159,11 @@ def test_jobs_of_other_code_are_warned_of(copy, monkeypatch, capsys):
     assert start(copy.parent, "--seeds", "1") == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{copy}: holds jobs of other code" in warning
+    # A job that failed runs again, with this code.
+    jobs_of = copy / "jobs.csv"
+    jobs_of.write_text(jobs_of.read_text().replace(",finished,", ",failed,"))
+    assert start(copy.parent, "--seeds", "1") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_what_the_tables_hold_is_finished(copy, finished, capsys):
