@@ -283,6 +283,7 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         if gpus:
             tf.config.experimental.set_memory_growth(gpus[0], True)  # several jobs may share it
             tf.config.experimental.enable_op_determinism()
+            tf.config.experimental.enable_tensor_float_32_execution(False)  # 32 bits, as on a CPU
         tf.config.threading.set_intra_op_parallelism_threads(wanted)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.list_logical_devices()  # TensorFlow starts here
