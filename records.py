@@ -197,8 +197,8 @@ def load_agent(path: Path) -> tuple[Arrays, Json]:
 # --- Where a result comes from ---------------------------------------------------------------
 
 
-def circumstances(threads: int) -> Json:
-    """Return what a result depends on beside settings and data; it computes with ``threads``."""
+def circumstances(threads: int, device: str) -> Json:
+    """Return what a result depends on beside the other settings and the data."""
     return {
         "git_revision": git_revision(),
         "versions": {
@@ -211,6 +211,7 @@ def circumstances(threads: int) -> Json:
             "cpu": cpu_name(),
             "cpus": os.cpu_count(),
             "threads": threads,
+            "device": device,
             "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS"),
         },
     }
@@ -409,7 +410,7 @@ class Run:
         """
         sessions = self.config["sessions"]
         times = {"started": _now(), "ended": None, "first_episode": self.episodes_finished + 1}
-        session = {**times, **circumstances(self._threads)}
+        session = {**times, **circumstances(self._threads, self.settings.DEVICE)}
         for key in ("versions", "git_revision", "machine"):
             if sessions and sessions[-1][key] != session[key]:
                 text = f"{self.folder}: continued with other {key}, bit-equality is not promised"
@@ -461,7 +462,9 @@ def _comparable(config: Json) -> Json:
     config["state"], config["sessions"]  # they are needed later
     # What counts of DATASET is which data it led to: "auto" may have found the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
-    return {**config["settings"], "DATASET": None, "data": data}
+    # Another machine may have no GPU, or other cores: that is warned of, as other versions are.
+    free = dict.fromkeys(("DATASET", "THREADS", "DEVICE"))
+    return {**config["settings"], **free, "data": data}
 
 
 def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:

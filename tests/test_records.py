@@ -336,7 +336,7 @@ def test_config_of_a_run(stopped_run, few):
 def test_tensorflow_may_come_from_a_package_of_another_name(monkeypatch):
     installed = {name: "1" for name in records._PACKAGES}  # and tensorflow-cpu, say
     monkeypatch.setattr(records, "version", installed.__getitem__)
-    assert records.circumstances(1)["versions"]["tensorflow"] == tf.__version__
+    assert records.circumstances(1, "cpu")["versions"]["tensorflow"] == tf.__version__
 
 
 def test_a_run_continues_after_its_last_checkpoint(tmp_path, stopped, few):
@@ -397,12 +397,15 @@ def test_other_circumstances_are_warned_of(tmp_path, few, stopped, monkeypatch, 
         begin(run)
     assert not [warning for warning in recwarn if warning.category is UserWarning]
     monkeypatch.setattr(records, "git_revision", lambda: "0123abc")
-    with Run(settings_of(tmp_path), few, 3) as run:
+    with Run(settings_of(tmp_path, THREADS=3), few, 3) as run:
         begin(run)
-    first, second = (str(w.message) for w in recwarn if w.category is UserWarning)
-    assert "git_revision" in first
-    assert "machine" in second
-    assert [session["machine"]["threads"] for session in run.config["sessions"]] == [2, 2, 3]
+    with Run(settings_of(tmp_path, DEVICE="gpu"), few, 3) as run:
+        begin(run)
+    warned = [str(w.message).split(",")[0] for w in recwarn if w.category is UserWarning]
+    assert [text.split()[-1] for text in warned] == ["git_revision", "machine", "machine"]
+    machines = [session["machine"] for session in run.config["sessions"]]
+    assert [machine["threads"] for machine in machines] == [2, 2, 3, 3]
+    assert [machine["device"] for machine in machines] == ["cpu", "cpu", "cpu", "gpu"]
 
 
 def test_other_settings_never_overwrite(tmp_path, few, stopped):
