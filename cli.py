@@ -213,9 +213,9 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
     except UserError as error:
         message, status = str(error), 2
     except OSError as error:
-        message, status = f"{reason(error)}; fix this, and the same command continues", 1
+        message, status = f"{reason(error)}; fix this, then run the same command again", 1
     except KeyboardInterrupt as interrupt:
-        message = "interrupted; the same command continues"
+        message = "interrupted; run the same command again"
         status = 128 + (interrupt.args or [signal.SIGINT])[0]
     finally:
         warnings.showwarning = show_warning

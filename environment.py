@@ -21,7 +21,7 @@ from models import Moments, shared_foundation_model, tf, use_device
 _EVALUATION_SIZES = (1000, 2000, 4000)  # test images, see DecentralizedLearning._evaluate
 
 # Of progress_reward.
-_MAX_ROUNDS_LEFT = 12.0  # rounds that the potential takes to be left, far below the goal
+_MAX_ROUNDS_LEFT = 12.0  # the potential's guess of the rounds left, far below the goal
 _GAP_SCALE = 0.1  # gap to the goal, as accuracy, over which that changes by a factor of e
 _MISS_COST = 15.0  # of an episode that misses the goal
 
@@ -50,10 +50,11 @@ def progress_reward(
 ) -> float:
     """Return the reward of a round that pays for progress and charges for time (ours).
 
-    A round costs its distance, and one point unless it reaches the goal; missing the goal costs 15.
+    A round costs its distance, and one point unless it reaches the goal; missing the goal costs
+    _MISS_COST.
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
     after the round, less the potential before it. The potential is
-    12 * (exp(min(accuracy - goal, 0) / 0.1) - 1), also at the round limit; see docs/tuned.md.
+    _MAX_ROUNDS_LEFT * (exp(min(accuracy - goal, 0) / _GAP_SCALE) - 1), also at the round limit.
 
     Args:
         accuracy: after the round, in [0, 1].
@@ -72,7 +73,7 @@ def positive_at(holder: int, scores: np.ndarray) -> np.ndarray:
     return scores * np.where(scores[holder] < 0, -1, 1).astype(scores.dtype)
 
 
-def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.ndarray:
+def pca_scores(models: np.ndarray, row_of_node: np.ndarray, components: int) -> np.ndarray:
     """Return the PCA scores of all nodes' weights, as scikit-learn's full PCA does.
 
     The cost is that of a singular value decomposition of the M distinct vectors, however many nodes
@@ -81,7 +82,7 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
 
     Args:
         models: (M, P) float, the distinct weight vectors.
-        owners: (N,) int in [0, M), which row each node has; every row belongs to at least one node.
+        row_of_node: (N,) int in [0, M), the row of each node; each row has at least one node.
         components: C, how many components to keep.
 
     Returns:
@@ -89,10 +90,10 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
         scikit-learn's rule since 1.5. Departure: all 0 if a weight is not finite, where
         scikit-learn raises an error.
     """
-    scores = np.zeros((len(owners), components), np.float32)
+    scores = np.zeros((len(row_of_node), components), np.float32)
     if not np.isfinite(models).all():
         return scores
-    counts = np.bincount(owners, minlength=len(models)).astype(np.float64)
+    counts = np.bincount(row_of_node, minlength=len(models)).astype(np.float64)
     centred = models.astype(np.float64)
     centred -= counts @ centred / counts.sum()
     # Multiply each of the M rows by the root of how often it occurs. The resulting M x P matrix has
@@ -107,7 +108,7 @@ def pca_scores(models: np.ndarray, owners: np.ndarray, components: int) -> np.nd
     signs = np.where(loadings.max(axis=1) >= -loadings.min(axis=1), 1.0, -1.0)
     # Row m of the left singular vectors times the singular values, divided by the row's weight.
     rows = signs * np.sqrt(squares) * vectors / roots[:, None]
-    scores[:, : len(squares)] = rows[owners]
+    scores[:, : len(squares)] = rows[row_of_node]
     return scores
 
 
@@ -353,11 +354,11 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
             "local": (self._own, self._initial),
         }[kind]
         models = [model.numpy() for model in differing.values()]
-        owners = np.full(self.settings.NUM_NODES, len(models))
-        owners[list(differing)] = np.arange(len(models))
-        if len(models) < len(owners):
+        row_of_node = np.full(self.settings.NUM_NODES, len(models))
+        row_of_node[list(differing)] = np.arange(len(models))
+        if len(models) < len(row_of_node):
             models.append(rest.numpy())
-        return pca_scores(np.stack(models), owners, components)
+        return pca_scores(np.stack(models), row_of_node, components)
 
 
 # --- Episodes --------------------------------------------------------------------------------

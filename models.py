@@ -267,8 +267,8 @@ def use_device(threads: int = 0, device: str = "cpu") -> int:
         The number of threads.
 
     Raises:
-        ConfigError: there is no GPU, or TensorFlow has started otherwise in this process.
-            Whatever computes with TensorFlow before the first call starts it otherwise.
+        ConfigError: there is no GPU, or TensorFlow runs with other settings already. Call this
+            before anything computes with TensorFlow.
     """
     wanted = threads or cpu_count()
     if device == "cpu":

@@ -118,7 +118,7 @@ def append_rows(path: Path, columns: tuple[str, ...], *rows: dict[str, Any]) -> 
 
 
 def _field(value: Any) -> Any:
-    """Return what the csv module writes as append_rows promises; it does so for None and floats."""
+    """Convert a value for the csv module, which handles None and floats itself."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     value = value.item() if isinstance(value, np.generic) else value
@@ -197,8 +197,8 @@ def load_agent(path: Path) -> tuple[Arrays, Json]:
 # --- Where a result comes from ---------------------------------------------------------------
 
 
-def circumstances(threads: int, device: str) -> Json:
-    """Return what a result depends on beside the other settings and the data."""
+def provenance(threads: int, device: str) -> Json:
+    """Return a result's provenance beside its settings and data: revision, versions, machine."""
     return {
         "git_revision": git_revision(),
         "versions": {
@@ -410,10 +410,11 @@ class Run:
         """
         sessions = self.config["sessions"]
         times = {"started": _now(), "ended": None, "first_episode": self.episodes_finished + 1}
-        session = {**times, **circumstances(self._threads, self.settings.DEVICE)}
-        for key in ("versions", "git_revision", "machine"):
-            if sessions and sessions[-1][key] != session[key]:
-                text = f"{self.folder}: continued with other {key}, bit-equality is not promised"
+        session = {**times, **provenance(self._threads, self.settings.DEVICE)}
+        if sessions:
+            changed = differences(_flat_provenance(sessions[-1]), _flat_provenance(session))
+            if changed:
+                text = f"{self.folder}: the same seed may give other bits ({'; '.join(changed)})"
                 warnings.warn(text, stacklevel=2)
         sessions.append(session)
         write_json(self.folder / "config.json", self.config)
@@ -457,18 +458,26 @@ class Run:
         (self.folder / _TRANSITIONS).unlink(missing_ok=True)
 
 
+def _flat_provenance(session: Json) -> Json:
+    return {
+        "git_revision": session["git_revision"],
+        **session["versions"],
+        **session["machine"],
+    }
+
+
 def _comparable(config: Json) -> Json:
     """Return what of a run's ``config.json`` must stay the same when the run is continued."""
     config["state"], config["sessions"]  # they are needed later
-    # What counts of DATASET is which data it led to: "auto" may have found the same.
+    # DATASET counts by the data that it loaded: "auto" may have loaded the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
-    # Another machine may have no GPU, or other cores: that is warned of, as other versions are.
+    # THREADS and DEVICE may change, as the machine may: Run.start warns.
     free = dict.fromkeys(("DATASET", "THREADS", "DEVICE"))
     return {**config["settings"], **free, "data": data}
 
 
 def episode_row(info: dict[str, Any], settings: Settings, started: float) -> dict[str, Any]:
-    """Return what a run and a test record of an episode, from the info of its last round.
+    """Return an episode's row, of a run or a test, from the info of its last round.
 
     ``started`` is the episode's start by ``perf_counter``.
     """

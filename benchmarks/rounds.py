@@ -1,10 +1,10 @@
 """Measure what a round costs: against the machine, plain Keras, and with more nodes.
 
-Usage: ``python3 -m benchmarks.rounds [--gpu]``
+Usage: ``python3 -m benchmarks.rounds``
 
 Takes MNIST as main.py does, or else the bundled digits. Prints one table and writes it to
-``results/benchmark/report.md``, with ``--gpu`` to ``gpu.md``. Nothing else should use the cores
-meanwhile. Linux only: it reads memory from /proc.
+``results/benchmark/report.md``. Nothing else should use the cores meanwhile. Linux only: it reads
+memory from /proc.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import pandas as pd
 
 import data
 import main
-from cli import Parser, exit_status
+from cli import Parser
 from config import NAMED_SETTINGS, PROJECT, Settings
 from environment import DecentralizedLearning
 from models import cpu_count, tf, use_device
@@ -114,8 +114,7 @@ def play(**overrides: Any) -> dict[str, float]:
     with TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         fixed = {"EPISODES": 1, "EPSILON": 0.4, "GOAL_ACCURACY": 1.0, "RESULTS_DIR": folder}
         settings = Settings(**overrides, **fixed)
-        # Before data is loaded, which may start TensorFlow.
-        use_device(settings.THREADS, settings.DEVICE)
+        use_device(settings.THREADS)  # before data is loaded, which may start TensorFlow
         environment = DecentralizedLearning(settings, _load(Settings(DATASET=settings.DATASET)))
         agent = DQNAgent(environment.observation_size, settings.replace(EPISODES=120))
         empty = np.zeros(environment.observation_size, np.float32)
@@ -152,14 +151,6 @@ MEASURES: list[Kinds] = [
     {"start": [start]},
 ]
 
-# With --gpu the same rounds take turns on both devices.
-DEVICES = ("cpu", "gpu")
-ROUNDS = {"round": {"MAX_ROUNDS": 3}, "round of a tuned training, one thread": TUNED}
-ON_DEVICES: list[Kinds] = [
-    {f"{what}, {device}": [partial(play, **settings, DEVICE=device)] for device in DEVICES}
-    for what, settings in ROUNDS.items()
-]
-
 
 def measure(kinds: Kinds, turns: int) -> dict[str, Turns]:
     """Measure each kind in turns, each call of a kind in a process of its own."""
@@ -190,7 +181,12 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
         share = np.median(product / seconds) * flop / PRODUCT
         add(what, seconds, f"{share:.0%} of the matrix product's rate")
 
-    lines = _head(dataset)
+    versions = (
+        f"tensorflow {tensorflow_version()}, keras {version('keras')}, numpy {version('numpy')}"
+    )
+    machine = f"{cpu_count()} cores of {cpu_name() or 'an unknown processor'}"
+    lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
+    lines += ["| what | measured | compared |", "| --- | --- | --- |"]
     product, one, tuned, reference = map(values, ("product", "one", "tuned", "reference"))
     rate = PRODUCT / np.median(product) / 1e9
     add(f"matrix product, {MATRIX} x {MATRIX}, float32", product, f"{rate:.0f} GFLOP/s")
@@ -213,58 +209,20 @@ def report(found: dict[str, Turns], dataset: str, images: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report_gpu(found: dict[str, Turns], dataset: str, gpu: str) -> str:
-    """Return the table of ``--gpu`` as Markdown; ``gpu`` is its name."""
-    lines = _head(dataset, f", and one {gpu}")
-    for what in ROUNDS:
-        for part in ("seconds", "training", "evaluation", "agent"):
-            cpu, on_gpu = (
-                np.array([turn[0][part] for turn in found[f"{what}, {device}"]])
-                for device in DEVICES
-            )
-            name = what if part == "seconds" else f"its {part}"
-            lines.append(f"| {name} | {np.median(cpu):.4f} s | |")
-            ratio = f"{np.median(on_gpu / cpu):.2f} of it"
-            lines.append(f"| the same, DEVICE=gpu | {np.median(on_gpu):.4f} s | {ratio} |")
-    return "\n".join(lines) + "\n"
-
-
-def _head(dataset: str, also: str = "") -> list[str]:
-    """Return the first lines of a report: what was measured on what, and the table's head."""
-    versions = (
-        f"tensorflow {tensorflow_version()}, keras {version('keras')}, numpy {version('numpy')}"
-    )
-    machine = f"{cpu_count()} cores of {cpu_name() or 'an unknown processor'}{also}"
-    lines = [f"{dataset}, {machine}, {versions}; medians of {TURNS}.", ""]
-    return [*lines, "| what | measured | compared |", "| --- | --- | --- |"]
-
-
-def benchmark(gpu: bool) -> int:
-    """Measure everything, print the report and write it; ConfigError if there is no GPU."""
-    use_device(device="gpu" if gpu else "cpu")
+def run(arguments: list[str] | None = None) -> None:
+    """Measure everything, print the report and write it."""
+    parser = Parser("benchmarks.rounds", "Measure what a round costs.")
+    parser.parse_args(arguments)
     output = PROJECT / "results" / "benchmark"
     found: dict[str, Turns] = {}
-    for kinds in ON_DEVICES if gpu else MEASURES:
+    for kinds in MEASURES:
         found |= measure(kinds, TURNS)
     dataset = data.load(Settings())
-    if gpu:
-        details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
-        text = report_gpu(found, dataset.name, details["device_name"])
-    else:
-        text = report(found, dataset.name, len(dataset.y_test))
+    text = report(found, dataset.name, len(dataset.y_test))
     print(text, end="")
     output.mkdir(parents=True, exist_ok=True)
-    (output / ("gpu.md" if gpu else "report.md")).write_text(text, encoding="utf-8")
-    return 0
-
-
-def run(arguments: list[str] | None = None) -> int:
-    """Read the command line, measure and return the exit status."""
-    parser = Parser("benchmarks.rounds", "Measure what a round costs.")
-    parser.add_argument("--gpu", action="store_true", help="rounds on the CPU and on the GPU alone")
-    parsed = parser.parse_args(arguments)
-    return exit_status("benchmarks.rounds", lambda: benchmark(parsed.gpu))
+    (output / "report.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()

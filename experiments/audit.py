@@ -268,7 +268,7 @@ def audit(settings: Settings, count: int) -> int:
     now, identity, path = comparable(config), folder / "config.json", folder / "audit.csv"
     with records.locked(folder, "audit"):
         if records.read_matching_config(identity, "audit", comparable, now) is None:
-            config |= records.circumstances(environment.threads, settings.DEVICE)
+            config |= records.provenance(environment.threads, settings.DEVICE)
             records.write_json(identity, config)
         table = records.read_table(path, AUDIT_COLUMNS) if path.exists() else None
         if table is None or (table["episodes"] != count).any():

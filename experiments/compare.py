@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         raise ConfigError("--settings: got it beside --agent or ablation, takes their own")
     settings = Settings(**{**cli.dataset_of_experiments(), **world, **base, **named})
     if parsed.vary:
-        name, comparison = _values_of(parsed.vary, settings)
+        name, comparison = _varied_comparison(parsed.vary, settings)
     methods = list(comparison.methods)
     if parsed.methods is not None:
         methods = [method.strip() for method in parsed.methods.split(",")]
@@ -227,7 +227,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     )
 
 
-def _values_of(text: str, settings: Settings) -> tuple[str, Comparison]:
+def _varied_comparison(text: str, settings: Settings) -> tuple[str, Comparison]:
     """Return the comparison of ``--vary NAME=v1,v2,...``; commas in parentheses don't separate.
 
     Each value has to go together with the other settings.
@@ -263,7 +263,10 @@ def make_jobs(plan: Plan, folder: Path) -> list[Job]:
 def open_folder(
     plan: Plan, dataset: data.Dataset, folder: Path, jobs: list[Job]
 ) -> tuple[ComparisonFolder, list[Job]]:
-    """Return a comparison's tables and its unfinished jobs; UserError if they would be mixed."""
+    """Return a comparison's tables and its unfinished jobs.
+
+    UserError if the folder holds another comparison, or a job of another agent.
+    """
     config: dict[str, Any] = {
         "comparison": plan.name,
         "parameter": plan.comparison.parameter,
@@ -278,9 +281,10 @@ def open_folder(
         ),
     }
     config = json.loads(json.dumps(config))  # tuples are lists there
-    several = ("variants", "methods")  # those have to agree that both have
+    several = ("variants", "methods")  # more may be added; those in both files must be equal
 
     def comparable(content: dict[str, Any]) -> dict[str, Any]:
+        """Flatten a config.json to what must not change, by name."""
         own = {**content, **content["settings"], "data": records.fingerprint(**content["dataset"])}
         for kind in several:
             own |= {f"{kind} {k}": v for k, v in content[kind].items() if k in config[kind]}
@@ -288,6 +292,7 @@ def open_folder(
 
     now = comparable(config)
     path = folder / "config.json"
+    # A variant or method that only one side has is no difference.
     found = records.read_matching_config(
         path, "comparison", lambda content: now | comparable(content), now
     )

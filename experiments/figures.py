@@ -28,7 +28,7 @@ from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_TASK
 Tables = dict[str, Any]
 
 _MAX_LINES = 8  # in one panel
-# A colour per node, from the eleventh on again: Paul Tol's light ones, below black numbers.
+# A colour per node, repeated from node 10 on; light (Paul Tol), so that black numbers can be read.
 _NODE_COLORS = (
     *("#99DDFF", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB"),
     *("#77AADD", "#AAAA00", "#DDDDDD", "#BBCC33", "#FFFFFF"),
@@ -201,7 +201,7 @@ def draw_changes(tasks: dict[str, pd.DataFrame]) -> Figure:
             fontsize=7,
         )
         for label, mean in goal[goal.index.isin(labels)].items():
-            plot.label_at_right(axis, labels.index(label), f"{100 * mean:.0f} %", x=1.03)
+            plot.label_at_right(axis, labels.index(label), f"{round(100 * mean, 1):g} %", x=1.03)
     _add_legend(figure)
     figure.suptitle(f"Change of rounds and communication cost against random, {_mean_of(changed)}")
     return figure
@@ -300,7 +300,7 @@ _SUMMARY: Columns = {
     "rounds": ("rounds", "{:.1f}"),
     "rounds against random": ("rounds_reduction", "{:+.1%}"),
     "cost against random": ("communication_cost_reduction", "{:+.1%}"),
-    "goal reached": ("goal_reached", "{:.0%}"),
+    "goal reached": ("goal_reached", "{:.1%}"),
 }
 _REPORT: Columns = {
     **_SUMMARY,
@@ -321,7 +321,7 @@ def report(folder: Path, tables: Tables) -> str:
         "",
         f"Means over all {tables['config']['episodes']} episodes; 95 % intervals in brackets, none "
         "with one seed. An episode that misses the goal counts with the limit of rounds. Changes "
-        "are those on the seeds that random has as well.",
+        "use only the seeds that the method and random share.",
     ]
     if table["low"].notna().any() and table["seeds"].max() < 5:
         lines.append("With so few seeds the intervals are too narrow if the seeds differ.")

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 _STAYS = 6  # of a walk
 _MAX_LENGTH = 12  # rounds of a stay
 _GENERATION = 20  # walks, each played once
-_ELITE = 4  # one in so many walks counts
+_ELITE_DIVISOR = 4  # the best quarter of the walks is the elite
 _RATE = 0.7  # step of the probabilities towards the elite's, for a whole generation
 
 
-def nodes_of(places: np.ndarray, rounds: int) -> list[int]:
+def walk_nodes(stays: np.ndarray, rounds: int) -> list[int]:
     """Return the nodes that train after the starter, (rounds,).
 
-    ``places``, (2, S) int64, are the nodes of the S stays, and their lengths less 1.
+    ``stays``, (2, S) int64, are the nodes of the S stays, and their lengths less 1.
     """
-    walk = [[node] * (length + 1) for node, length in places.T.tolist()]
+    walk = [[node] * (length + 1) for node, length in stays.T.tolist()]
     nodes = itertools.chain(*walk, itertools.cycle(walk[-2] + walk[-1]))
     return list(itertools.islice(nodes, rounds))
 
@@ -55,7 +55,7 @@ class WalkSearch:
         self.settings = settings
         sizes = (settings.NUM_NODES, _MAX_LENGTH)
         self.probabilities = [np.full((_STAYS, size), 1 / size) for size in sizes]
-        self._played: list[tuple[float, np.ndarray]] = []  # of this generation: returns, places
+        self._played: list[tuple[float, np.ndarray]] = []  # of this generation: returns, stays
         self._enter_episode(1)
 
     def _enter_episode(self, episode: int) -> None:
@@ -64,7 +64,7 @@ class WalkSearch:
         self._drawn = np.array(
             [[rng.choice(len(row), p=row) for row in table] for table in self.probabilities]
         )
-        self._nodes = nodes_of(self._drawn, self.settings.MAX_ROUNDS)
+        self._nodes = walk_nodes(self._drawn, self.settings.MAX_ROUNDS)
         self._return, self._steps = 0.0, 0
 
     def act(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[list[int], str]:
@@ -86,7 +86,7 @@ class WalkSearch:
         if len(self._played) < _GENERATION and self.episode < self.settings.EPISODES:
             return
         best = sorted(self._played, key=lambda played: -played[0])
-        elite = np.stack([places for _, places in best[: max(1, len(best) // _ELITE)]])
+        elite = np.stack([stays for _, stays in best[: max(1, len(best) // _ELITE_DIVISOR)]])
         for which, table in enumerate(self.probabilities):
             shares = (elite[:, which, :, None] == np.arange(table.shape[1])).mean(axis=0)
             table += _RATE * len(best) / _GENERATION * (shares - table)
@@ -101,7 +101,7 @@ class WalkSearch:
         """Return what the search continues from between two episodes."""
         played = {
             "returns": np.array([total for total, _ in self._played]),
-            "places": np.array([places for _, places in self._played]),
+            "places": np.array([stays for _, stays in self._played]),
         }
         return {"episode": np.array(self.episode), **played, **self.arrays()}
 
@@ -121,5 +121,5 @@ class WalkSearch:
 
     def greedy(self, observation: np.ndarray, info: dict[str, Any]) -> int:
         """Return the next node of the most probable walk."""
-        places = np.array([table.argmax(axis=1) for table in self.probabilities])
-        return nodes_of(places, self.settings.MAX_ROUNDS)[info["round"] - 1]
+        stays = np.array([table.argmax(axis=1) for table in self.probabilities])
+        return walk_nodes(stays, self.settings.MAX_ROUNDS)[info["round"] - 1]

@@ -70,27 +70,6 @@ def test_the_report_by_hand():
     ]
 
 
-def test_the_report_of_a_gpu_by_hand():
-    parts = {"seconds": [0.4, 0.4, 1.0], "training": [0.1] * 3, "agent": [0.01] * 3}
-    parts["evaluation"] = [0.2] * 3
-    on_gpu = parts | {"seconds": [0.1, 0.2, 0.2], "training": [0.02, 0.05, 0.1]}
-    found = {
-        f"{what}, {device}": turns(**measured)
-        for what in rounds.ROUNDS
-        for device, measured in (("cpu", parts), ("gpu", on_gpu))
-    }
-    lines = rounds.report_gpu(found, "mnist", "NVIDIA X").splitlines()
-    assert ", and one NVIDIA X, " in lines[0]
-    one, tuned = lines[4:12], lines[12:]
-    assert [line.split(" | ")[1:] for line in one[:4]] == [
-        ["0.4000 s", "|"],
-        ["0.2000 s", "0.25 of it |"],  # of 0.25, 0.5 and 0.2
-        ["0.1000 s", "|"],
-        ["0.0500 s", "0.50 of it |"],
-    ]
-    assert [line.split(" | ")[1:] for line in one] == [line.split(" | ")[1:] for line in tuned]
-
-
 TINY = {"DATASET": "digits", "NUM_NODES": 3, "SAMPLES_PER_NODE": 32, "REPLAY_SAMPLE": 8}
 
 

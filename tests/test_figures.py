@@ -107,7 +107,7 @@ def test_headline(drawn):
         assert (hollow.get_xdata(), hollow.get_ydata()) == ([paper], [0])
         assert hollow.get_markerfacecolor() == "white"
     # Of six episodes of random one misses the goal, and of four of hl.
-    assert texts(cost)[1:] == ["75 %", "83 %"]
+    assert texts(cost)[1:] == ["75 %", "83.3 %"]
 
 
 def test_titles_and_axis_labels_of_three_tasks_do_not_touch(tasks):
@@ -278,7 +278,7 @@ def test_report(tmp_path, draw):
     # Both miss one of the four episodes that they share: no asterisk.
     assert rows["hl"]["rounds against random"].startswith("-33.3 % [")
     assert rows["hl"]["cost against random"].startswith("-80.0 % [")
-    assert rows["hl"]["goal reached"].startswith("75 % [")
+    assert rows["hl"]["goal reached"].startswith("75.0 % [")
     assert rows["hl"]["communication cost"].startswith("0.200 [")
     # No training, so nothing that is paid back.
     assert not [name for name in rows["hl"] if "paid back" in name]
@@ -392,13 +392,13 @@ def test_the_tables_by_task(tasks):
     more = 100 * (LIMIT - 20) / 20
     assert [line for line in lines if "1 x 2" in line or line.endswith(":")] == [
         "mnist, 10 nodes:",
-        "| fedavg | 1 x 2 | 5.0 | -75.0 % | +100.0 % | 100 % |",
-        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
-        "| random | 1 x 2 | 20.0 |  |  | 100 % |",
-        f"| stay | 1 x 2 | {LIMIT:.1f} | {more:+.1f} % | -100.0 %* | 0 % |",
+        "| fedavg | 1 x 2 | 5.0 | -75.0 % | +100.0 % | 100.0 % |",
+        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100.0 % |",
+        "| random | 1 x 2 | 20.0 |  |  | 100.0 % |",
+        f"| stay | 1 x 2 | {LIMIT:.1f} | {more:+.1f} % | -100.0 %* | 0.0 % |",
         "mnist, 100 nodes, GOAL_ACCURACY=0.85:",
-        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100 % |",
-        "| random | 1 x 2 | 20.0 |  |  | 100 % |",
+        "| hl | 1 x 2 | 10.0 | -50.0 % | -75.0 % | 100.0 % |",
+        "| random | 1 x 2 | 20.0 |  |  | 100.0 % |",
     ]
 
 

@@ -336,7 +336,7 @@ def test_config_of_a_run(stopped_run, few):
 def test_tensorflow_may_come_from_a_package_of_another_name(monkeypatch):
     installed = {name: "1" for name in records._PACKAGES}  # and tensorflow-cpu, say
     monkeypatch.setattr(records, "version", installed.__getitem__)
-    assert records.circumstances(1, "cpu")["versions"]["tensorflow"] == tf.__version__
+    assert records.provenance(1, "cpu")["versions"]["tensorflow"] == tf.__version__
 
 
 def test_a_run_continues_after_its_last_checkpoint(tmp_path, stopped, few):
@@ -401,8 +401,10 @@ def test_other_circumstances_are_warned_of(tmp_path, few, stopped, monkeypatch, 
         begin(run)
     with Run(settings_of(tmp_path, DEVICE="gpu"), few, 3) as run:
         begin(run)
-    warned = [str(w.message).split(",")[0] for w in recwarn if w.category is UserWarning]
-    assert [text.split()[-1] for text in warned] == ["git_revision", "machine", "machine"]
+    warned = [str(w.message).split("(")[-1] for w in recwarn if w.category is UserWarning]
+    assert warned[0].endswith("there, '0123abc' now; threads = 2 there, 3 now)")
+    assert warned[1] == "device = 'cpu' there, 'gpu' now)"
+    assert len(warned) == 2
     machines = [session["machine"] for session in run.config["sessions"]]
     assert [machine["threads"] for machine in machines] == [2, 2, 3, 3]
     assert [machine["device"] for machine in machines] == ["cpu", "cpu", "cpu", "gpu"]
