@@ -185,14 +185,10 @@ def parse(arguments: list[str] | None = None) -> Plan:
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
     seeds, world, agent_settings, data_sha256 = parsed.seeds, {}, {}, {}
     if parsed.agent is not None:
-        arrays, about = records.load_agent(Path(parsed.agent))
-        if "0/kernel" not in arrays:  # those of walk_search are no network's
-            raise ConfigError(f"--agent: got {parsed.agent}, takes the agent.npz of a DQN")
-        trained, data_sha256 = Settings(**about["settings"]), about["dataset"]["sha256"]
+        trained, data_sha256 = _training_of(parsed.agent)
         agent_settings = trained.model_dump(include={*names_of(AgentSettings), "NUM_NODES"})
         world = trained.model_dump(include=names_of(WorldSettings))
-        world["DATASET"] = about["dataset"]["name"]
-        if named.get("DATASET", world["DATASET"]) != world["DATASET"]:
+        if named.get("DATASET", trained.DATASET) != trained.DATASET:
             # Another dataset comes with its own goal and limit.
             own = set().union(*DATASET_SETTINGS.values())
             world = {k: v for k, v in world.items() if k not in own}
@@ -225,6 +221,15 @@ def parse(arguments: list[str] | None = None) -> Plan:
         workers=parsed.jobs,
         cluster=parsed.cluster,
     )
+
+
+def _training_of(path: str) -> tuple[Settings, dict[str, str]]:
+    """Return the settings of a given agent's training, and the SHA-256 of its data."""
+    arrays, about = records.load_agent(Path(path))
+    if "0/kernel" not in arrays:  # those of walk_search are no network's
+        raise ConfigError(f"--agent: got {path}, takes the agent.npz of a DQN")
+    dataset = about["dataset"]
+    return Settings(**{**about["settings"], "DATASET": dataset["name"]}), dataset["sha256"]
 
 
 def _varied_comparison(text: str, settings: Settings) -> tuple[str, Comparison]:
