@@ -183,7 +183,8 @@ def parse(arguments: list[str] | None = None) -> Plan:
         sys.exit(0)
     named, base = cli.overrides_of(parsed), NAMED_SETTINGS.get(parsed.settings, {})
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
-    seeds, world, agent_settings, data_sha256 = parsed.seeds, {}, {}, {}
+    seeds, world, agent_settings = parsed.seeds, {}, {}
+    data_sha256: dict[str, str] = {}
     if parsed.agent is not None:
         trained, data_sha256 = _training_of(parsed.agent)
         agent_settings = trained.model_dump(include={*names_of(AgentSettings), "NUM_NODES"})
