@@ -402,14 +402,15 @@ def test_what_carries_over_to_fashion_mnist():
     episodes = table("paper-fashion_mnist", "episodes").groupby(["method", "seed"])["rounds"]
     first, second, third = episodes.mean()["agent"]
     assert f"take {first:.1f}, {second:.1f} and {third:.1f} rounds" in text
-    quantities = estimated("paper-fashion_mnist").loc[""]["mean"]
-    assert round(1 - quantities["best_walk", "goal_reached"], 2) == 0.33  # a third
+    intervals = estimated("paper-fashion_mnist").loc[""]
+    quantities = intervals["mean"]
+    assert 1 / 3 < 1 - quantities["best_walk", "goal_reached"] < 0.4  # over a third
     changes = [f"{name}_reduction" for name in ("rounds", "communication_cost")]
     mnist = estimated("headline-mnist").loc["", "tuned"]["mean"]
     assert all(0.85 < quantities["tuned", name] / mnist[name] < 1 for name in changes)
-    searched, tuned = (quantities[name] for name in ("walk_search", "tuned"))
-    assert abs(searched["rounds"] - tuned["rounds"]) < 1
-    assert searched["goal_reached"] < tuned["goal_reached"]
+    searched = intervals.loc["walk_search", "rounds"]
+    assert searched["low"] < quantities["tuned", "rounds"] < searched["high"]
+    assert quantities["walk_search", "goal_reached"] < quantities["tuned", "goal_reached"]
     stay = table("paper-digits", "episodes").query("method == 'stay'")["rounds"].mean()
     assert f"the starter needs {stay:.1f} there" in text
 

@@ -180,4 +180,4 @@ def test_committed_results_are_few_and_small():
     assert len(COMPARISONS) == 8
     files = [path for path in REFERENCE.rglob("*") if path.is_file()]
     assert len(files) < 120
-    assert sum(path.stat().st_size for path in files) < 15e6
+    assert sum(path.stat().st_size for path in files) < 20e6
