@@ -50,8 +50,7 @@ def progress_reward(
 ) -> float:
     """Return the reward of a round that pays for progress and charges for time (ours).
 
-    A round costs its distance, and one point unless it reaches the goal; missing the goal costs
-    _MISS_COST.
+    A round costs its distance, and one point unless it reaches the goal. A miss costs _MISS_COST.
     Potential-based shaping (Ng, Harada and Russell 1999) is added: DISCOUNT times the potential
     after the round, less the potential before it. The potential is
     _MAX_ROUNDS_LEFT * (exp(min(accuracy - goal, 0) / _GAP_SCALE) - 1), also at the round limit.

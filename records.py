@@ -198,7 +198,7 @@ def load_agent(path: Path) -> tuple[Arrays, Json]:
 
 
 def provenance(threads: int, device: str) -> Json:
-    """Return a result's provenance beside its settings and data: revision, versions, machine."""
+    """Return the revision, versions and machine that a result comes from."""
     return {
         "git_revision": git_revision(),
         "versions": {

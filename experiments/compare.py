@@ -298,7 +298,6 @@ def open_folder(
 
     now = comparable(config)
     path = folder / "config.json"
-    # A variant or method that only one side has is no difference.
     found = records.read_matching_config(
         path, "comparison", lambda content: now | comparable(content), now
     )

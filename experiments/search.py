@@ -101,14 +101,14 @@ class WalkSearch:
         """Return what the search continues from between two episodes."""
         played = {
             "returns": np.array([total for total, _ in self._played]),
-            "places": np.array([stays for _, stays in self._played]),
+            "stays": np.array([stays for _, stays in self._played]),
         }
         return {"episode": np.array(self.episode), **played, **self.arrays()}
 
     def load_state(self, state: dict[str, np.ndarray], transitions: np.ndarray) -> None:
         """Take over another search's ``state``."""
         self.load(state)
-        self._played = list(zip(state["returns"].tolist(), state["places"], strict=True))
+        self._played = list(zip(state["returns"].tolist(), state["stays"], strict=True))
         self._enter_episode(int(state["episode"]))
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -130,9 +130,9 @@ def test_the_pca_has_no_more_models_than_rounds_made(monkeypatch, few):
     # However many nodes there are: each round makes one, and there is the initial one.
     calls, pca_scores = [], environment.pca_scores
 
-    def spy(models, owners, components):
-        calls.append((len(models), len(owners)))
-        return pca_scores(models, owners, components)
+    def spy(models, row_of_node, components):
+        calls.append((len(models), len(row_of_node)))
+        return pca_scores(models, row_of_node, components)
 
     monkeypatch.setattr(environment, "pca_scores", spy)
     settings = small_settings(

@@ -391,10 +391,37 @@ def test_how_long_the_committed_comparisons_took():
     def hours(folder):
         return sum(table(folder, name)["seconds"].sum() for name in ("episodes", "training")) / 3600
 
-    assert f"took {hours('paper-mnist'):.0f} core hours" in flat("docs/results.md")
+    text = flat("docs/results.md")
+    assert f"Their episodes took {hours('paper-mnist'):.0f} hours in all" in text
+    assert f"All episodes took {hours('paper-fashion_mnist'):.1f} hours, part" in text
+    assert f"All episodes took {hours('nodes-100-mnist'):.1f} core hours" in text
     assert f"took {hours('ablation-mnist'):.0f} core hours" in flat("docs/tuned.md")
-    for folder in ("paper-fashion_mnist", "nodes-100-mnist"):
-        assert f"All episodes took {hours(folder):.1f} core hours" in flat("docs/results.md")
+
+
+def test_a_round_on_a_gpu():
+    episodes = table("paper-fashion_mnist", "episodes").query("method == 'random'")
+    seconds = episodes.groupby("seed")[["seconds", "rounds"]].sum().eval("seconds / rounds")
+    devices = table("paper-fashion_mnist", "jobs").query("method == 'random'")
+    on_gpu = devices.set_index("seed")["device"] == "gpu"
+    gpu, cpu = (seconds[on_gpu == there].round(2) for there in (True, False))
+    text = flat("docs/performance.md")
+    assert f"took {gpu.min():.2f} s there" in text
+    assert gpu.nunique() == 1
+    assert f"it took {cpu.min():.1f} to {cpu.max():.1f} s" in text
+
+
+def test_what_the_agents_of_the_public_codes_settings_do():
+    columns = ["communication_cost", "goal_reached"]
+    means = table("paper-mnist", "episodes").groupby(["method", "seed"])[columns].mean()
+    hl, random = means.loc["hl"], means.loc["random"]
+    change = hl["communication_cost"] / random["communication_cost"] - 1
+    assert len(change) == 10
+    assert list(change.index[change > 0]) == [7]
+    assert hl["goal_reached"].nlargest(2).tolist() == [0.5, 0.05]
+    rounds = table("paper-mnist", "rounds").query("method == 'hl'").groupby(["seed", "episode"])
+    most = rounds["node"].apply(lambda nodes: nodes.value_counts().max() / len(nodes))
+    assert (most > 0.5).groupby("seed").mean().loc[[s for s in range(10) if s != 7]].min() == 1
+    assert most.loc[7].mean() < 0.5
 
 
 def test_what_carries_over_to_fashion_mnist():
@@ -411,8 +438,9 @@ def test_what_carries_over_to_fashion_mnist():
     searched = intervals.loc["walk_search", "rounds"]
     assert searched["low"] < quantities["tuned", "rounds"] < searched["high"]
     assert quantities["walk_search", "goal_reached"] < quantities["tuned", "goal_reached"]
-    stay = table("paper-digits", "episodes").query("method == 'stay'")["rounds"].mean()
-    assert f"the starter needs {stay:.1f} there" in text
+    digits = table("paper-digits", "episodes").groupby("method")["rounds"].mean()
+    assert f"the starter needs {digits['stay']:.1f} there" in text
+    assert f"tested without exploration, {digits['hl']:.1f} (" in text
 
 
 def test_a_hundred_nodes():
@@ -489,7 +517,7 @@ def test_what_limits_the_tuned_agents():
     one_walk = [all(w == max(ws, key=len)[: len(w)] for w in ws) for ws in by_seed]
     assert sum(one_walk) == 6
     first = [next(length for node, length in walk if node == 5) for walk in stays.values()]
-    assert f"lasts nine rounds in {first.count(9)} of {len(first)} episodes" in text
+    assert f"nine rounds at node 5 in {first.count(9)} of {len(first)} episodes" in text
     short = [len(walk) for walk in walks.values() if len(walk) <= 20]
     assert f"{len(short)} episodes reach the goal within 20 rounds" in text
     assert f"after {sum(short) / len(short):.1f} on average" in text
@@ -499,6 +527,17 @@ def test_what_limits_the_tuned_agents():
         if len(walks[key]) > 20
     ]
     assert f"In {sum(waits)} of the other {len(waits)}, the model" in text
+    after = [
+        len({node for node, _ in walk[[n for n, _ in walk].index(5) :]} - {5})
+        for walk in stays.values()
+    ]
+    assert f"In {after.count(1) + after.count(2)} of 200 episodes, one or two other" in text
+    free = table("ablation-mnist", "rounds").query("variant == 'MAX_STAY'")
+    left = [
+        next(len(list(stay)) for node, stay in itertools.groupby(walk) if node == 5)
+        for _, walk in free.groupby(["seed", "episode"])["node"]
+    ]
+    assert f"by themselves, in {left.count(9)} of {len(left)} episodes" in text
 
 
 def test_the_numbers_of_other_distances_and_starters():

@@ -80,12 +80,12 @@ def test_progress_rewards_of_an_episode(few, monkeypatch):
 # --- PCA -------------------------------------------------------------------------------------
 
 
-def check_against_scikit_learn(models, owners, components):
-    states = models[owners].astype(np.float64)
+def check_against_scikit_learn(models, row_of_node, components):
+    states = models[row_of_node].astype(np.float64)
     pca = PCA(n_components=components, svd_solver="full")
     expected = pca.fit_transform(states)
-    scores = pca_scores(models, np.array(owners), components)
-    assert scores.shape == (len(owners), components)
+    scores = pca_scores(models, np.array(row_of_node), components)
+    assert scores.shape == (len(row_of_node), components)
     assert scores.dtype == np.float32
     real = pca.explained_variance_ > 1e-9 * max(pca.explained_variance_.max(), 1e-30)
     np.testing.assert_allclose(scores[:, real], expected[:, real], atol=1e-4)
@@ -98,7 +98,7 @@ def random_models(count):
 
 
 @pytest.mark.parametrize(
-    ("owners", "components", "rank"),
+    ("row_of_node", "components", "rank"),
     [
         (range(10), 1, 1),
         (range(10), 3, 3),
@@ -106,9 +106,9 @@ def random_models(count):
         ([3, 0, 1, 1, 3, 3, 2, 3, 0, 3], 10, 3),  # 4 distinct models on 10 nodes
     ],
 )
-def test_pca_against_scikit_learn(owners, components, rank):
-    models = random_models(max(owners) + 1)
-    assert check_against_scikit_learn(models, owners, components) == rank
+def test_pca_against_scikit_learn(row_of_node, components, rank):
+    models = random_models(max(row_of_node) + 1)
+    assert check_against_scikit_learn(models, row_of_node, components) == rank
 
 
 def test_pca_of_one_model_that_differs():
@@ -118,13 +118,13 @@ def test_pca_of_one_model_that_differs():
     moved[5] += 0.3
     moved[7] -= 0.4  # the greatest loading: its sign is made positive
     models = np.stack([moved, base])
-    owners = np.array([1, 1, 0, 1, 1])
-    scores = pca_scores(models, owners, 5)
+    row_of_node = np.array([1, 1, 0, 1, 1])
+    scores = pca_scores(models, row_of_node, 5)
     # The step has length 0.5 and the mean a fifth of it; the axis points the other way.
-    expected = np.where(owners == 0, -0.4, 0.1)
+    expected = np.where(row_of_node == 0, -0.4, 0.1)
     np.testing.assert_allclose(scores[:, 0], expected, atol=1e-5)
     assert not scores[:, 1:].any()
-    assert check_against_scikit_learn(models, owners, 5) == 1
+    assert check_against_scikit_learn(models, row_of_node, 5) == 1
 
 
 def test_pca_without_any_variance_or_with_diverged_weights_is_0():

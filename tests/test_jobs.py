@@ -221,8 +221,8 @@ def test_a_searched_walk_is_recorded_and_continues(tmp_path, monkeypatch):
     for training in (False, True):
         assert same(tables(job, training), tables(whole, training))
     probabilities = load_agent(job.training_folder / "agent.npz")[0]
-    places = np.array([probabilities[name].argmax(1) for name in ("nodes", "lengths")])
-    nodes = search.walk_nodes(places, 4)
+    stays = np.array([probabilities[name].argmax(1) for name in ("nodes", "lengths")])
+    nodes = search.walk_nodes(stays, 4)
     episodes, rounds = tables(job)
     for _, walk in rounds.groupby("episode"):
         assert walk["node"].astype(int).tolist() == [0, *nodes][: len(walk)]

@@ -15,10 +15,10 @@ def nodes_of(policy, rounds):
 
 
 def test_the_last_two_stays_repeat():
-    places = np.array([[7, 4, 1], [1, 2, 0]])  # for 2, 3 and 1 rounds
+    stays = np.array([[7, 4, 1], [1, 2, 0]])  # for 2, 3 and 1 rounds
     expected = [7, 7, 4, 4, 4, 1, 4, 4, 4, 1, 4, 4]
-    assert search.walk_nodes(places, 12) == expected
-    assert search.walk_nodes(places, 3) == expected[:3]
+    assert search.walk_nodes(stays, 12) == expected
+    assert search.walk_nodes(stays, 3) == expected[:3]
 
 
 def test_the_best_walk():
