@@ -179,7 +179,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parsed = _parser().parse_args(arguments)
     if parsed.list:
         for kind, entries in (("comparisons", COMPARISONS), ("methods", METHODS)):
-            print(f"{kind}:", *(f"  {k:15} {e.description}" for k, e in entries.items()), sep="\n")
+            print(f"{kind}:", *(f"  {k:16} {e.description}" for k, e in entries.items()), sep="\n")
         sys.exit(0)
     named, base = cli.overrides_of(parsed), NAMED_SETTINGS.get(parsed.settings, {})
     name, comparison = parsed.comparison, COMPARISONS[parsed.comparison]
