@@ -27,7 +27,7 @@ import filelock
 import numpy as np
 import pandas as pd
 
-from config import PROJECT, Settings, UserError, absolute, reason
+from config import PROJECT, RunSettings, Settings, UserError, absolute, names_of, reason
 from data import Dataset, label_counts
 
 if TYPE_CHECKING:
@@ -471,8 +471,8 @@ def _comparable(config: Json) -> Json:
     config["state"], config["sessions"]  # they are needed later
     # DATASET counts by the data that it loaded: "auto" may have loaded the same.
     data = fingerprint(config["dataset"]["name"], config["dataset"]["sha256"])
-    # THREADS and DEVICE may change, as the machine may: Run.start warns.
-    free = dict.fromkeys(("DATASET", "THREADS", "DEVICE"))
+    # What computes the run may change, as the machine may: Run.start warns.
+    free = dict.fromkeys(names_of(RunSettings) - {"SEED"} | {"DATASET"})
     return {**config["settings"], **free, "data": data}
 
 

@@ -437,6 +437,7 @@ def test_what_carries_over_to_fashion_mnist():
     assert all(0.85 < quantities["tuned", name] / mnist[name] < 1 for name in changes)
     searched = intervals.loc["walk_search", "rounds"]
     assert searched["low"] < quantities["tuned", "rounds"] < searched["high"]
+    assert abs(searched["mean"] - quantities["tuned", "rounds"]) < 3
     missed = [100 - 100 * quantities[name, "goal_reached"] for name in ("walk_search", "tuned")]
     assert f"misses {missed[0]:.0f} % of the goals, `tuned` {missed[1]:.0f} %" in text
     digits = table("paper-digits", "episodes").groupby("method")["rounds"].mean()
@@ -506,13 +507,18 @@ def test_the_tuned_agents_seed_by_seed():
         assert re.search(rf"\s{row['mean']:.0f}\s\[{row['low']:.0f}, {row['high']:.0f}\]", text)
 
 
+def stays_of(walk):
+    return [(node, len(list(stay))) for node, stay in itertools.groupby(walk)]
+
+
 def test_what_limits_the_tuned_agents():
     text = flat("docs/tuned.md")
     rounds = table("headline-mnist", "rounds").query("method == 'tuned'")
     walks = {key: group["node"].tolist() for key, group in rounds.groupby(["seed", "episode"])}
-    stays = {
-        key: [(node, len(list(stay))) for node, stay in itertools.groupby(walk)]
-        for key, walk in walks.items()
+    stays = {key: stays_of(walk) for key, walk in walks.items()}
+    later = {
+        key: walk[[node for node, _ in walk].index(5) + 1 :]  # after the first stay at node 5
+        for key, walk in stays.items()
     }
     by_seed = [[walk for (s, _), walk in walks.items() if s == seed] for seed in range(10)]
     one_walk = [all(w == max(ws, key=len)[: len(w)] for w in ws) for ws in by_seed]
@@ -523,19 +529,16 @@ def test_what_limits_the_tuned_agents():
     assert f"{len(short)} episodes reach the goal within 20 rounds" in text
     assert f"after {sum(short) / len(short):.1f} on average" in text
     waits = [
-        any(length == 9 for _, length in walk[[node for node, _ in walk].index(5) + 1 :])
-        for key, walk in stays.items()
+        any(length == 9 for _, length in walk)
+        for key, walk in later.items()
         if len(walks[key]) > 20
     ]
     assert f"In {sum(waits)} of the other {len(waits)}, the model" in text
-    after = [
-        len({node for node, _ in walk[[n for n, _ in walk].index(5) :]} - {5})
-        for walk in stays.values()
-    ]
-    assert f"In {after.count(1) + after.count(2)} of 200 episodes, one or two other" in text
+    others = [len({node for node, _ in walk} - {5}) for walk in later.values()]
+    assert f"In {others.count(1) + others.count(2)} of 200 episodes, one or two other" in text
     free = table("ablation-mnist", "rounds").query("variant == 'MAX_STAY'")
     left = [
-        next(len(list(stay)) for node, stay in itertools.groupby(walk) if node == 5)
+        next(length for node, length in stays_of(walk) if node == 5)
         for _, walk in free.groupby(["seed", "episode"])["node"]
     ]
     assert f"by themselves, in {left.count(9)} of {len(left)} episodes" in text
