@@ -138,7 +138,7 @@ class AgentSettings(Group):
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Longest stay, in rounds; random choices repeat up to it; 0 = no limit, no repeats (ours)."""
+    """Rounds after which a choice is another node; random ones repeat up to it; 0 = none (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training starts when so many are stored (public code)."""
     Q_BATCH_SIZE: Count = 16
@@ -163,7 +163,7 @@ class RunSettings(Group):
     SEED: CountOrZero = 0
     """Seed of everything random but the distance matrix (ours)."""
     THREADS: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads of TensorFlow; 0 = all cores (ours)."""
+    """CPU threads of TensorFlow; 0 = all cores, or one for each job of a comparison (ours)."""
     DEVICE: Literal["cpu", "gpu"] = "cpu"
     """cpu, or gpu: TensorFlow's first GPU (ours)."""
 
@@ -172,7 +172,7 @@ class PlaceSettings(Group):
     """Place: where files lie, without effect on results"""
 
     NAME: FolderName = ""
-    """Folder below RESULTS_DIR; empty = <dataset>-seed<SEED> (ours)."""
+    """Folder below RESULTS_DIR; empty = <dataset>-seed<SEED> in main.py (ours)."""
     RESULTS_DIR: Annotated[str, Field(min_length=1)] = "results"
     """Folder of all results, relative to the project's folder (ours)."""
     DATA_DIR: Annotated[str, Field(min_length=1)] = os.environ.get("HL_DATA_DIR") or "data"

@@ -187,7 +187,8 @@ def load_published(name: str, data_dir: str) -> Dataset:
         raise DataError(f"{path}: {error}") from error
     different = {key for key, sum_ in _SHA256[name].items() if dataset.sha256[key] != sum_}
     if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
-        raise DataError(f"{path}: got other labels, takes those of {name} in their published order")
+        takes = f"those of {name} in their published order; DATA_DIR names another folder"
+        raise DataError(f"{path}: got other labels, takes {takes}")
     if different:
         text = f"{path} has the labels of {name}, but not its published pixels"
         warnings.warn(text, stacklevel=2)

@@ -383,6 +383,8 @@ def _run(plan: Plan, results: ComparisonFolder, waiting: list[Job], client: Any)
             if ended is None:
                 continue
             job, outcome = ended
+            if not outcome["error"] and job.key not in finished_jobs(job.folder, job.test_episodes):
+                outcome["error"] = f"its files are not in {job.folder} on this machine"
             error = outcome["error"]
             state = "failed" if error else "finished"
             if error:

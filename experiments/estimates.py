@@ -22,10 +22,7 @@ RESAMPLES = 10_000
 ESTIMATE_COLUMNS = ("variant", "method", "quantity", "mean", "low", "high", "seeds", "episodes")
 
 # Columns of episodes.csv whose means are estimated for every method.
-QUANTITIES = tuple(
-    "rounds goal_reached communication_cost transfers megabytes observation_megabytes seconds "
-    "diverged".split()
-)
+QUANTITIES = ("rounds", "communication_cost", "goal_reached")
 
 # Reduces the last two axes, seeds and episodes, of its arrays.
 Statistic = Callable[..., np.ndarray]

@@ -22,7 +22,7 @@ import records
 from config import Settings, WorldSettings
 from experiments import estimates
 from experiments.tables import read_comparison
-from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_TASK
+from plot import BLACK, BLUE, GREY, PUBLISHED, PUBLISHED_WORLD
 
 # What read_comparison returns, "estimates", and what prepare adds.
 Tables = dict[str, Any]
@@ -37,9 +37,7 @@ _MAX_CHANGE = 0.6  # larger changes are written as text
 _MAX_COST = 3.0  # times random's; larger costs are written as text
 
 _PAPER = "paper (MNIST)"  # its row, and the task where it belongs
-_PAPER_TASK = f"{PUBLISHED_TASK['dataset']}, {PUBLISHED_TASK['nodes']} nodes"
-
-_QUANTITIES = ("rounds", "communication_cost", "goal_reached")
+_PAPER_TASK = f"{PUBLISHED_WORLD['DATASET']}, {PUBLISHED_WORLD['NUM_NODES']} nodes"
 
 
 def draw_comparison(folder: Path, format_: str = "png") -> Tables:
@@ -60,8 +58,11 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
         ("headline", lambda: draw_changes(tasks), bool(tasks)),
         ("training", lambda: draw_training(tables), 0 < trained <= _MAX_LINES),
     ):
+        path = folder / f"{name}.{format_}"
         if wanted:
-            plot.save_figure(folder / f"{name}.{format_}", draw())
+            plot.save_figure(path, draw())
+        else:
+            path.unlink(missing_ok=True)  # of a time when it was
     return tables
 
 
@@ -212,9 +213,10 @@ def draw_rows(tables: Tables) -> Figure:
     table, config, episodes = tables["estimates"], tables["config"], tables["episodes"]
     labels = list(_rows(table, "rounds")["mean"].sort_values(kind="stable").index)
     figure, axes = plot.panels(0.22 * len(labels) + 1.15, 1, 3, sharey=True)
-    limit = episodes["max_rounds"].max()
-    axes[0].axvline(limit, color=BLACK, lw=0.8, ls=":", label=f"limit, {limit} rounds")
-    for axis, column in zip(axes, _QUANTITIES, strict=True):
+    limit, *others = episodes["max_rounds"].unique()
+    if not others:
+        axes[0].axvline(limit, color=BLACK, lw=0.8, ls=":", label=f"limit, {limit} rounds")
+    for axis, column in zip(axes, estimates.QUANTITIES, strict=True):
         rows, most = _rows(table, column), np.inf
         if "random" in labels:
             random = rows.loc["random", "mean"]
@@ -392,8 +394,8 @@ def _task(config: dict[str, Any]) -> str:
     """Return the name of a comparison's task, see ``by_task``."""
     dataset, used = config["dataset"]["name"], config["settings"]
     usual = Settings(DATASET=dataset).model_dump()
-    if dataset == PUBLISHED_TASK["dataset"]:  # whatever a user edited in config.py
-        usual |= {name: PUBLISHED_TASK[name.lower()] for name in ("GOAL_ACCURACY", "MAX_ROUNDS")}
+    if dataset == PUBLISHED_WORLD["DATASET"]:
+        usual |= PUBLISHED_WORLD
     parts = [dataset, f"{used['NUM_NODES']} nodes"]
     for name in WorldSettings.model_fields:
         value = used.get(name, usual[name])

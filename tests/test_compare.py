@@ -297,6 +297,14 @@ def test_a_failing_job_is_noted_and_tried_again(tmp_path, monkeypatch, capsys):
     assert not (folder / "jobs" / "broken-seed0" / "error.txt").exists()
 
 
+def test_a_job_whose_files_are_on_another_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "run_job", lambda job: None)
+    assert start(tmp_path, "--seeds", "1", methods="stay") == 1
+    folder = tmp_path / "paper-digits"
+    assert f"not in {folder / 'jobs' / 'stay-seed0'} " in capsys.readouterr().out
+    assert [row["state"] for row in rows(folder / "jobs.csv")] == ["failed"]
+
+
 def test_a_full_disk_fails_the_job_that_meets_it(finished, tmp_path, monkeypatch, capsys):
     append_rows = jobs.append_rows
 

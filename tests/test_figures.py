@@ -9,6 +9,7 @@ from conftest import PROJECT
 from test_tables import LIMIT, VALUES, write_comparison
 
 import records
+from config import Settings, WorldSettings
 from experiments import estimates, figures
 
 
@@ -338,6 +339,7 @@ def test_failed_jobs_are_counted_and_named(tmp_path, draw):
 
 def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     write_comparison(tmp_path, VALUES)
+    (tmp_path / "variants.png").touch()  # drawn when something varied
     assert figures.main([str(tmp_path)]) == 0
     assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
     names = ("headline", "methods", "walks")
@@ -414,6 +416,11 @@ def test_the_name_of_a_task(dataset, world, episodes, more):
     settings = {"NUM_NODES": 10, **world}
     config = {"dataset": {"name": dataset}, "settings": settings, "episodes": episodes}
     assert figures._task(config) == f"{dataset}, 10 nodes{more}"
+
+
+def test_the_published_world_is_that_of_the_defaults():
+    world = Settings(DATASET="mnist").model_dump(include=WorldSettings.model_fields)
+    assert world == {**figures.PUBLISHED_WORLD, "DIRICHLET_ALPHA": 0.5}
 
 
 def test_the_figure_by_task(tasks):

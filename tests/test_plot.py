@@ -22,6 +22,7 @@ def make_run(
     nodes=10,
     goal=0.8,
     limit=36,
+    main_class=400,
 ):
     """CSVs as a run writes them, with numbers that are easy to check."""
     folder.mkdir(parents=True)
@@ -35,7 +36,9 @@ def make_run(
         epsilon = first_epsilon * np.exp(-0.02 * (episode - 1))
         outcome = [int(episode % 5 > 0), 0.8, -0.6 * count, 0.05 * count]
         rows.append([dataset, episode, count, *outcome, epsilon, 0.1, 0, goal, limit, 2.0])
-    shards = [[dataset, n, c, 400 if n == c else 11] for n in range(nodes) for c in range(10)]
+    shards = [
+        [dataset, n, c, main_class if n == c else 11] for n in range(nodes) for c in range(10)
+    ]
     pairs = [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
     distances = [[dataset, a, b, 0.01 * a + 0.001 * b] for a, b in pairs]
     for name, table, columns in (
@@ -166,6 +169,7 @@ def test_figures_name_data_and_axes_in_texts_that_fit(tmp_path, name, nodes):
         ({"nodes": 4}, False),
         ({"goal": 0.7}, False),
         ({"limit": 40}, False),
+        ({"main_class": 250}, False),
     ],
 )
 def test_published_line_where_it_applies(tmp_path, options, shown):
