@@ -134,7 +134,7 @@ class AgentSettings(Group):
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
-    """Rewards summed before the next state's value, at least ROUNDS_PER_CHOICE (ours)."""
+    """Rewards summed before the next state's value; ROUNDS_PER_CHOICE if that is more (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0

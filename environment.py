@@ -29,9 +29,9 @@ _MISS_COST = 15.0  # of an episode that misses the goal
 def distance_matrix(settings: Settings) -> np.ndarray:
     """Return (N, N) float64: the communication distance of each two nodes, no unit (public code).
 
-    The mean of a uniform matrix in [0, DISTANCE_SCALE) and its transpose, zero on the diagonal. The
-    legacy generator is the one that the public code seeds. Departure: the public code divides by 10
-    where DISTANCE_SCALE multiplies, which rounds otherwise.
+    It is the mean of a uniform matrix in [0, DISTANCE_SCALE) and its transpose, with zeros on the
+    diagonal. NumPy's legacy generator draws it, as in the public code. Departure: the public code
+    divides by 10 where DISTANCE_SCALE multiplies, so last bits may differ.
     """
     random = np.random.RandomState(settings.DISTANCE_SEED)
     uniform = settings.DISTANCE_SCALE * random.random_sample([settings.NUM_NODES] * 2)
@@ -325,8 +325,10 @@ class DecentralizedLearning(gymnasium.Env[np.ndarray, Any]):
         """Return what a value of OBSERVATION shows after the last round; see docs/observations.md.
 
         The values are ``broadcast`` (public code), ``local`` (the paper's figures), ``both``,
-        ``last_node`` and ``zeros`` (ours). Scores go node by node. In ``both`` the last node's are
-        never negative, and factors of 4 and 0.4 give broadcast and local scores the same spread.
+        ``last_node`` and ``zeros`` (ours). The first two hold all scores of node 0, then of node 1,
+        and so on. ``both`` holds the first broadcast score of each node, then the first local one.
+        There the last node's are never negative, and factors of 4 and 0.4 give the two parts the
+        same spread.
 
         Returns:
             Float32: (N * N,), for ``both`` (2 * N,), for ``last_node`` and ``zeros`` (N,).

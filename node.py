@@ -353,12 +353,12 @@ class DQNAgent:
         return self._best(observation, self._mask_of(info))
 
     def remember(self, round_: Round) -> None:
-        """Store a step in the replay buffer, once the N_STEP rewards from it on are known.
+        """Store a step in the replay buffer, once N_STEP rewards from it on are known.
 
-        These are at least the rewards of a choice, and the stored reward is their discounted sum.
-        It is shorter at the episode's end and before a random choice, which says nothing of the
-        choices before it (Watkins 1989). The next observation is that after the last of them.
-        N_STEP = 1 stores the step itself (public code). An episode that the round limit truncates
+        If a choice lasts longer, its rewards are awaited. The discounted sum is stored, with the
+        observation after the last reward. Fewer are summed at the episode's end, and before a
+        random choice, which says nothing of the choices before it (Watkins 1989). By default a
+        step is stored by itself (public code). An episode that the round limit truncates
         ends like one that reached the goal (public code). The starter's round, which no one chose,
         is not stored.
 

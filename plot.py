@@ -191,8 +191,8 @@ def moving_average(values: pd.Series) -> pd.Series:
 def published_levels(tables: Tables) -> dict[str, float]:
     """Return the rounds and cost that the published reductions of the first 10 episodes give.
 
-    Empty unless their world is the public code's, as far as the tables show it, and they are
-    random: epsilon is 0.83 or more there.
+    Empty unless the tables show the public code's world, and these episodes are random: epsilon is
+    at least 0.8, and no choice is repeated.
     """
     first, rounds, shards = tables["episodes"][:10], tables["rounds"], tables["shards"]
     chosen_by = rounds.loc[rounds["episode"].isin(first["episode"]), "chosen_by"]

@@ -3,8 +3,8 @@
 All intervals are 95 % percentile intervals of a bootstrap in two levels. Seeds are drawn with
 replacement, and from each drawn seed's test episodes as many again. Both methods of a reduction get
 the same draws, because their seeds and episodes are paired. With few seeds that differ such an
-interval is too narrow; where seeds differ only by their episodes, as without a learned policy, it
-is too wide, by up to the root of two.
+interval is too narrow. Without a learned policy seeds differ only by their episodes; the interval
+is then too wide, by up to the root of two.
 
 An episode that misses the goal counts with MAX_ROUNDS rounds. A mean is one over all episodes.
 """
@@ -96,8 +96,8 @@ def estimate(tables: dict[str, Any]) -> pd.DataFrame:
 
     - ``_reduction``: share of random's mean that is saved.
     - ``_break_even``: how many foundation models to train until the training is paid back.
-      Left out if the policy misses the goal more often than random, and for the cost with several
-      nodes per round: a training's cost holds the transfer to a round's first node alone.
+      Left out if the policy misses the goal more often than random. That of the cost is left out
+      with several nodes per round as well: a training counts the transfer to the first one alone.
 
     Columns are ``ESTIMATE_COLUMNS``: ``low`` and ``high`` bound the 95 % interval, empty with one
     seed; ``seeds`` and ``episodes`` count what the estimate rests on.
