@@ -233,8 +233,9 @@ def settings_page() -> str:
         "All settings, as `config.py` declares them: what they mean, which values they take, and",
         "where they come from. Written by `env -u HL_DATA_DIR python3 cli.py > docs/settings.md`.",
         "",
-        'Source "public code" is the authors\' implementation, "ours" is this project. It is that',
-        "of the setting and its default; other values may be [ours](departures.md#what-is-added).",
+        'Source "public code" is the authors\' implementation, "ours" is this project.',
+        "The source is that of the setting and its default; other values may be",
+        "[ours](departures.md#what-is-added).",
     ]
     for group in GROUPS:
         lines += ["", f"## {group.__doc__}", ""]

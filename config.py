@@ -134,11 +134,11 @@ class AgentSettings(Group):
     DISCOUNT: Share = 0.9
     """gamma, weight of the next state's value (public code)."""
     N_STEP: Count = 1
-    """Rewards summed before the next state's value; ROUNDS_PER_CHOICE if that is more (ours)."""
+    """Rewards in a return; ROUNDS_PER_CHOICE if larger (ours)."""
     ROUNDS_PER_CHOICE: Count = 1
     """Rounds that a choice of nodes lasts (ours)."""
     MAX_STAY: CountOrZero = 0
-    """Rounds after which a choice is another node; random ones repeat up to it; 0 = none (ours)."""
+    """Longest stay before another choice; random ones repeat up to it; 0 = off (ours)."""
     REPLAY_SAMPLE: Annotated[int, Field(ge=1, le=REPLAY_CAPACITY)] = 128
     """Transitions drawn for an update; training starts when so many are stored (public code)."""
     Q_BATCH_SIZE: Count = 16
@@ -163,7 +163,7 @@ class RunSettings(Group):
     SEED: CountOrZero = 0
     """Seed of everything random but the distance matrix (ours)."""
     THREADS: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads of TensorFlow; 0 = all cores, or one for each job of a comparison (ours)."""
+    """CPU threads; 0 = all cores, in comparisons one per job (ours)."""
     DEVICE: Literal["cpu", "gpu"] = "cpu"
     """cpu, or gpu: TensorFlow's first GPU (ours)."""
 

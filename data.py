@@ -187,7 +187,7 @@ def load_published(name: str, data_dir: str) -> Dataset:
         raise DataError(f"{path}: {error}") from error
     different = {key for key, sum_ in _SHA256[name].items() if dataset.sha256[key] != sum_}
     if different & {"y_train", "y_test"}:  # another dataset, or its images in another order
-        takes = f"those of {name} in their published order; DATA_DIR names another folder"
+        takes = f"those of {name} in their published order; set DATA_DIR to a folder that has them"
         raise DataError(f"{path}: got other labels, takes {takes}")
     if different:
         text = f"{path} has the labels of {name}, but not its published pixels"

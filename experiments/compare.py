@@ -384,7 +384,7 @@ def _run(plan: Plan, results: ComparisonFolder, waiting: list[Job], client: Any)
                 continue
             job, outcome = ended
             if not outcome["error"] and job.key not in finished_jobs(job.folder, job.test_episodes):
-                outcome["error"] = f"its files are not in {job.folder} on this machine"
+                outcome["error"] = f"its files are not in {job.folder}; run the same command again"
             error = outcome["error"]
             state = "failed" if error else "finished"
             if error:

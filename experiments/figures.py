@@ -61,8 +61,8 @@ def draw_comparison(folder: Path, format_: str = "png") -> Tables:
         path = folder / f"{name}.{format_}"
         if wanted:
             plot.save_figure(path, draw())
-        else:
-            path.unlink(missing_ok=True)  # of a time when it was
+        elif name == "training":
+            path.unlink(missing_ok=True)  # drawn when there were fewer lines
     return tables
 
 
@@ -373,9 +373,10 @@ def _markdown(table: pd.DataFrame, varied: str, columns: Columns) -> list[str]:
 def by_task(comparisons: list[Tables]) -> dict[str, pd.DataFrame]:
     """Return the prepared estimates by task, such as "mnist, 10 nodes", methods by their rounds.
 
-    A task's name also has the world's settings that are not the dataset's defaults, and says if
-    episodes are validation episodes. A method that several comparisons of a task have is taken
-    from the first of them. Those that vary something, or compare nothing with random, are left out.
+    A task's name also has the world's settings that are not the dataset's defaults (on MNIST: the
+    public code's), and says if episodes are validation episodes. A method that several comparisons
+    of a task have is taken from the first of them. Those that vary something, or compare nothing
+    with random, are left out.
     """
     tasks: dict[str, pd.DataFrame] = {}
     for tables in comparisons:

@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +239,12 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
     from distributed import Client
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    # A worker gets one job at a time: its death counts against no other.
-    dask.config.set({"distributed.scheduler.worker-saturation": 1.0})
+    # A worker gets one job at a time: its death counts against no other. Ctrl-C reaches workers as
+    # well, and this process ends them: they ignore it, also those that Dask starts again.
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    dask.config.set(
+        {"distributed.scheduler.worker-saturation": 1.0, "distributed.worker.preload": [ignored]}
+    )
     local = {
         "n_workers": workers,
         "threads_per_worker": 1,
@@ -250,15 +253,12 @@ def dask_client(workers: int, address: str) -> contextlib.AbstractContextManager
         "scheduler_kwargs": {"dashboard_address": ":0"},  # any port that is free
         "silence_logs": logging.CRITICAL,
     }
-    # Ctrl-C reaches workers as well, but this process ends them. The thread of Dask that starts
-    # workers, now and after a death, inherits this mask, and they do. The tracker's own start would
-    # undo it.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # The first workers inherit this: they ignore Ctrl-C from their first moment.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Client(address, timeout=CLUSTER_TIMEOUT) if address else Client(**local)
     except (OSError, RuntimeError, ValueError, asyncio.TimeoutError) as error:
         where = f"--cluster: no Dask scheduler at {address}" if address else "--jobs: no workers"
         raise UserError(f"{where} ({_line(error)})") from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)

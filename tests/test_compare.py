@@ -301,7 +301,7 @@ def test_a_job_whose_files_are_on_another_machine(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(jobs, "run_job", lambda job: None)
     assert start(tmp_path, "--seeds", "1", methods="stay") == 1
     folder = tmp_path / "paper-digits"
-    assert f"not in {folder / 'jobs' / 'stay-seed0'} " in capsys.readouterr().out
+    assert f"not in {folder / 'jobs' / 'stay-seed0'};" in capsys.readouterr().out
     assert [row["state"] for row in rows(folder / "jobs.csv")] == ["failed"]
 
 

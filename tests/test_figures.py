@@ -339,7 +339,7 @@ def test_failed_jobs_are_counted_and_named(tmp_path, draw):
 
 def test_the_command_draws_a_comparison_again(tmp_path, capsys):
     write_comparison(tmp_path, VALUES)
-    (tmp_path / "variants.png").touch()  # drawn when something varied
+    (tmp_path / "training.png").touch()  # of other lines
     assert figures.main([str(tmp_path)]) == 0
     assert "| hl | 2 x 2 | 20.0 [" in capsys.readouterr().out
     names = ("headline", "methods", "walks")
