@@ -439,6 +439,8 @@ def test_what_carries_over_to_fashion_mnist():
     assert searched["low"] < quantities["tuned", "rounds"] < searched["high"]
     assert abs(searched["mean"] - quantities["tuned", "rounds"]) < 3
     missed = [100 - 100 * quantities[name, "goal_reached"] for name in ("walk_search", "tuned")]
+    walk = table("paper-fashion_mnist", "rounds").query("method == 'hl' and round > 1")
+    assert set(walk["node"].astype(int)) == {6}
     assert f"misses {missed[0]:.0f} % of the goals, `tuned` {missed[1]:.0f} %" in text
     digits = table("paper-digits", "episodes").groupby("method")["rounds"].mean()
     assert f"the starter needs {digits['stay']:.1f} there" in text
